@@ -1,4 +1,4 @@
-"""RoPE scaling against published numbers (transformers 5.23.0 and 4.57.6 agree on them) and its invariants."""
+"""RoPE scaling: published numbers (transformers 5.23.0 and 4.57.6 agree on them), invariants."""
 
 from __future__ import annotations
 

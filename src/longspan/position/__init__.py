@@ -1,4 +1,4 @@
-"""RoPE scaling as pure functions: rotary width, base and lengths in, frequencies and temperature out."""
+"""RoPE scaling as pure functions: width, base and lengths in, frequencies and temperature out."""
 
 from longspan.position.dynamic import dynamic
 from longspan.position.frequencies import Frequencies, default

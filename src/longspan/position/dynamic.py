@@ -1,11 +1,11 @@
-"""Dynamic NTK scaling: the base follows the current length and is untouched inside the trained one.
+"""Dynamic NTK scaling: the base follows the current length, unchanged inside the trained one.
 
 Origin: u/emozilla, "Dynamically Scaled RoPE" (2023), as in transformers ("dynamic").
 
     b' = b * (f n / L - (f - 1))^(D / (D - 2)),    n = max(current length, L)
 
-At n = 2 L and f = 2 the effective scale is 3, not 2. Keys already in a cache keep the rotation of the length at
-which they were written.
+At n = 2 L and f = 2 the effective scale is 3, not 2. Keys already in a cache keep the rotation of
+the length at which they were written.
 """
 
 from __future__ import annotations

@@ -54,5 +54,5 @@ def check_factor(factor: float) -> None:
     """
     if not factor >= 1:
         raise InputError(
-            f"A RoPE scaling factor is target length / trained length and at least 1, got {factor}."
+            f"A RoPE scaling factor is target / trained length and at least 1, got {factor}."
         )

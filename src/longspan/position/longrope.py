@@ -1,6 +1,7 @@
-"""LongRoPE: one searched factor per dimension, a short set inside the trained length and a long one beyond.
+"""LongRoPE: one searched factor per dimension, one set inside the trained length, one beyond.
 
-Paper: LongRoPE (arXiv 2402.13753), equation 3; microsoft/LongRoPE rope/longrope.py; transformers ("longrope").
+Paper: LongRoPE (arXiv 2402.13753), equation 3; microsoft/LongRoPE rope/longrope.py; transformers
+("longrope").
 
     theta'_m = theta_m / lambda_m,    attention factor = sqrt(1 + ln s / ln L)
 
@@ -26,7 +27,7 @@ def longrope(
     Args:
         dim: rotary head width D.
         base: ``rope_theta``.
-        factors: D/2 positive divisors; pass the short set up to ``trained`` tokens, the long set beyond.
+        factors: D/2 positive divisors: the short set up to ``trained`` tokens, the long set beyond.
         factor: s = target length / trained length, at least 1.
         trained: L, trained length in tokens.
 
@@ -37,7 +38,8 @@ def longrope(
     divisors = np.asarray(factors, dtype=np.float64)
     if divisors.shape != (dim // 2,) or not (divisors > 0).all():
         raise InputError(
-            f"LongRoPE needs {dim // 2} positive factors for dim={dim}, got shape {divisors.shape}."
+            f"LongRoPE needs {dim // 2} positive factors for dim={dim}, "
+            f"got shape {divisors.shape}."
         )
     temperature = math.sqrt(1 + math.log(factor) / math.log(trained))
     return Frequencies(default(dim, base).inv_freq / divisors, temperature)

@@ -1,4 +1,4 @@
-"""NTK-aware scaling: a larger base, so that fast dimensions barely move and the slowest is interpolated.
+"""NTK-aware scaling: a larger base: fast dimensions barely move, the slowest is interpolated.
 
 Origin: u/bloc97, "NTK-Aware Scaled RoPE" (2023); YaRN (arXiv 2309.00071), definition 1.
 

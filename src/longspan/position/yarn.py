@@ -1,10 +1,11 @@
-"""YaRN: fast dimensions stay, slow ones are interpolated, a linear ramp over the dimensions between.
+"""YaRN: fast dimensions stay, slow ones are interpolated, a linear ramp lies between.
 
-Paper: YaRN (arXiv 2309.00071), section 3.4; the ramp is that of the authors' code and of transformers, which runs over
-the *dimension index*; the paper's runs over the number of rotations L / wavelength and differs by up to 0.37.
+Paper: YaRN (arXiv 2309.00071), section 3.4. The ramp is that of the authors' code and of
+transformers, over the *dimension index*; the paper's is over the number of rotations L / wavelength
+and differs by up to 0.37.
 
     theta'_m = (1 - g_m) theta_m / s + g_m theta_m,    g_m = 1 - clamp((m - lo) / (hi - lo), 0, 1)
-    lo, hi = dimension that turns beta_fast, beta_slow times in L = D ln(L / (2 pi beta)) / (2 ln b)
+    lo, hi = D ln(L / (2 pi beta)) / (2 ln b): the dimension that turns beta_fast, beta_slow times in L
     attention factor = 0.1 ln s + 1
 """
 
@@ -18,7 +19,7 @@ from longspan.position.frequencies import Frequencies, check_factor, default
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
-    """Multiplier of cosine and sine: ``0.1 mscale ln(factor) + 1``, and 1 where nothing is scaled."""
+    """Multiplier of cosine and sine: ``0.1 mscale ln(factor) + 1``; 1 if nothing is scaled."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
