@@ -1,0 +1,125 @@
+"""The measurements that say whether a longer context is usable: perplexity and passkey retrieval, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from longspan.errors import InputError
+from longspan.eval.losses import TokenLoss
+from longspan.eval.passkey import STYLES, passkey, probe
+from longspan.eval.perplexity import perplexity
+from longspan.eval.progress import Progress, silent
+from longspan.eval.records import Records
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What to measure.
+
+    Attributes:
+        lengths: context lengths in tokens, for perplexity and passkey.
+        sequences: windows of the longest length; shorter lengths score the same text.
+        depths: places of the passkey, 0 (start) to 1 (end).
+        trials: passkey probes per length and depth; 0 leaves the passkey out.
+        style: wording of the passkey, ``prose`` or ``code``.
+        seed: chooses keys and filler.
+    """
+
+    lengths: tuple[int, ...]
+    sequences: int = 8
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    trials: int = 4
+    style: str = "prose"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2:
+            raise InputError(f"Evaluation lengths must be 2 tokens or more, got {self.lengths}.")
+        if self.sequences < 1 or self.trials < 0:
+            raise InputError(
+                f"Evaluation needs at least one sequence and no negative number of trials, "
+                f"got {self.sequences} and {self.trials}."
+            )
+        if self.style not in STYLES:
+            raise InputError(f"Unknown passkey style {self.style!r}: choose one of {STYLES}.")
+        if any(not 0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"Depths go from 0 (start) to 1 (end), got {self.depths}.")
+
+    def check_passkey(self, tokenizer: Any) -> None:
+        """Raise DataError now if the shortest length cannot hold a passkey probe."""
+        if self.trials and self.depths:
+            probe(tokenizer, min(self.lengths), self.depths[0], 0, style=self.style, seed=self.seed)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Sequence[Tensor],
+    config: SuiteConfig,
+    *,
+    folder: Path,
+    name: str,
+    identity: Mapping[str, Any],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure one state of a model; what its record files in ``folder`` already hold is not measured again.
+
+    Args:
+        model: the model, its attention and position scaling set as they are to be measured.
+        tokenizer: its tokenizer.
+        text: int64 token ids of held-out documents.
+        config: what to measure.
+        folder: where the records lie.
+        name: of this state of the model.
+        identity: all that the state depends on, compared when records are continued.
+        progress: called after each piece of work.
+
+    Returns:
+        ``{"perplexity": ..., "passkey": ... or None}`` as ``perplexity`` and ``passkey`` give them.
+    """
+    model.eval()
+    loss = TokenLoss(model)
+    settings = {**asdict(config), **identity, "name": name}
+    budget = config.sequences * max(config.lengths)
+
+    def stage(what: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{name}: {what}", done, total, note)
+
+    measured: dict[str, Any] = {
+        "perplexity": perplexity(
+            loss,
+            _first(text, budget),
+            config.lengths,
+            records=Records(folder / f"{name}.perplexity.jsonl", settings),
+            progress=stage,
+        ),
+        "passkey": None,
+    }
+    if config.trials and config.depths:
+        measured["passkey"] = passkey(
+            loss,
+            tokenizer,
+            config.lengths,
+            config.depths,
+            trials=config.trials,
+            style=config.style,
+            seed=config.seed,
+            records=Records(folder / f"{name}.passkey.jsonl", settings),
+            progress=stage,
+        )
+    return measured
+
+
+def _first(text: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    kept: list[Tensor] = []
+    for document in text:
+        kept.append(document[:tokens])
+        tokens -= len(kept[-1])
+        if tokens <= 0:
+            break
+    return kept

@@ -1,0 +1,115 @@
+"""Checkpoints that survive a kill and a full disk: written beside the old ones, renamed when complete.
+
+A checkpoint holds only what training changes (the parameters with gradients, the optimizer, the random
+generators, the step), so it is small for LoRA. Its name appears only after its bytes are on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from longspan.errors import RunError
+
+
+class Checkpoints:
+    """The newest checkpoints of one run.
+
+    Args:
+        folder: where they lie; created when the first is saved.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that can be resumed from, oldest first."""
+        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Keep the state after ``step`` steps; older ones beyond ``keep`` go only once this one is complete.
+
+        Raises:
+            RunError: the disk is full or cannot be written; the checkpoints before stay as they are.
+        """
+        path = self._path(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            write_atomically(path, lambda file: torch.save(state, file))
+        except OSError as error:
+            kept = self.steps()
+            good = f"the last good one is {self._path(kept[-1])}" if kept else "there is none before it"
+            raise RunError(
+                f"The checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}; "
+                f"{good}. Free some space and run the same command with --resume."
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            self._path(old).unlink()
+        return path
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint as (step, state) with tensors on the CPU, or None."""
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self._path(steps[-1])
+        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.pt"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Make ``path`` hold what ``write`` writes, or leave it as it was.
+
+    Raises:
+        OSError: what the operating system said; the unfinished file is removed.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    failure: list[OSError] = []
+    try:
+        with unfinished.open("wb") as file:
+            try:
+                write(_Remembering(file, failure))  # type: ignore[arg-type]
+            except Exception:
+                # Torch turns an error of the disk into one of its own serialiser.
+                if failure:
+                    raise failure[0] from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _Remembering:
+    """A binary file that keeps the first OSError of its writes."""
+
+    def __init__(self, file: BinaryIO, failure: list[OSError]) -> None:
+        self._file = file
+        self._failure = failure
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._failure.append(error)
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()

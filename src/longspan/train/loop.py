@@ -1,0 +1,192 @@
+"""A short training loop: AdamW, warm-up, gradient clipping, checkpoints, and the same losses after a kill.
+
+Everything that a step depends on is either a function of its number (the batch, the learning rate) or in the
+checkpoint (parameters, optimizer, random generators), so a resumed run repeats the losses of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError, RunError
+from longspan.eval.losses import TokenLoss
+from longspan.eval.progress import Progress, silent
+from longspan.eval.records import read_lines
+from longspan.train.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: learning rate after the warm-up.
+        warmup: steps over which it grows linearly.
+        schedule: what follows the warm-up: ``constant``, or ``cosine`` down to a tenth.
+        accumulate: batches per step.
+        clip: largest norm of the gradient.
+        weight_decay: of AdamW.
+        save_every: steps between checkpoints; one is also written at the end.
+        seed: of the generators behind dropout.
+    """
+
+    steps: int
+    lr: float
+    warmup: int = 20
+    schedule: Literal["constant", "cosine"] = "constant"
+    accumulate: int = 1
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.lr > 0 or not self.clip > 0:
+            raise InputError(f"lr and clip must be positive, got {self.lr} and {self.clip}.")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise InputError(
+                f"warmup and weight_decay cannot be negative, got {self.warmup} and {self.weight_decay}."
+            )
+        if self.schedule not in ("constant", "cosine"):
+            raise InputError(f"Unknown schedule {self.schedule!r}: choose constant or cosine.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step number ``step``, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(
+    loss: TokenLoss,
+    batch_at: Callable[[int], Tensor],
+    config: LoopConfig,
+    *,
+    checkpoints: Checkpoints,
+    log: Path,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Train the parameters that ask for gradients, from the newest checkpoint if there is one.
+
+    Args:
+        loss: the model, wrapped to give token losses.
+        batch_at: batch number -> int64 ids [B, N]; it must depend on the number alone.
+        config: how to train.
+        checkpoints: where to continue from and save to.
+        log: .jsonl file with one line per step; lines after the checkpoint are written again.
+        progress: called after each step.
+
+    Returns:
+        One record per step: ``step`` (from 1), ``loss`` (nats per token), ``lr``, ``grad_norm``, ``tokens``, ``seconds``.
+
+    Raises:
+        RunError: a checkpoint could not be written, or the loss is no longer finite.
+    """
+    model = loss.model
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    torch.manual_seed(config.seed)
+    start = _restore(checkpoints, trained, optimizer)
+    records = [r for r in read_lines(log) if r["step"] <= start] if log.exists() else []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+    model.train()
+    for step in range(start, config.steps):
+        record = _step(loss, batch_at, step, trained, optimizer, config)
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+            raise RunError(
+                f"The loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step + 1}: "
+                f"the run is broken. Lower the learning rate (now {config.lr:g}) or lengthen the warm-up."
+            )
+        records.append(record)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            checkpoints.save(step + 1, _state(trained, optimizer))
+        speed = record["tokens"] / record["seconds"]
+        progress(
+            "training", step + 1, config.steps, f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
+        )
+    model.eval()
+    return records
+
+
+def _step(
+    loss: TokenLoss,
+    batch_at: Callable[[int], Tensor],
+    step: int,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    config: LoopConfig,
+) -> dict[str, Any]:
+    begin = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(step)
+    total, tokens = 0.0, 0
+    for part in range(config.accumulate):
+        ids_BN = batch_at(step * config.accumulate + part).to(loss.device)
+        mean = loss(ids_BN).mean() / config.accumulate
+        mean.backward()
+        total += mean.item()
+        tokens += ids_BN.numel()
+    norm = nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "step": step + 1,
+        "loss": total,
+        "lr": config.lr_at(step),
+        "grad_norm": norm,
+        "tokens": tokens,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    return {
+        "parameters": {name: p.detach() for name, p in trained.items()},
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore(
+    checkpoints: Checkpoints, trained: dict[str, nn.Parameter], optimizer: torch.optim.AdamW
+) -> int:
+    found = checkpoints.load()
+    if found is None:
+        return 0
+    step, state = found
+    if state["parameters"].keys() != trained.keys():
+        raise RunError(
+            f"The checkpoint of step {step} in {checkpoints.folder} belongs to other trained parameters. "
+            "Resume with the settings that the run was started with."
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+    return step
