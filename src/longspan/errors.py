@@ -1,8 +1,8 @@
 """Errors that longspan raises.
 
-Everything a user can cause is a ``LongspanError`` (a ``ValueError``): the text shows what was passed, what was
-expected and what to do next. ``assert`` is kept for our own invariants. The command line turns each class
-into its exit code: 1 failed, 2 wrong usage, 3 refused.
+Everything a user can cause is a ``LongspanError`` (a ``ValueError``): the text shows what was
+passed, what was expected and what to do next. ``assert`` is kept for our own invariants. The
+command line turns each class into its exit code: 1 failed, 2 wrong usage, 3 refused.
 """
 
 from __future__ import annotations

@@ -15,14 +15,16 @@ from torch import Tensor
 class KeyRanges:
     """The keys that each query row sees, as half-open ranges of key rows.
 
-    Query row ``i`` of batch row ``b`` and head ``h`` sees key rows ``j`` with ``lo[g, i, t] <= j < hi[g, i, t]``
-    for some ``t``, where ``g = group[b, h]``. The ranges of a row are disjoint and sorted; unused ones are
-    empty (``lo == hi``) and come last. Compared by identity, so that a kernel can cache what it derives.
+    Query row ``i`` of batch row ``b`` and head ``h`` sees key rows ``j`` with ``lo[g, i, t] <= j <
+    hi[g, i, t]`` for some ``t``, where ``g = group[b, h]``. The ranges of a row are disjoint and
+    sorted; unused ones are empty (``lo == hi``) and come last. Compared by identity, so that a
+    kernel can cache what it derives.
 
     Attributes:
         lo_GNm: int32 [G, N, m], first key row of each range.
         hi_GNm: int32 [G, N, m], one past its last key row.
-        group_BH: int64 [B or 1, H], the group of each head; a leading 1 means every batch row alike.
+        group_BH: int64 [B or 1, H], the group of each head; a leading 1 means every batch row
+            alike.
         keys: number of key rows M.
     """
 

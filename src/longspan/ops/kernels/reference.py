@@ -1,9 +1,10 @@
 """Dense masked softmax attention: the specification that every other kernel is tested against.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j : j visible to i) v_j,    lse_i = log sum_j exp(scale * q_i . k_j)
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j
+    lse_i = log sum_j exp(scale * q_i . k_j)          j over the keys visible to i
 
-O(N M) time and memory, any device, any dtype (float64 for oracles; half precision is computed in float32),
-gradients by autograd. A query row that sees no key gives out = 0 and lse = -inf.
+O(N M) time and memory, any device, any dtype (float64 for oracles; half precision is computed in
+float32), gradients by autograd. A query row that sees no key gives out = 0 and lse = -inf.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, G range groups.
 """
@@ -29,7 +30,8 @@ def reference(
         scale: factor on the logits.
 
     Returns:
-        out [B, H, N, Dv] in the dtype of ``q``, and lse [B, H, N] in float32 (float64 for float64 inputs).
+        out [B, H, N, Dv] in the dtype of ``q``, and lse [B, H, N] in float32 (float64 for float64
+        inputs).
     """
     work = torch.promote_types(q_BHND.dtype, torch.float32)
     repeat = q_BHND.shape[1] // k_BKMD.shape[1]
@@ -38,7 +40,8 @@ def reference(
     logits_BHNM = (q_BHND.to(work) @ k_BHMD.transpose(-1, -2)) * scale
     visible_BHNM = ranges.mask_GNM()[ranges.group_BH].expand_as(logits_BHNM)
     empty_BHN1 = ~visible_BHNM.any(dim=-1, keepdim=True)
-    # A row of -inf only would make softmax NaN, in its gradient too: such rows are computed unmasked, then zeroed.
+    # A row of -inf only would make softmax NaN, in its gradient too: such rows are computed
+    # unmasked, then zeroed.
     logits_BHNM = logits_BHNM.masked_fill(~visible_BHNM & ~empty_BHN1, -torch.inf)
     lse_BHN = logits_BHNM.logsumexp(dim=-1)
     weight_BHNM = (logits_BHNM - lse_BHN[..., None]).exp()

@@ -1,0 +1,194 @@
+"""``attend``: attention over a pattern, the one operation everything else is built on.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j over the keys that the pattern allows i
+
+The pattern becomes a plan (cached), the plan key ranges on the device (cached with it), a kernel
+computes each pass, and passes over disjoint keys are merged by log-sum-exp. O(pairs of the
+pattern) time, O(N) extra memory.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.errors import InputError
+from longspan.ops.capability import KERNELS, choose
+from longspan.ops.merge import merge
+from longspan.ops.ranges import KeyRanges
+from longspan.pattern import Pattern, parse
+from longspan.planning import Pass, Plan, plan
+
+_ranges_of: WeakKeyDictionary[Pass, dict[torch.device, KeyRanges]] = WeakKeyDictionary()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | str,
+    *,
+    positions: Any = None,
+    segments: Any = None,
+    key_positions: Any = None,
+    key_segments: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+    layer: int = 0,
+) -> Any:
+    """Attention of each query over the keys that a pattern allows it.
+
+    Args:
+        q: queries [B, H, N, D]; float64, float32, bfloat16 or float16, any device.
+        k: keys [B, K, M, D]; K divides H (grouped queries), query head h reads key head ``h // (H
+            // K)``.
+        v: values [B, K, M, Dv].
+        pattern: where each query may look: a pattern, its text form, or a plan made before.
+        positions: whole numbers [N] or [B, N], the place of each query in its segment; default:
+            counted inside each segment; with N < M the queries are the last rows.
+        segments: whole numbers [N] or [B, N]; rows see only their own segment (packed documents),
+            and a negative number marks padding, whose output is 0.
+        key_positions: the same for keys, [M] or [B, M].
+        key_segments: the same for keys, [M] or [B, M].
+        scale: factor on the logits; default ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the logits.
+        impl: kernel name, or ``"auto"``. A named kernel never falls back to another.
+        layer: for patterns that differ between layers.
+
+    Returns:
+        out [B, H, N, Dv] in the dtype of ``q``; with ``return_lse`` also lse [B, H, N], float32
+        (float64 for float64). Both are differentiable. A query without keys gives 0 and -inf; a
+        causal pattern that would leave a query without keys keeps the query's own position.
+
+    Raises:
+        InputError: if shapes, dtypes or devices do not fit.
+        PatternError: if the pattern does not parse or does not fit the heads.
+        PlanError: if positions or segments do not fit.
+        Refusal: if a named kernel cannot do it.
+    """
+    _check(q, k, v)
+    rows = (positions, segments, key_positions, key_segments)
+    laid = _plan(q, k, pattern, rows, layer)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    parts = []
+    for one in laid.passes:
+        ranges = ranges_on(one, k.shape[2], q.device)
+        parts.append(choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale))
+    out, lse = merge(parts)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | str,
+    *,
+    impl: str = "auto",
+    **rows: Any,
+) -> str:
+    """Say what ``attend`` would do: the plan, the kernel, and why not the others."""
+    _check(q, k, v)
+    order = ("positions", "segments", "key_positions", "key_segments")
+    laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
+    ranges = ranges_on(laid.passes[0], k.shape[2], q.device)
+    chosen = choose(impl, q, k, v, ranges)
+    lines = [str(laid), f"kernel {chosen.name}: {chosen.note}"]
+    for kernel in KERNELS:
+        if kernel is not chosen:
+            why = (
+                "; ".join(kernel.reasons(q, k, v, ranges)) or "possible, comes later in the order"
+            )
+            lines.append(f"  not {kernel.name}: {why}")
+    return "\n".join(lines)
+
+
+def ranges_on(one: Pass, keys: int, device: torch.device) -> KeyRanges:
+    """Key ranges of a pass as tensors on a device; kept as long as the pass lives."""
+    per_device = _ranges_of.setdefault(one, {})
+    if device not in per_device:
+        batch, classes, n, width = one.lo.shape
+        group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+        per_device[device] = KeyRanges(
+            torch.from_numpy(one.lo.reshape(-1, n, width)).to(device),
+            torch.from_numpy(one.hi.reshape(-1, n, width)).to(device),
+            group.to(device),
+            keys,
+        )
+    return per_device[device]
+
+
+# Plans of a plain call are kept: a training loop asks for the same one in every layer and step.
+_cached_plan = lru_cache(maxsize=32)(plan)
+
+
+def _plan(
+    q: Tensor, k: Tensor, pattern: Pattern | Plan | str, rows: tuple[Any, ...], layer: int
+) -> Plan:
+    heads, n, keys = q.shape[1], q.shape[2], k.shape[2]
+    if isinstance(pattern, Plan):
+        if any(row is not None for row in rows):
+            raise InputError("a plan already holds positions and segments: give them to plan(...)")
+        if (pattern.heads, pattern.n, pattern.keys) != (heads, n, keys):
+            raise InputError(
+                f"the plan is for {pattern.heads} heads, {pattern.n} queries and {pattern.keys} "
+                f"keys, the tensors have {heads}, {n} and {keys}"
+            )
+        laid = pattern
+    else:
+        if isinstance(pattern, str):
+            pattern = parse(pattern)
+        if all(row is None for row in rows):
+            return _cached_plan(pattern, n, heads, keys=keys, layer=layer)
+        names = ("positions", "segments", "key_positions", "key_segments")
+        tables = {name: _table(row) for name, row in zip(names, rows, strict=True)}
+        laid = plan(pattern, n, heads, keys=keys, layer=layer, **tables)
+    if laid.batch not in (1, q.shape[0]):
+        raise InputError(f"positions or segments have {laid.batch} batch rows, q has {q.shape[0]}")
+    return laid
+
+
+def _table(row: Any) -> Any:
+    return (
+        row.detach().cpu().numpy()
+        if isinstance(row, Tensor)
+        else row
+        if row is None
+        else np.asarray(row)
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
+    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)):
+        raise InputError(f"expected q [B, H, N, D], k [B, K, M, D], v [B, K, M, Dv]; got {shapes}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise InputError(f"batch sizes differ: {shapes}")
+    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise InputError(
+            f"k must have the width of q, and v the heads and rows of k; got {shapes}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"the key heads must divide the query heads; got {shapes}")
+    if min(q.numel(), k.numel(), v.numel()) == 0:
+        raise InputError(f"expected no empty axis; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise InputError(
+            f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise InputError(
+            f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
+        )
+
+
+def _shape(t: Any) -> str:
+    return str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__

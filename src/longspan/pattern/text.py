@@ -1,0 +1,189 @@
+"""Text form of patterns, for command lines, configurations, logs and cache keys.
+
+    expression   union of terms:  term | term | ...
+    term         intersection:    factor & factor & ...
+    factor       difference:      atom - atom - ...
+    atom         name(argument, key=value, ...)  or  (expression)
+    argument     whole number, true, false, word, "quoted word", [list] or expression
+
+``parse(str(p)) == p`` for every pattern. Names are those of the classes' ``name``; a pattern class
+defined elsewhere parses as soon as it is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from longspan.errors import PatternError
+from longspan.pattern.algebra import And, Or, Pattern, Sub
+
+_TOKEN = re.compile(
+    r"""\s*(?:(-?\d[\d_]*(?:\.\d+)?)|([A-Za-z_][\w.]*)|"([^"]*)"|(.))""", re.DOTALL
+)
+_WORDS = {"true": True, "false": False}
+
+
+def names() -> dict[str, type[Pattern]]:
+    """All pattern names that parse, with their classes."""
+    found: dict[str, type[Pattern]] = {}
+    waiting: list[type[Pattern]] = [Pattern]
+    while waiting:
+        cls = waiting.pop()
+        waiting.extend(cls.__subclasses__())
+        if "name" in vars(cls):
+            found[cls.name] = cls
+    return dict(sorted(found.items()))
+
+
+def parse(text: str) -> Pattern:
+    """Read a pattern from its text form.
+
+    Args:
+        text: for example ``"window(4096) | sink(4)"``.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        PatternError: if the text does not parse; shows the place and the nearest name.
+    """
+    if not isinstance(text, str):
+        raise PatternError(f"expected a pattern as text, got {text!r} ({type(text).__name__})")
+    return _Parser(text).whole()
+
+
+class _Parser:
+    """Recursive descent over the tokens ``(kind, value, start)``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[tuple[str, str, int]] = []
+        for match in _TOKEN.finditer(text):
+            index = match.lastindex
+            if index is not None and not (index == 4 and match.group(4).isspace()):
+                kind = ("number", "name", "quoted", "sign")[index - 1]
+                self.tokens.append((kind, match.group(index), match.start(index)))
+        self.tokens.append(("end", "", len(text)))
+        self.at = 0
+
+    def whole(self) -> Pattern:
+        if self.tokens[0][0] == "end":
+            raise PatternError('the pattern is empty; write for example "window(1024) | sink(4)"')
+        pattern = self.union()
+        if self.tokens[self.at][0] != "end":
+            self.fail("expected an operator (&, | or -) or the end")
+        return pattern
+
+    def union(self) -> Pattern:
+        parts = [self.intersection()]
+        while self.take("|"):
+            parts.append(self.intersection())
+        return Or.of(*parts)
+
+    def intersection(self) -> Pattern:
+        parts = [self.difference()]
+        while self.take("&"):
+            parts.append(self.difference())
+        return And.of(*parts)
+
+    def difference(self) -> Pattern:
+        left = self.atom()
+        while self.take("-"):
+            left = Sub(left, self.atom())
+        return left
+
+    def atom(self) -> Pattern:
+        if self.take("("):
+            inner = self.union()
+            self.need(")")
+            return inner
+        kind, name, start = self.tokens[self.at]
+        if kind != "name":
+            self.fail("expected a pattern")
+        cls = names().get(name.lower())
+        if cls is None:
+            self.fail(f"no pattern is called {name!r}{_nearest(name, list(names()))}")
+        self.at += 1
+        self.need("(", f"{name} takes its arguments in brackets")
+        return self.build(cls, *self.arguments(cls), start)
+
+    def arguments(self, cls: type[Pattern]) -> tuple[list[Any], dict[str, Any]]:
+        values: list[Any] = []
+        named: dict[str, Any] = {}
+        known = [p for p in inspect.signature(cls).parameters if p != "self"]
+        while not self.take(")"):
+            kind, word, _ = self.tokens[self.at]
+            if kind == "name" and self.tokens[self.at + 1][1] == "=":
+                if word not in known or word in named:
+                    again = "is given twice" if word in named else "is unknown"
+                    self.fail(f"{cls.name}: argument {word!r} {again}{_nearest(word, known)}")
+                self.at += 2
+                named[word] = self.value()
+            else:
+                if named:
+                    self.fail("expected name=value: plain arguments come first")
+                values.append(self.value())
+            if not self.take(","):
+                self.need(")", "expected , or )")
+                break
+        return values, named
+
+    def value(self) -> Any:
+        kind, word, _ = self.tokens[self.at]
+        if kind == "number":
+            self.at += 1
+            return float(word) if "." in word else int(word)
+        if kind == "quoted":
+            self.at += 1
+            return word
+        if self.take("["):
+            items = []
+            while not self.take("]"):
+                items.append(self.value())
+                if not self.take(","):
+                    self.need("]", "expected , or ]")
+                    break
+            return tuple(items)
+        if kind == "name" and self.tokens[self.at + 1][1] != "(":
+            self.at += 1
+            return _WORDS.get(word.lower(), word)
+        return self.union()
+
+    def build(
+        self, cls: Callable[..., Pattern], values: list[Any], named: dict[str, Any], start: int
+    ) -> Pattern:
+        try:
+            return cls(*values, **named)
+        except (TypeError, PatternError) as error:
+            reason = str(error).replace("__init__()", "").replace(f"{cls.__name__}. ", "")
+            raise self.error(reason, start) from None
+
+    def take(self, sign: str) -> bool:
+        kind, word, _ = self.tokens[self.at]
+        # "a -1" reads as a number, which never follows a pattern: only a sign does.
+        if kind == "sign" and word == sign:
+            self.at += 1
+            return True
+        return False
+
+    def need(self, sign: str, reason: str | None = None) -> None:
+        if not self.take(sign):
+            self.fail(reason or f"expected {sign}")
+
+    def fail(self, reason: str) -> None:
+        raise self.error(reason, self.tokens[self.at][2])
+
+    def error(self, reason: str, start: int) -> PatternError:
+        line = self.text.replace("\n", " ")
+        return PatternError(f"{reason}\n  {line}\n  {' ' * start}^")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(known)}"

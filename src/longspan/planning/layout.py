@@ -1,0 +1,220 @@
+"""Rows, positions and segments: how the tokens of a pattern lie in a tensor.
+
+Every query row and key row carries a position and a segment. A row sees only rows of its own
+segment, patterns speak of positions inside it, and a negative segment marks padding, which neither
+sees nor is seen. Left padding, packed documents, a cache with holes, one-token decoding and a
+shard of a longer sequence differ in these numbers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from longspan.errors import PlanError
+from longspan.pattern.algebra import END
+from longspan.planning.ranges import Ints, Ranges
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Positions and segments of one batch row.
+
+    Attributes:
+        query_position: [n] int64, where each query stands in its segment.
+        query_segment: [n] int64, negative for padding.
+        key_position: [m] int64, rising inside each segment.
+        key_segment: [m] int64, negative for padding; rows of a segment lie side by side but for
+            padding.
+    """
+
+    query_position: Ints
+    query_segment: Ints
+    key_position: Ints
+    key_segment: Ints
+
+    @cached_property
+    def query_lengths(self) -> Ints:
+        """For each query, one past the last key position of its segment (0 for padding) [n]."""
+        length = np.zeros(len(self.query_segment), np.int64)
+        for segment in np.unique(self.key_segment[self.key_segment >= 0]):
+            last = self.key_position[self.key_segment == segment].max()
+            length[self.query_segment == segment] = last + 1
+        return length
+
+    def rows_of(self, positions: Ranges) -> Ranges:
+        """Key rows of each query's segment whose positions lie in the query's ranges.
+
+        Args:
+            positions: ranges of positions [n, t], one row per query.
+
+        Returns:
+            Ranges of key rows [n, t']; padding rows are left out, and padding queries have none.
+        """
+        if self._plain:
+            end = len(self.key_position)
+            return Ranges(np.minimum(positions.lo, end), np.minimum(positions.hi, end))
+        rows = np.flatnonzero(self.key_segment >= 0)
+        if len(rows) == 0:
+            return Ranges.of([], len(self.query_position))
+        segment = self.key_segment[rows]
+        # Segments are numbered by order of appearance, so (segment, position) rises along the
+        # rows.
+        border = np.flatnonzero(np.diff(segment, prepend=segment[0] - 1))
+        number = np.repeat(np.arange(len(border)), np.diff(border, append=len(rows)))
+        known = {int(segment[at]): index for index, at in enumerate(border)}
+        own = np.array([known.get(int(s), -1) for s in np.unique(self.query_segment)], np.int64)
+        own = own[np.unique(self.query_segment, return_inverse=True)[1]]
+        key = number * (END + 1) + self.key_position[rows]
+        base = own[:, None] * (END + 1)
+        lo = np.searchsorted(key, base + positions.lo)
+        hi = np.searchsorted(key, base + positions.hi)
+        absent = (own < 0)[:, None] | (positions.lo >= positions.hi)
+        hi = np.where(absent, lo, hi)
+        return self._skip_padding(lo, hi, rows)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """True if there is one segment, and key row j stands at position j: the common case."""
+        segments = (self.query_segment, self.key_segment)
+        return all((segment == self.key_segment[0]).all() for segment in segments) and bool(
+            self.key_segment[0] >= 0
+            and self.key_position[0] == 0
+            and self.key_position[-1] == len(self.key_position) - 1
+        )
+
+    def _skip_padding(self, lo: Ints, hi: Ints, rows: Ints) -> Ranges:
+        """Turn ranges over the unpadded rows into ranges over all rows."""
+        used = lo < hi
+        first = np.where(used, rows[np.minimum(lo, len(rows) - 1)], 0)
+        last = np.where(used, rows[hi - 1] + 1, 0)
+        pairs = [(first[:, t], last[:, t]) for t in range(lo.shape[1])]
+        found = Ranges.of(pairs, len(lo))
+        # Padding in the middle of what is used would fall inside a range: cut it out.
+        breaks = np.flatnonzero(np.diff(rows) > 1)
+        if len(breaks) == 0:
+            return found
+        run_lo = np.concatenate([[rows[0]], rows[breaks + 1]])
+        run_hi = np.concatenate([rows[breaks] + 1, [rows[-1] + 1]])
+        return found & Ranges.of(list(zip(run_lo, run_hi, strict=True)), len(lo))
+
+
+def layouts(
+    n: int,
+    keys: int,
+    positions: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    key_positions: ArrayLike | None = None,
+    key_segments: ArrayLike | None = None,
+) -> list[Layout]:
+    """Check what the caller said of rows and fill in the defaults.
+
+    Args:
+        n: query rows.
+        keys: key rows.
+        positions: query positions [n] or [batch, n]; default: counted inside each segment.
+        segments: query segments, same shape; default: one segment.
+        key_positions: key positions [keys] or [batch, keys]; default: those of the queries where
+            the numbers of rows agree, else 0, 1, 2, ... with the queries as the last rows.
+        key_segments: key segments, same shape; default: those of the queries, likewise.
+
+    Returns:
+        One layout, or one per batch row where any argument differs between batch rows.
+
+    Raises:
+        PlanError: for shapes that do not fit, positions that do not rise, or a segment in two
+            places.
+    """
+    if n < 1 or keys < 1:
+        raise PlanError(f"expected at least one query row and one key row, got {n} and {keys}")
+    if n > keys and key_positions is None:
+        raise PlanError(
+            f"{n} query rows but only {keys} key rows: say where they stand with positions= and "
+            "key_positions="
+        )
+    query_segment = _table("segments", segments, n)
+    key_segment = _table("key_segments", key_segments, keys)
+    if key_segment is None and query_segment is not None:
+        if n != keys:
+            raise PlanError(
+                f"segments= is for {n} query rows; the {keys} key rows need key_segments= too"
+            )
+        key_segment = query_segment
+    if key_segment is None:
+        key_segment = np.zeros((1, keys), np.int64)
+    if query_segment is None:
+        query_segment = key_segment[:, keys - n :]
+    query_position = _table("positions", positions, n)
+    key_position = _table("key_positions", key_positions, keys)
+    if key_position is None:
+        same = query_position is not None and n == keys
+        key_position = query_position if same else np.stack([_count(row) for row in key_segment])
+    if query_position is None:
+        query_position = key_position[:, keys - n :]
+    tables = [query_position, query_segment, key_position, key_segment]
+    batch = max(len(table) for table in tables if table is not None)
+    full = [np.broadcast_to(table, (batch, table.shape[1])) for table in tables]
+    if any(len(table) not in (1, batch) for table in tables):
+        raise PlanError(f"batch sizes differ: {[len(table) for table in tables]}")
+    found = [Layout(*(table[b] for table in full)) for b in range(batch)]
+    for b, layout in enumerate(found):
+        _check(layout, b)
+    alike = all((table[:1] == table).all() for table in full)
+    return found[:1] if alike else found
+
+
+def _table(name: str, value: ArrayLike | None, rows: int) -> Ints | None:
+    if value is None:
+        return None
+    array: NDArray[Any] = np.asarray(value)
+    if array.ndim not in (1, 2) or array.shape[-1] != rows:
+        raise PlanError(
+            f"{name} must have shape [{rows}] or [batch, {rows}], got {list(array.shape)}"
+        )
+    if array.dtype.kind not in "iu":
+        raise PlanError(f"{name} must be whole numbers, got {array.dtype}")
+    return np.atleast_2d(array).astype(np.int64)
+
+
+def _count(segment: Ints) -> Ints:
+    """Position of each row inside its segment, padding not counted."""
+    rows = np.flatnonzero(segment >= 0)
+    position = np.zeros(len(segment), np.int64)
+    if len(rows):
+        used = segment[rows]
+        starts = np.flatnonzero(np.diff(used, prepend=used[0] - 1))
+        first = np.repeat(starts, np.diff(starts, append=len(rows)))
+        position[rows] = np.arange(len(rows)) - first
+    return position
+
+
+def _check(layout: Layout, batch_row: int) -> None:
+    rows = np.flatnonzero(layout.key_segment >= 0)
+    segment, position = layout.key_segment[rows], layout.key_position[rows]
+    where = f" (batch row {batch_row})"
+    starts = np.flatnonzero(np.diff(segment, prepend=-1)) if len(rows) else rows
+    names, seen = np.unique(segment[starts], return_counts=True)
+    if (seen > 1).any():
+        raise PlanError(
+            f"segment {names[seen > 1][0]} appears in two places{where}: the rows of a segment "
+            "must lie side by side"
+        )
+    inside = np.diff(segment) == 0
+    if (np.diff(position)[inside] <= 0).any():
+        row = int(rows[1:][inside & (np.diff(position) <= 0)][0])
+        raise PlanError(
+            f"key positions must rise inside a segment, but row {row}{where} holds "
+            f"{layout.key_position[row]} after {layout.key_position[row - 1]}; documents that are "
+            "packed side by side need segments="
+        )
+    valid = layout.query_position[layout.query_segment >= 0]
+    for what, numbers in (("key", position), ("query", valid)):
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < END):
+            raise PlanError(
+                f"{what} positions must be from 0 to {END - 1}{where}, got "
+                f"{numbers.min()} to {numbers.max()}"
+            )
