@@ -1,0 +1,303 @@
+"""PyTorch FlexAttention over key ranges: the CUDA kernel that needs nothing but torch and Triton.
+
+Dong et al., FlexAttention, arXiv 2412.05496. The kernel walks only the tiles (128 query rows x 128
+key rows) that some range touches, and applies the mask only where a tile is not wholly visible.
+Two things differ from the usual way to call it:
+
+* The mask is *data*. One mask function reads the range bounds from tensors, so that a new
+  pattern is a new tensor, not a new graph to compile. Graphs are kept per shape class;
+  ``compilations()`` counts them.
+* The tile lists are computed from the ranges instead of evaluating a mask N M times, and are as
+  wide as the longest row needs instead of one column per tile (see ``_flex_tiles``).
+
+Forward 4 D flops per visited pair, backward 14 D; memory O(N D) and the tile lists.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, G range groups,
+m ranges per query; Z and Y are the batch rows and heads that differ in what they see, else 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as symbols
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
+
+from longspan.errors import Refusal
+from longspan.ops.kernels._flex_tiles import TILE, TileLists, count_tiles, tile_lists
+from longspan.ops.ranges import KeyRanges
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below 16 Triton has no matrix product; above 256 the tiles outgrow the shared memory.
+WIDTHS = range(16, 257)
+# A list is refused rather than allowed to crowd out the model: 2 GiB is N = 1M, 64 different
+# heads, window 4096.
+LIST_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Schedule:
+    """Everything that the compiled function reads besides q, k and v."""
+
+    tile: int
+    # [G, m, N], so that the rows of a tile lie side by side.
+    lo_GmN: Tensor
+    hi_GmN: Tensor
+    # int32 [B or 1, H]; None where all heads see the same keys.
+    group_BH: Tensor | None
+    lists: TileLists
+    # bool [B or 1, H or 1, N]; None where every row sees a key.
+    empty_BHN: Tensor | None
+    # Whether both lengths are whole tiles: then they are compiled in, else they stay symbols.
+    whole: bool
+
+
+class _ShapeClass(NamedTuple):
+    """What a compiled graph depends on: shapes and dtypes, never which keys are visible."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[int, int, int]
+    widths: tuple[int, int]
+    # (N, M) where both are whole tiles, else only whether N is one row or fewer than a tile.
+    lengths: tuple[int | bool, int | bool]
+    whole: bool
+    ranges: int
+    listed: tuple[int, int]
+    group_rows: int
+    tile: int
+    scale: float
+    orders: tuple[tuple[int, ...], ...]
+    grads: tuple[bool, ...]
+
+
+_schedules: WeakKeyDictionary[KeyRanges, _Schedule] = WeakKeyDictionary()
+_fused: dict[_ShapeClass, Callable[..., tuple[Tensor, Tensor]]] = {}
+_compilations = 0
+
+
+def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -> list[str]:
+    """Why this kernel cannot take the given tensors, one sentence each; empty where it can.
+
+    Counts the tiles of ``ranges`` once (and keeps the counts), if nothing else speaks against the
+    kernel.
+    """
+    tensors = (q_BHND, k_BKMD, v_BKMD)
+    devices = {x.device for x in (*tensors, ranges.lo_GNm, ranges.group_BH)}
+    dtypes = {x.dtype for x in tensors}
+    found = []
+    if len(devices) > 1:
+        found.append(f"q, k, v and the ranges lie on several devices: {sorted(map(str, devices))}")
+    elif q_BHND.device.type != "cuda":
+        found.append(f"flex needs CUDA tensors (elsewhere it cannot train), got {q_BHND.device}")
+    elif torch.cuda.get_device_capability(q_BHND.device) < (8, 0):
+        found.append("flex needs compute capability 8.0 or newer")
+    if not _has_triton():
+        found.append("the package triton is not installed")
+    if len(dtypes) > 1:
+        found.append(f"q, k and v have different dtypes: {sorted(map(str, dtypes))}")
+    elif q_BHND.dtype not in DTYPES:
+        found.append(f"flex computes float32, bfloat16 and float16, got {q_BHND.dtype}")
+    for name, width in (("q and k", q_BHND.shape[-1]), ("v", v_BKMD.shape[-1])):
+        if width not in WIDTHS:
+            found.append(
+                f"the head width of {name} must be {WIDTHS[0]} to {WIDTHS[-1]}, got {width}"
+            )
+    if 0 in (*q_BHND.shape[:3], k_BKMD.shape[2], ranges.lo_GNm.shape[2]):
+        found.append("there is no query, no key or no range")
+    if not found:
+        needed = count_tiles(ranges).list_bytes
+        if needed > LIST_BYTES:
+            found.append(
+                f"the tile lists would take {needed / 2**30:.1f} GiB, the limit is "
+                f"{LIST_BYTES >> 30} GiB: let more heads share a pattern or cut the sequence"
+            )
+    return found
+
+
+def compilations() -> int:
+    """Graphs compiled so far in this process: one per shape class, none for another pattern."""
+    return _compilations
+
+
+def flex(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend over the given key ranges.
+
+    Args:
+        q_BHND: queries [B, H, N, D], float32, bfloat16 or float16 on CUDA, 16 <= D <= 256.
+        k_BKMD: keys [B, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
+        v_BKMD: values [B, K, M, Dv], 16 <= Dv <= 256.
+        ranges: visible keys, on the device of ``q``.
+        scale: factor on the logits; part of the shape class.
+
+    Returns:
+        out [B, H, N, Dv] in the dtype of ``q``, and natural-log lse [B, H, N] in float32. Both are
+        differentiable.
+
+    Raises:
+        Refusal: ``reasons`` has one.
+    """
+    found = reasons(q_BHND, k_BKMD, v_BKMD, ranges)
+    if found:
+        raise Refusal("flex cannot run here: " + "; ".join(found))
+    plan = _schedule(ranges)
+    q_BHND, k_BKMD, v_BKMD = (_dense(x) for x in (q_BHND, k_BKMD, v_BKMD))
+    if not plan.whole:
+        # Marks stay on a tensor, so they go on views and not on what the caller passed.
+        q_BHND, k_BKMD, v_BKMD = (x.view_as(x) for x in (q_BHND, k_BKMD, v_BKMD))
+        for x in (q_BHND, k_BKMD, v_BKMD):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+    attend = _compiled(_shape_class(q_BHND, k_BKMD, v_BKMD, plan, scale))
+    # Equal sizes are no equal symbols: else lists of equal width now would tie those of the next
+    # pattern.
+    with symbols.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+        out_BHND, lse_BHN = attend(
+            q_BHND, k_BKMD, v_BKMD, plan.lo_GmN, plan.hi_GmN, plan.group_BH, *plan.lists
+        )
+    if plan.empty_BHN is not None:
+        # Empty rows are 0 and -inf already; this keeps a NaN in the incoming gradient from
+        # spreading.
+        out_BHND = out_BHND.masked_fill(plan.empty_BHN[..., None], 0.0)
+        lse_BHN = lse_BHN.masked_fill(plan.empty_BHN, -torch.inf)
+    return out_BHND, lse_BHN
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _dense(x: Tensor) -> Tensor:
+    # Strides then follow from shape and order, which name the shape class.
+    return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
+
+
+def _schedule(ranges: KeyRanges) -> _Schedule:
+    if ranges in _schedules:
+        return _schedules[ranges]
+    counts = count_tiles(ranges)
+    shared = counts.group_ZY.numel() == 1
+    lo_GmN, hi_GmN = (_bounds(x) for x in (ranges.lo_GNm, ranges.hi_GNm))
+    if shared:
+        only = int(counts.group_ZY)
+        lo_GmN, hi_GmN = lo_GmN[only : only + 1], hi_GmN[only : only + 1]
+    empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
+    lists = tile_lists(ranges)
+    whole = not (ranges.queries % counts.tile or ranges.keys % counts.tile)
+    # Sizes that differ between patterns of one shape class must stay symbols.
+    for x in lists:
+        torch._dynamo.maybe_mark_dynamic(x, [] if whole else [2])
+    for x in lists[1::2]:
+        torch._dynamo.maybe_mark_dynamic(x, 3)
+    for x in (lo_GmN, hi_GmN):
+        torch._dynamo.maybe_mark_dynamic(x, ([] if shared else [0]) + ([] if whole else [2]))
+    _schedules[ranges] = plan = _Schedule(
+        tile=counts.tile,
+        lo_GmN=lo_GmN,
+        hi_GmN=hi_GmN,
+        group_BH=None if shared else ranges.group_BH.int().contiguous(),
+        lists=lists,
+        empty_BHN=empty_GN[counts.group_ZY] if empty_GN.any() else None,
+        whole=whole,
+    )
+    return plan
+
+
+def _bounds(x_GNm: Tensor) -> Tensor:
+    """Bounds as the mask function reads them: [G, m, N], m rounded up to 1, 2, 3, 4, 8, 16, ..."""
+    ranges = x_GNm.shape[2]
+    rounded = ranges if ranges <= 4 else 1 << (ranges - 1).bit_length()
+    return pad(x_GNm.mT, (0, 0, 0, rounded - ranges)).contiguous()
+
+
+def _shape_class(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, plan: _Schedule, scale: float
+) -> _ShapeClass:
+    batch, heads, queries, width = q_BHND.shape
+    keys = k_BKMD.shape[2]
+    tensors = (q_BHND, k_BKMD, v_BKMD)
+    return _ShapeClass(
+        device=q_BHND.device,
+        dtype=q_BHND.dtype,
+        heads=(batch, heads, k_BKMD.shape[1]),
+        widths=(width, v_BKMD.shape[3]),
+        lengths=(queries, keys) if plan.whole else (queries == 1, queries < TILE),
+        whole=plan.whole,
+        ranges=plan.lo_GmN.shape[1],
+        listed=(plan.lists.kv_count.shape[0], plan.lists.kv_count.shape[1]),
+        group_rows=0 if plan.group_BH is None else len(plan.group_BH),
+        tile=plan.tile,
+        scale=float(scale),
+        orders=tuple(tuple(sorted(range(4), key=x.stride, reverse=True)) for x in tensors),
+        grads=(
+            torch.is_grad_enabled(),
+            q_BHND.is_inference(),
+            *(x.requires_grad for x in tensors),
+        ),
+    )
+
+
+def _compiled(shape: _ShapeClass) -> Callable[..., tuple[Tensor, Tensor]]:
+    if shape not in _fused:
+        _fused[shape] = _compile(shape, f"flex_{len(_fused)}")
+    return _fused[shape]
+
+
+def _compile(shape: _ShapeClass, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def attend(
+        q_BHND: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        lo_GmN: Tensor,
+        hi_GmN: Tensor,
+        group_BH: Tensor | None,
+        *lists: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            row = batch if shape.group_rows > 1 else 0
+            group = 0 if group_BH is None else group_BH[row, head]
+            inside = (lo_GmN[group, 0, query] <= key) & (key < hi_GmN[group, 0, query])
+            for t in range(1, shape.ranges):
+                more = (lo_GmN[group, t, query] <= key) & (key < hi_GmN[group, t, query])
+                inside = inside | more
+            return inside
+
+        mask = BlockMask(
+            (q_BHND.shape[2], k_BKMD.shape[2]),
+            *lists,
+            BLOCK_SIZE=(shape.tile, shape.tile),
+            mask_mod=visible,
+        )
+        out_BHND, aux = flex_attention(
+            q_BHND,
+            k_BKMD,
+            v_BKMD,
+            block_mask=mask,
+            scale=shape.scale,
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        return out_BHND, aux.lse
+
+    # Dynamo keeps at most eight graphs per code object, and all calls of this function share one:
+    # each shape class gets its own. With fullgraph, running over that limit is an error and never
+    # a silent unfused run.
+    attend.__code__ = attend.__code__.replace(co_name=name)
+    return torch.compile(attend, backend=_inductor, fullgraph=True)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    global _compilations
+    _compilations += 1
+    return torch._dynamo.lookup_backend("inductor")(graph, inputs)
