@@ -77,11 +77,11 @@ def attend(
     _check(q, k, v)
     rows = (positions, segments, key_positions, key_segments)
     laid = _plan(q, k, pattern, rows, layer)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     parts = []
     for one in laid.passes:
         ranges = ranges_on(one, k.shape[2], q.device)
-        parts.append(choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale))
+        parts.append(choose(impl, q, k, v, ranges).load()(q, k, v, ranges, factor))
     out, lse = merge(parts)
     return (out, lse) if return_lse else out
 

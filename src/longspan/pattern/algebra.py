@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from longspan.errors import PatternError
 
-Positions = NDArray[np.integer[Any]]
+Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Interval = tuple[Positions, Positions]
 

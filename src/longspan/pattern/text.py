@@ -16,7 +16,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from longspan.errors import PatternError
 from longspan.pattern.algebra import And, Or, Pattern, Sub
@@ -174,7 +174,7 @@ class _Parser:
         if not self.take(sign):
             self.fail(reason or f"expected {sign}")
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         raise self.error(reason, self.tokens[self.at][2])
 
     def error(self, reason: str, start: int) -> PatternError:

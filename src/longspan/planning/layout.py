@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longspan.errors import PlanError
-from longspan.pattern.algebra import END
-from longspan.planning.ranges import Ints, Ranges
+from longspan.pattern.algebra import END, Positions
+from longspan.planning.ranges import Ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +32,13 @@ class Layout:
             padding.
     """
 
-    query_position: Ints
-    query_segment: Ints
-    key_position: Ints
-    key_segment: Ints
+    query_position: Positions
+    query_segment: Positions
+    key_position: Positions
+    key_segment: Positions
 
     @cached_property
-    def query_lengths(self) -> Ints:
+    def query_lengths(self) -> Positions:
         """For each query, one past the last key position of its segment (0 for padding) [n]."""
         length = np.zeros(len(self.query_segment), np.int64)
         for segment in np.unique(self.key_segment[self.key_segment >= 0]):
@@ -87,7 +87,7 @@ class Layout:
             and self.key_position[-1] == len(self.key_position) - 1
         )
 
-    def _skip_padding(self, lo: Ints, hi: Ints, rows: Ints) -> Ranges:
+    def _skip_padding(self, lo: Positions, hi: Positions, rows: Positions) -> Ranges:
         """Turn ranges over the unpadded rows into ranges over all rows."""
         used = lo < hi
         first = np.where(used, rows[np.minimum(lo, len(rows) - 1)], 0)
@@ -131,28 +131,27 @@ def layouts(
     """
     if n < 1 or keys < 1:
         raise PlanError(f"expected at least one query row and one key row, got {n} and {keys}")
-    if n > keys and key_positions is None:
-        raise PlanError(
-            f"{n} query rows but only {keys} key rows: say where they stand with positions= and "
-            "key_positions="
-        )
     query_segment = _table("segments", segments, n)
     key_segment = _table("key_segments", key_segments, keys)
-    if key_segment is None and query_segment is not None:
-        if n != keys:
-            raise PlanError(
-                f"segments= is for {n} query rows; the {keys} key rows need key_segments= too"
-            )
-        key_segment = query_segment
-    if key_segment is None:
-        key_segment = np.zeros((1, keys), np.int64)
-    if query_segment is None:
-        query_segment = key_segment[:, keys - n :]
     query_position = _table("positions", positions, n)
     key_position = _table("key_positions", key_positions, keys)
+    if n > keys and (query_position is None or key_position is None):
+        raise PlanError(
+            f"{n} query rows but only {keys} key rows: say where both stand with positions= and "
+            "key_positions="
+        )
+    if query_segment is not None and key_segment is None and n != keys:
+        raise PlanError(f"segments= is for {n} query rows; {keys} key rows need key_segments= too")
+    if key_segment is not None and query_segment is None and n > keys:
+        raise PlanError(f"key_segments= is for {keys} key rows; {n} query rows need segments= too")
+    if key_segment is None:
+        key_segment = np.zeros((1, keys), np.int64) if query_segment is None else query_segment
+    if query_segment is None:
+        query_segment = key_segment[:, keys - n :] if n <= keys else np.zeros((1, n), np.int64)
     if key_position is None:
-        same = query_position is not None and n == keys
-        key_position = query_position if same else np.stack([_count(row) for row in key_segment])
+        key_position = np.stack([_count(row) for row in key_segment])
+        if query_position is not None and n == keys:
+            key_position = query_position
     if query_position is None:
         query_position = key_position[:, keys - n :]
     tables = [query_position, query_segment, key_position, key_segment]
@@ -167,7 +166,7 @@ def layouts(
     return found[:1] if alike else found
 
 
-def _table(name: str, value: ArrayLike | None, rows: int) -> Ints | None:
+def _table(name: str, value: ArrayLike | None, rows: int) -> Positions | None:
     if value is None:
         return None
     array: NDArray[Any] = np.asarray(value)
@@ -180,7 +179,7 @@ def _table(name: str, value: ArrayLike | None, rows: int) -> Ints | None:
     return np.atleast_2d(array).astype(np.int64)
 
 
-def _count(segment: Ints) -> Ints:
+def _count(segment: Positions) -> Positions:
     """Position of each row inside its segment, padding not counted."""
     rows = np.flatnonzero(segment >= 0)
     position = np.zeros(len(segment), np.int64)

@@ -144,8 +144,8 @@ class Plan:
         key = np.arange(self.keys)
         dense = np.zeros((self.batch, self.heads, self.n, self.keys), bool)
         for part in self.passes:
-            inside = (part.lo[..., None] <= key) & (key < part.hi[..., None])
-            dense |= inside.any(axis=3)[:, list(part.head_class)]
+            inside = np.asarray((part.lo[..., None] <= key) & (key < part.hi[..., None]))
+            dense |= np.any(inside, axis=3)[:, list(part.head_class)]
         return dense
 
     def __str__(self) -> str:

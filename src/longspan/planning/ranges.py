@@ -13,19 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from longspan.pattern.algebra import END, Interval
-
-Ints = NDArray[np.int64]
+from longspan.pattern.algebra import END, Interval, Positions
 
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
     """Interval lists ``lo``, ``hi`` [n, m], int64, in the normal form of the module text."""
 
-    lo: Ints
-    hi: Ints
+    lo: Positions
+    hi: Positions
 
     @classmethod
     def of(cls, intervals: Sequence[Interval], rows: int) -> Ranges:
@@ -51,7 +48,7 @@ class Ranges:
         """Places for intervals per row m."""
         return self.lo.shape[1]
 
-    def count(self) -> Ints:
+    def count(self) -> Positions:
         """Number of integers in each row [n]."""
         return (self.hi - self.lo).sum(axis=1)
 
@@ -81,7 +78,7 @@ class Ranges:
         gap_lo[:, 1:] = np.where(used, gap_lo[:, 1:], END)
         return _normal(gap_lo, gap_hi)
 
-    def fill_empty(self, start: Ints) -> Ranges:
+    def fill_empty(self, start: Positions) -> Ranges:
         """Give each empty row the single integer ``start`` [n]."""
         empty = ~(self.lo[:, 0] < self.hi[:, 0])
         if not empty.any():
@@ -92,7 +89,7 @@ class Ranges:
         return Ranges(lo, hi)
 
 
-def _normal(lo: Ints, hi: Ints) -> Ranges:
+def _normal(lo: Positions, hi: Positions) -> Ranges:
     """Normal form of any intervals [n, m]."""
     if lo.shape[1] == 1:
         used = lo < hi
