@@ -156,9 +156,9 @@ def layouts(
         query_position = key_position[:, keys - n :]
     tables = [query_position, query_segment, key_position, key_segment]
     batch = max(len(table) for table in tables if table is not None)
-    full = [np.broadcast_to(table, (batch, table.shape[1])) for table in tables]
     if any(len(table) not in (1, batch) for table in tables):
         raise PlanError(f"batch sizes differ: {[len(table) for table in tables]}")
+    full = [np.broadcast_to(table, (batch, table.shape[1])) for table in tables]
     found = [Layout(*(table[b] for table in full)) for b in range(batch)]
     for b, layout in enumerate(found):
         _check(layout, b)

@@ -1,0 +1,173 @@
+"""Laws of the algebra, and each atom against a definition written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import longspan as ls
+from longspan.errors import PatternError
+
+N, HEADS = 23, 4
+
+
+def pairs(rule, n=N, heads=HEADS):
+    """Dense mask from a rule of (head, query, key)."""
+    return np.array(
+        [[[rule(h, i, j) for j in range(n)] for i in range(n)] for h in range(heads)], dtype=bool
+    )
+
+
+def keep_self(mask):
+    for head in mask:
+        for i, row in enumerate(head):
+            row[i] |= not row.any()
+    return mask
+
+
+ATOMS = {
+    "causal": (ls.Causal(), lambda h, i, j: j <= i),
+    "dense": (ls.Dense(), lambda h, i, j: True),
+    "window": (ls.Window(5), lambda h, i, j: 0 <= i - j < 5),
+    "window of one": (ls.Window(1), lambda h, i, j: i == j),
+    "window, two-sided": (ls.Window(5, causal=False), lambda h, i, j: abs(i - j) <= 2),
+    "window, two-sided, even": (ls.Window(4, causal=False), lambda h, i, j: abs(i - j) <= 2),
+    "sink": (ls.Sink(3), lambda h, i, j: j < 3 and j <= i),
+    "prefix": (ls.Prefix(3), lambda h, i, j: j < 3),
+    "chunk": (ls.Chunk(6), lambda h, i, j: i // 6 == j // 6 and j <= i),
+    "chunk, moved": (
+        ls.Chunk(6, offset=2, causal=False),
+        lambda h, i, j: (i - 2) // 6 == (j - 2) // 6,
+    ),
+    # spec: visible range in split mode is max(0, s + g ((i - s) // g)) <= j <= i
+    "shifted chunk": (
+        ls.ShiftedChunk(8),
+        lambda h, i, j: (s := 4 * (h >= 2)) + 8 * ((i - s) // 8) <= j <= i,
+    ),
+    "scca fixed": (
+        ls.SCCA.fixed(6),
+        lambda h, i, j: (c := i // 6 * 6 - 3 * (h >= 2)) <= j < c + 6 and j <= i,
+    ),
+    "scca fixed, whole chunk": (
+        ls.SCCA.fixed(6, shift=6),
+        lambda h, i, j: (c := i // 6 * 6 - 6 * (h >= 2)) <= j < c + 6 and j <= i,
+    ),
+    "scca flow": (
+        ls.SCCA.flow(6),
+        lambda h, i, j: j // 6 == i // 6 - h % (i // 6 + 1) and j <= i,
+    ),
+    "scca flow, literal": (
+        ls.SCCA.flow(6, wrap="none"),
+        lambda h, i, j: j // 6 == i // 6 - h and j <= i,
+    ),
+    "scca flow, ring": (
+        ls.SCCA.flow(6, causal=False),
+        lambda h, i, j: j // 6 == (i // 6 - h) % 4,
+    ),
+    "document": (
+        ls.Document(4, 9),
+        lambda h, i, j: (i >= 4) + (i >= 13) == (j >= 4) + (j >= 13),
+    ),
+    "per head": (
+        ls.PerHead(ls.Window(2), ls.SCCA.flow(6)),
+        lambda h, i, j: (
+            0 <= i - j < 2 if h < 2 else j // 6 == i // 6 - (h - 2) % (i // 6 + 1) and j <= i
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATOMS)
+def test_atom_equals_its_definition(name):
+    pattern, rule = ATOMS[name]
+    expected = pairs(rule)
+    if pattern.is_causal:
+        assert not np.triu(expected, 1).any()
+        expected = keep_self(expected)
+    np.testing.assert_array_equal(pattern.mask(N, HEADS), expected)
+
+
+def test_operators_are_set_operations():
+    a, b = ls.Window(7), ls.Chunk(5, causal=False)
+    ma, mb = a.mask(N), b.mask(N)
+    np.testing.assert_array_equal((a & b).mask(N), ma & mb)
+    np.testing.assert_array_equal((a | b).mask(N), ma | mb)
+    np.testing.assert_array_equal((b - a).mask(N), mb & ~ma)
+
+
+def test_equality_hash_and_flattening():
+    a, b, c = ls.Window(7), ls.Sink(2), ls.Chunk(4)
+    assert (a | b) | c == a | (b | c)
+    assert a | a == a
+    assert a | b | a == a | b
+    assert ls.Window(7) == a
+    assert ls.Window(8) != a
+    assert len({a | b, ls.Window(7) | ls.Sink(2), a & b}) == 2
+
+
+def test_causality_is_known_from_the_structure():
+    two_sided = ls.Window(5, causal=False)
+    assert (two_sided & ls.Causal()).is_causal
+    assert not (two_sided | ls.Causal()).is_causal
+    assert (ls.Causal() - two_sided).is_causal
+    assert not (two_sided - ls.Causal()).is_causal
+    assert not ls.PerHead(ls.Causal(), two_sided).is_causal
+
+
+def test_sink_is_causal_prefix():
+    np.testing.assert_array_equal(ls.Sink(3).mask(N), (ls.Prefix(3) & ls.Causal()).mask(N))
+
+
+def test_flow_with_as_many_heads_as_chunks_covers_the_past():
+    union = ls.SCCA.flow(4).mask(32, heads=8).any(axis=0)
+    np.testing.assert_array_equal(union, np.tri(32, dtype=bool))
+
+
+def test_layers_take_turns():
+    swin = ls.PerLayer(ls.Chunk(8, causal=False), ls.Chunk(8, offset=4, causal=False))
+    np.testing.assert_array_equal(swin.mask(N, layer=2), ls.Chunk(8, causal=False).mask(N))
+    np.testing.assert_array_equal(
+        swin.mask(N, layer=3), ls.Chunk(8, offset=4, causal=False).mask(N)
+    )
+    mixed = swin & ls.Causal() | ls.Sink(1)
+    np.testing.assert_array_equal(
+        mixed.mask(N, layer=1), (ls.Chunk(8, offset=4) | ls.Sink(1)).mask(N)
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern", [p for p, _ in ATOMS.values() if p.is_causal], ids=lambda p: str(p)
+)
+def test_causal_masks_do_not_depend_on_the_length(pattern):
+    long = pattern.mask(N, HEADS)
+    for n in range(1, N):
+        np.testing.assert_array_equal(pattern.mask(n, HEADS), long[:, :n, :n])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ls.Window(0), ["Window", "size", "0"]),
+        (lambda: ls.Window(2.5), ["whole number", "2.5", "float"]),
+        (lambda: ls.Window(True), ["whole number", "True"]),
+        (lambda: ls.Window(2**40), ["2147483647"]),
+        (lambda: ls.Chunk(4, offset=4), ["offset", "below size"]),
+        (lambda: ls.ShiftedChunk(7), ["even", "7"]),
+        (lambda: ls.SCCA.fixed(4, shift=-1), ["shift", "-1"]),
+        (lambda: ls.SCCA.flow(4, wrap="ring"), ["wrap", "ring", "past"]),
+        (lambda: ls.Document(3, 0), ["length", "0"]),
+        (lambda: ls.PerHead(), ["at least one"]),
+        (lambda: ls.PerHead(3), ["expected patterns", "3"]),
+        (lambda: ls.PerHead(ls.Causal(), ls.Window(2)).mask(8, heads=3), ["2 patterns", "3"]),
+    ],
+)
+def test_errors_name_what_was_passed_and_expected(make, words):
+    with pytest.raises(PatternError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_operators_refuse_what_is_no_pattern():
+    with pytest.raises(TypeError):
+        ls.Window(3) | 4
