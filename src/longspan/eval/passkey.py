@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longspan.errors import DataError
+from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
@@ -38,6 +38,16 @@ def prose(chars: int, depth: float, key: str, seed: int) -> tuple[str, str, str]
     before = round(depth * repeats)
     context = _TASK + _GRASS * before + needle + _GRASS * (repeats - before)
     return context, "\nWhat is the pass key? The pass key is", f" {key}"
+
+
+def check_passkey(depths: Sequence[float], trials: int, style: str) -> None:
+    """Raise InputError for values that make no sense."""
+    if style not in STYLES:
+        raise InputError(f"Unknown passkey style {style!r}: choose one of {', '.join(STYLES)}.")
+    if not depths or any(not 0 <= depth <= 1 for depth in depths):
+        raise InputError(f"Depths go from 0 (start) to 1 (end), got {list(depths)}.")
+    if trials < 1:
+        raise InputError(f"At least one probe per length and depth is needed, got {trials}.")
 
 
 def passkey(
@@ -72,12 +82,10 @@ def passkey(
         (nats per answer token) are tables [length][depth]; a cell that ``limit`` left out is None.
 
     Raises:
-        DataError: unknown style, depth outside 0..1, or a length that cannot hold the question.
+        InputError: unknown style, depth outside 0..1, or no trials.
+        DataError: a length that cannot hold the question.
     """
-    if style not in STYLES:
-        raise DataError(f"Unknown passkey style {style!r}: choose one of {', '.join(STYLES)}.")
-    if any(not 0 <= depth <= 1 for depth in depths):
-        raise DataError(f"Depths go from 0 (start) to 1 (end), got {list(depths)}.")
+    check_passkey(depths, trials, style)
     records = Records(None, {}) if records is None else records
     cells = [(n, d, t) for n in lengths for d in depths for t in range(trials)][:limit]
     for done, (length, depth, trial) in enumerate(cells, start=1):
@@ -117,7 +125,7 @@ def probe(
     chars = length * 8
     while True:
         context, question, answer = _text(style)(chars, depth, number, filler_seed)
-        ids = tokenizer(context + question + answer)["input_ids"]
+        ids = tokenizer(context + question + answer, verbose=False)["input_ids"]
         if len(ids) <= length:
             break
         if chars <= 0:
@@ -127,7 +135,7 @@ def probe(
             )
         # Characters per token vary along the text: aim just below, and again until it fits.
         chars = min(chars - 1, int(chars * (length / len(ids)) * 1.01)) if chars > 64 else 0
-    prompt = tokenizer(context + question)["input_ids"]
+    prompt = tokenizer(context + question, verbose=False)["input_ids"]
     shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), None)
     return ids, len(ids) - (min(len(prompt), len(ids)) if shared is None else shared)
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.errors import DataError
+from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
@@ -42,6 +42,14 @@ class Window:
     scored: int
 
 
+def check_protocol(protocol: str, stride: int) -> None:
+    """Raise InputError for an unknown protocol, or windows that do not move."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"Unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}.")
+    if stride < 1:
+        raise InputError(f"Windows must move by at least one token, got a stride of {stride}.")
+
+
 def windows(
     protocol: str, sizes: Sequence[int], length: int, *, stride: int = 256, bos: bool = False
 ) -> list[Window]:
@@ -55,10 +63,9 @@ def windows(
         bos: ``new-tokens`` puts a BOS token in front, which takes one place of each window.
 
     Raises:
-        DataError: unknown protocol.
+        InputError: unknown protocol or stride.
     """
-    if protocol not in PROTOCOLS:
-        raise DataError(f"Unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}.")
+    check_protocol(protocol, stride)
     make = {"blocks": _blocks, "sliding": _sliding, "new-tokens": _new_tokens}[protocol]
     room = length - 1 if bos and protocol == "new-tokens" else length
     return [w for text, size in enumerate(sizes) for w in make(text, size, room, stride, bos)]
@@ -118,14 +125,15 @@ def perplexity(
         "positions": {"length", "edges", "nll"}}``; nll in nats per token; positions belong to the longest length.
 
     Raises:
-        DataError: a length for which the texts hold no whole window, or less than two tokens.
+        InputError: unknown protocol, or a length below two tokens.
+        DataError: a length for which the texts hold no whole window.
     """
     texts = list(documents) if protocol == "new-tokens" else [torch.cat(list(documents))]
     records = Records(None, {}) if records is None else records
     by_length = {}
     for length in sorted(set(lengths)):
         if length < 2:
-            raise DataError(f"A context of {length} tokens predicts nothing: give 2 or more.")
+            raise InputError(f"A context of {length} tokens predicts nothing: give 2 or more.")
         found = windows(
             protocol, [len(t) for t in texts], length, stride=stride, bos=bos is not None
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.eval.losses import TokenLoss
-from longspan.eval.passkey import STYLES, passkey, probe
+from longspan.eval.passkey import check_passkey, passkey, probe
 from longspan.eval.perplexity import perplexity
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
@@ -22,7 +22,7 @@ class SuiteConfig:
     """What to measure.
 
     Attributes:
-        lengths: context lengths in tokens, for perplexity and passkey.
+        lengths: context lengths in tokens, for perplexity and passkey; none: whoever runs the suite chooses.
         sequences: windows of the longest length; shorter lengths score the same text.
         depths: places of the passkey, 0 (start) to 1 (end).
         trials: passkey probes per length and depth; 0 leaves the passkey out.
@@ -30,7 +30,7 @@ class SuiteConfig:
         seed: chooses keys and filler.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     sequences: int = 8
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     trials: int = 4
@@ -38,21 +38,19 @@ class SuiteConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 2:
+        if any(length < 2 for length in self.lengths):
             raise InputError(f"Evaluation lengths must be 2 tokens or more, got {self.lengths}.")
         if self.sequences < 1 or self.trials < 0:
             raise InputError(
                 f"Evaluation needs at least one sequence and no negative number of trials, "
                 f"got {self.sequences} and {self.trials}."
             )
-        if self.style not in STYLES:
-            raise InputError(f"Unknown passkey style {self.style!r}: choose one of {STYLES}.")
-        if any(not 0 <= depth <= 1 for depth in self.depths):
-            raise InputError(f"Depths go from 0 (start) to 1 (end), got {self.depths}.")
+        if self.trials:
+            check_passkey(self.depths, self.trials, self.style)
 
     def check_passkey(self, tokenizer: Any) -> None:
         """Raise DataError now if the shortest length cannot hold a passkey probe."""
-        if self.trials and self.depths:
+        if self.trials:
             probe(tokenizer, min(self.lengths), self.depths[0], 0, style=self.style, seed=self.seed)
 
 
@@ -100,7 +98,7 @@ def evaluate(
         ),
         "passkey": None,
     }
-    if config.trials and config.depths:
+    if config.trials:
         measured["passkey"] = passkey(
             loss,
             tokenizer,

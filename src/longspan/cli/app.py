@@ -1,0 +1,65 @@
+"""The command line: ``longspan COMMAND``. Help answers without importing torch; work is imported by the commands.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 refused because something is not supported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from longspan.cli.demo import demo
+from longspan.cli.doctor import doctor
+from longspan.cli.eval import app as eval_app
+from longspan.cli.extend import extend
+from longspan.cli.pretrain import pretrain
+from longspan.errors import LongspanError
+
+app = typer.Typer(
+    name="longspan",
+    help="Sparse, chunked and linear attention for long contexts.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(extend)
+app.add_typer(eval_app, name="eval")
+app.command()(demo)
+app.command()(pretrain)
+app.command()(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from longspan import __version__
+
+        typer.echo(f"longspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sparse, chunked and linear attention for long contexts."""
+
+
+def main() -> None:
+    """Run the command line; an error about the input becomes one paragraph and an exit code."""
+    try:
+        app()
+    except LongspanError as error:
+        print(f"longspan: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("longspan: interrupted; a run with --out continues with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""``longspan eval``: perplexity and passkey retrieval of a model, with or without a pattern, scaling or adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="Local folder of a causal language model.")]
+Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096.")]
+Pattern = Annotated[
+    str | None, typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.')
+]
+Rope = Annotated[
+    str | None,
+    typer.Option(help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3."),
+]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Adapter folder of longspan extend; sets its position scaling.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Record file (.jsonl): what it already holds is not measured again.")
+]
+Limit = Annotated[int | None, typer.Option(help="Measure only so many, for a quick look.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def ppl(
+    model: Model,
+    lengths: Lengths,
+    data: Annotated[
+        list[str] | None, typer.Option(help="File or folder with text; may be repeated.")
+    ] = None,
+    python_stdlib: Annotated[
+        bool, typer.Option("--python-stdlib", help="Held-out modules of the standard library.")
+    ] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="blocks: windows side by side; sliding: LongLoRA's; new-tokens: YaRN's. Not comparable."
+        ),
+    ] = "blocks",
+    stride: Annotated[int, typer.Option(help="Tokens by which windows move.")] = 256,
+    pattern: Pattern = None,
+    rope: Rope = None,
+    adapter: Adapter = None,
+    out: Out = None,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity by context length and by position."""
+    from longspan.cli.progress import Bars
+    from longspan.cli.values import pick_device, whole_numbers
+    from longspan.eval.perplexity import check_protocol, perplexity
+    from longspan.eval.records import Records
+    from longspan.eval.subject import Subject
+    from longspan.train.data import tokenize_documents
+    from longspan.train.prepare import read_text, text_hash
+
+    sizes = whole_numbers(lengths)
+    check_protocol(protocol, stride)
+    documents = read_text(data or (), python_stdlib, "heldout")
+    subject = Subject(
+        model=model,
+        length=max(sizes),
+        pattern=pattern,
+        rope=rope,
+        adapter=adapter,
+        dtype=dtype,
+        device=pick_device(device),
+    )
+    with subject.open() as (loss, tokenizer), Bars() as bars:
+        text = tokenize_documents(tokenizer, documents)
+        asked = {**subject.settings(), "text": text_hash(text), "protocol": protocol, "stride": stride}
+        result = perplexity(
+            loss,
+            text,
+            sizes,
+            protocol=protocol,
+            stride=stride,
+            bos=tokenizer.bos_token_id,
+            limit=limit,
+            # The curve belongs to the longest length, so records of other lengths would not fit it.
+            records=Records(out, {**asked, "longest": max(sizes)}),
+            progress=bars,
+        )
+    if as_json:
+        typer.echo(json.dumps({**asked, **result}))
+        return
+    _table(
+        f"Perplexity, protocol {protocol}",
+        ("context", "perplexity", "nats per token", "windows", "tokens"),
+        [
+            (
+                f"{row['length']:,}",
+                f"{row['perplexity']:,.3f}",
+                f"{row['nll']:.4f}",
+                f"{row['windows']:,}",
+                f"{row['tokens']:,}",
+            )
+            for row in result["lengths"]
+        ],
+    )
+
+
+@app.command()
+def passkey(
+    model: Model,
+    lengths: Lengths,
+    depths: Annotated[
+        str, typer.Option(help="Where the key stands, 0 (start) to 1 (end).")
+    ] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int, typer.Option(help="Probes per length and depth.")] = 5,
+    style: Annotated[str, typer.Option(help="Wording: prose or code.")] = "prose",
+    seed: Annotated[int, typer.Option(help="Chooses keys and filler.")] = 0,
+    pattern: Pattern = None,
+    rope: Rope = None,
+    adapter: Adapter = None,
+    out: Out = None,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Passkey retrieval by context length and depth."""
+    from longspan.cli.progress import Bars
+    from longspan.cli.values import numbers, pick_device, whole_numbers
+    from longspan.eval.passkey import check_passkey
+    from longspan.eval.passkey import passkey as measure
+    from longspan.eval.records import Records
+    from longspan.eval.subject import Subject
+
+    sizes, places = whole_numbers(lengths), numbers(depths)
+    check_passkey(places, trials, style)
+    subject = Subject(
+        model=model,
+        length=max(sizes),
+        pattern=pattern,
+        rope=rope,
+        adapter=adapter,
+        dtype=dtype,
+        device=pick_device(device),
+    )
+    asked = {**subject.settings(), "style": style, "seed": seed}
+    with subject.open() as (loss, tokenizer), Bars() as bars:
+        result = measure(
+            loss,
+            tokenizer,
+            sizes,
+            places,
+            trials=trials,
+            style=style,
+            seed=seed,
+            limit=limit,
+            records=Records(out, asked),
+            progress=bars,
+        )
+    if as_json:
+        typer.echo(json.dumps({**asked, **result}))
+        return
+    rows = [
+        (f"{length:,}", *("-" if cell is None else f"{cell:.0%}" for cell in row))
+        for length, row in zip(result["lengths"], result["accuracy"], strict=True)
+    ]
+    columns = ("context", *(f"depth {depth:g}" for depth in places))
+    _table(f"Passkey retrieval, {trials} probes each", columns, rows)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

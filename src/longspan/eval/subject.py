@@ -1,0 +1,77 @@
+"""What is measured: a model, optionally with a pattern, a position scaling or an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longspan import hf, pattern
+from longspan.errors import DataError
+from longspan.eval.losses import TokenLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and what is put into it.
+
+    Attributes:
+        model: local folder.
+        length: longest context that will be measured; positions are scaled to it.
+        pattern: text of an attention pattern; None: the model's own attention.
+        rope: position scaling; None: the adapter's, or none.
+        adapter: folder written by ``longspan extend``.
+        dtype: of the weights.
+        device: ``cpu``, ``cuda``, ...
+    """
+
+    model: str
+    length: int
+    pattern: str | None = None
+    rope: str | None = None
+    adapter: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values on which results depend; without a scaling the longest length is none of them."""
+        settings = {**asdict(self), "adapter": self.adapter and str(self.adapter)}
+        if self.rope is None:
+            del settings["length"]
+        return settings
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[TokenLoss, Any]]:
+        """Load everything: (token losses of the model, tokenizer).
+
+        Raises:
+            LongspanError: a child that names what is wrong with the pattern, the model or the adapter.
+        """
+        from longspan.hf import lora
+        from longspan.hf.rope import set_rope
+
+        parsed = None if self.pattern is None else pattern.parse(self.pattern)
+        rope, length = self.rope, self.length
+        if self.adapter is not None and rope is None:
+            how = self._how_adapter_was_trained()
+            rope, length = how["rope"], how["length"]
+        model, tokenizer = hf.load_model(self.model, dtype=self.dtype, device=self.device)
+        if rope is not None:
+            set_rope(model, rope, length)
+        with nullcontext() if parsed is None else hf.apply(model, parsed):
+            adapted = model if self.adapter is None else lora.load_adapter(model, self.adapter)
+            adapted.eval()
+            yield TokenLoss(adapted), tokenizer
+
+    def _how_adapter_was_trained(self) -> dict[str, Any]:
+        assert self.adapter is not None
+        path = self.adapter / "longspan.json"
+        if not path.exists():
+            raise DataError(
+                f"{path} is missing: this adapter was not written by longspan extend, so its position scaling is "
+                "unknown. Say it with --rope."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,198 @@
+"""Extend the context of a model: measure, scale positions, train LoRA under a pattern, measure again, report.
+
+The run is a sequence of stages, each of which leaves its result in the output folder and is skipped when it is
+found there: so ``resume`` continues wherever the run was interrupted.
+
+    settings.json                     what was asked; compared on resume
+    eval/NAME.*.jsonl                 measurements: base, scaled (positions only), trained, dense (comparison)
+    NAME.train.jsonl, NAME/           losses and checkpoints of each training
+    adapter/                          a PEFT adapter; longspan.json says what to set before loading it
+    merged/                           on request, a model folder that transformers loads
+    report.json, report.html          everything above on one page
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longspan import hf
+from longspan.errors import RunError
+from longspan.eval.environment import environment
+from longspan.eval.losses import TokenLoss
+from longspan.eval.progress import Progress, silent
+from longspan.eval.suite import evaluate
+from longspan.hf import lora
+from longspan.hf.rope import set_rope
+from longspan.pattern import Pattern
+from longspan.train.checkpoint import Checkpoints, write_atomically
+from longspan.train.loop import train
+from longspan.train.prepare import SETTINGS_NAME, ExtendSettings, Job, prepare
+
+
+def extend(
+    settings: ExtendSettings,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    merge: bool = False,
+    progress: Progress = silent,
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run the whole extension and write its results to ``out``.
+
+    Args:
+        settings: what to do.
+        out: output folder; new or empty unless ``resume``.
+        resume: continue the run in ``out``.
+        merge: also write the model with the adapter merged into its weights.
+        progress: called after each piece of work.
+        command: the command line, for the report.
+
+    Returns:
+        The report, as in report.json.
+
+    Raises:
+        LongspanError: before any work for bad input; RunError when the work cannot go on.
+    """
+    job = prepare(settings, Path(out), resume=resume)
+    try:
+        return _run(job, merge=merge, progress=progress, command=command)
+    except OSError as error:
+        raise RunError(
+            f"{job.out} could not be written: {error.strerror or error}. What was finished is kept; "
+            "free some space and run the same command with --resume."
+        ) from error
+
+
+def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -> dict[str, Any]:
+    settings, out = job.settings, job.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS_NAME, job.fingerprint())
+    report: dict[str, Any] = {
+        "command": shlex.join(command),
+        "settings": asdict(settings),
+        "job": job.summary(),
+        "environment": environment(),
+        "base": _measure(job, job.model, "base", progress),
+    }
+    set_rope(job.model, settings.rope, settings.length)
+    with _attention(job.model, job.pattern if settings.eval_attention == "pattern" else None):
+        report["scaled"] = _measure(job, job.model, "scaled", progress)
+
+    report["trained"], adapted = _arm(job, job.model, job.pattern, "trained", progress)
+    lora.save_adapter(adapted, out / "adapter")
+    how = {"length": settings.length, "rope": settings.rope, "pattern": settings.pattern}
+    write_json(out / "adapter" / "longspan.json", how)
+    if merge:
+        lora.merge_and_save(adapted, job.tokenizer, out / "merged")
+    del adapted
+
+    report["dense"] = None
+    if settings.compare_dense:
+        model, _ = hf.load_model(settings.model, dtype=settings.dtype, device=settings.device)
+        set_rope(model, settings.rope, settings.length)
+        report["dense"], _ = _arm(job, model, None, "dense", progress)
+    write_report(report, out)
+    return report
+
+
+def _arm(
+    job: Job, model: nn.Module, pattern: Pattern | None, name: str, progress: Progress
+) -> tuple[dict[str, Any], nn.Module]:
+    """Train LoRA on a model under a pattern (None: its own attention) and measure the result."""
+    settings = job.settings
+    # The adapter's random start must be the same when the run is resumed, and in both arms.
+    torch.manual_seed(settings.loop.seed)
+    adapted = lora.add_lora(
+        model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        embeddings_and_norms=settings.embeddings_and_norms,
+    )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    with _attention(model, pattern):
+        begin = time.perf_counter()
+        steps = train(
+            TokenLoss(adapted),
+            job.batches(),
+            settings.loop,
+            checkpoints=Checkpoints(job.out / name),
+            log=job.out / f"{name}.train.jsonl",
+            progress=lambda what, *rest: progress(f"{name}: {what}", *rest),
+        )
+        wall = time.perf_counter() - begin
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    seconds = sum(step["seconds"] for step in steps)
+    measured_with = pattern if settings.eval_attention == "pattern" else None
+    with _attention(model, measured_with):
+        measured = _measure(job, adapted, name, progress)
+    return {
+        "pattern": None if pattern is None else str(pattern),
+        "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "losses": [step["loss"] for step in steps],
+        "seconds": seconds,
+        # What this process spent, with checkpoints; less than ``seconds`` after a resume.
+        "wall_seconds": wall,
+        "tokens_per_second": sum(step["tokens"] for step in steps) / seconds,
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated()
+        if settings.device.startswith("cuda")
+        else None,
+        **measured,
+    }, adapted
+
+
+def _measure(job: Job, model: nn.Module, name: str, progress: Progress) -> dict[str, Any]:
+    return evaluate(
+        model,
+        job.tokenizer,
+        job.heldout_text,
+        job.settings.suite,
+        folder=job.out / "eval",
+        name=name,
+        identity=job.fingerprint(),
+        progress=progress,
+    )
+
+
+def _attention(model: nn.Module, pattern: Pattern | None) -> AbstractContextManager[Any]:
+    """A block in which the model attends by a pattern; None leaves the model's own attention."""
+    return nullcontext() if pattern is None else hf.apply(model, pattern)
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Write report.json and report.html."""
+    from longspan.viz.report import render
+
+    write_json(out / "report.json", report)
+    page = render(report).encode()
+    write_atomically(out / "report.html", lambda file: file.write(page))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON completely or not at all; infinities become null."""
+    text = json.dumps(_finite(value), indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

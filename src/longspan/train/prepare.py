@@ -1,0 +1,333 @@
+"""Everything that can be wrong with an extension, found before any work: settings, folders, text, model.
+
+The order is by cost: text of the pattern, output folder, text files, model, tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan import hf, pattern
+from longspan.errors import DataError, InputError, Refusal
+from longspan.eval.records import differences
+from longspan.eval.suite import SuiteConfig
+from longspan.hf.rope import rope_parameters, trained_length
+from longspan.pattern import Pattern
+from longspan.train.data import (
+    Document,
+    Sampler,
+    Split,
+    python_sources,
+    read_documents,
+    recall_documents,
+    tokenize_documents,
+)
+from longspan.train.loop import LoopConfig
+
+OWN_ATTENTION = "none"
+SETTINGS_NAME = "settings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendSettings:
+    """What an extension does; everything that its numbers depend on.
+
+    Attributes:
+        model: local folder of a causal language model.
+        length: context to extend to, in tokens.
+        pattern: text of the attention pattern to train with, or ``none`` for the model's own dense attention.
+        rope: position scaling: none, linear, ntk, dynamic, yarn, llama3.
+        data: files or folders with training text.
+        python_stdlib: train on this Python's standard library (modules of its own are held out).
+        eval_data: held-out text; without it the last tenth of the training text is held out.
+        recall_share: share of the sequences that is synthetic text in which values must be recalled.
+        loop: how to train.
+        batch: sequences per batch.
+        rank: of the LoRA matrices.
+        alpha: their scale; the update is multiplied by alpha / rank.
+        embeddings_and_norms: also train embeddings and norms, as LongLoRA does.
+        gradient_checkpointing: recompute each layer in the backward to save memory.
+        suite: what to measure.
+        eval_attention: measure with the model's own ``dense`` attention, or with the ``pattern``.
+        compare_dense: train the same recipe with dense attention too, and report both.
+        dtype: of the weights.
+        device: ``cpu``, ``cuda``, ...
+    """
+
+    model: str
+    length: int
+    pattern: str
+    loop: LoopConfig
+    suite: SuiteConfig
+    rope: str = "yarn"
+    data: tuple[str, ...] = ()
+    python_stdlib: bool = False
+    eval_data: tuple[str, ...] = ()
+    recall_share: float = 0.0
+    batch: int = 1
+    rank: int = 8
+    alpha: float = 16.0
+    embeddings_and_norms: bool = True
+    gradient_checkpointing: bool = False
+    eval_attention: str = "dense"
+    compare_dense: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.rank < 1 or not self.alpha > 0:
+            raise InputError(
+                f"batch and rank must be at least 1 and alpha positive, "
+                f"got {self.batch}, {self.rank} and {self.alpha}."
+            )
+        if not 0 <= self.recall_share < 1:
+            raise InputError(f"recall_share must be in [0, 1), got {self.recall_share}.")
+        if self.eval_attention not in ("dense", "pattern"):
+            raise InputError(
+                f"eval_attention must be dense or pattern, got {self.eval_attention!r}."
+            )
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"Device {self.device!r} was asked for, but torch sees no GPU here: use cpu."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An extension whose inputs were all found to be in order."""
+
+    settings: ExtendSettings
+    out: Path
+    pattern: Pattern | None
+    model: nn.Module
+    tokenizer: Any
+    train_text: list[Tensor]
+    heldout_text: list[Tensor]
+    trained_length: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Settings and text in the form in which a resumed run must repeat them."""
+        settings = asdict(self.settings)
+        # Where checkpoints fall changes no number.
+        settings["loop"] = {k: v for k, v in settings["loop"].items() if k != "save_every"}
+        flat = {
+            f"{outer}.{k}" if outer else k: v
+            for outer, part in (("", settings), ("loop", settings["loop"]), ("suite", settings["suite"]))
+            for k, v in part.items()
+            if k not in ("loop", "suite")
+        }
+        flat["training text"] = text_hash(self.train_text)
+        flat["held-out text"] = text_hash(self.heldout_text)
+        return json.loads(json.dumps(flat))
+
+    def batches(self) -> Batches:
+        """The addressable supply of training batches."""
+        return Batches(self)
+
+    def summary(self) -> dict[str, Any]:
+        """What would be done, in numbers."""
+        from longspan.planning.plan import plan
+
+        s, config = self.settings, self.model.config.get_text_config()
+        tokens = sum(map(len, self.train_text))
+        seen = s.loop.steps * s.loop.accumulate * s.batch * s.length
+        density = None
+        if self.pattern is not None:
+            density = plan(self.pattern, s.length, config.num_attention_heads).density
+        return {
+            "model": s.model,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_length": self.trained_length,
+            "length": s.length,
+            "rope": rope_parameters(config, s.rope, s.length),
+            "pattern": s.pattern,
+            # Of the pairs that dense causal attention computes.
+            "pattern_share_of_causal": density and density / ((s.length + 1) / (2 * s.length)),
+            "training_tokens": tokens,
+            "heldout_tokens": sum(map(len, self.heldout_text)),
+            "tokens_to_see": seen,
+            "epochs": seen / tokens,
+            "eval_lengths": list(s.suite.lengths),
+            "device": s.device,
+            "out": str(self.out),
+        }
+
+
+class Batches:
+    """Batch number -> int64 [batch, length]; depends on the number and the settings alone."""
+
+    def __init__(self, job: Job) -> None:
+        s = job.settings
+        self._size, self._share = s.batch, s.recall_share
+        self._text = Sampler(job.train_text, s.length, seed=s.loop.seed)
+        self._recall = None
+        if s.recall_share:
+            # Documents up to about a context long, so that values are recalled over the whole of it.
+            count = max(64, round(s.loop.steps * s.loop.accumulate * s.batch * s.recall_share))
+            documents = recall_documents(s.loop.seed, count, max_chars=2 * s.length)
+            tokens = tokenize_documents(job.tokenizer, documents)
+            self._recall = Sampler(tokens, s.length, seed=s.loop.seed)
+
+    def __call__(self, number: int) -> Tensor:
+        """Batch ``number`` >= 0."""
+        return torch.stack([self._row(number * self._size + i) for i in range(self._size)])
+
+    def _row(self, index: int) -> Tensor:
+        recalled = int(index * self._share)
+        if self._recall is not None and int((index + 1) * self._share) > recalled:
+            return self._recall.sequence(recalled)
+        return self._text.sequence(index - recalled)
+
+
+def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job:
+    """Check everything and load the model; nothing is written.
+
+    Raises:
+        LongspanError: a child that names what is wrong and what to do.
+    """
+    parsed = None if settings.pattern == OWN_ATTENTION else pattern.parse(settings.pattern)
+    check_output(out, resume=resume)
+    documents = read_text(settings.data, settings.python_stdlib, "train")
+    heldout = None
+    if settings.eval_data:
+        heldout = readread_text(settings.eval_data)
+    elif settings.python_stdlib:
+        heldout = python_sources("heldout")
+    model, tokenizer = hf.load_model(
+        settings.model, dtype=settings.dtype, device=settings.device
+    )
+    check_routes(model, settings.model)
+    trained = trained_length(model.config)
+    if settings.length <= trained:
+        raise InputError(
+            f"{settings.model} was trained for {trained} tokens; a length of {settings.length} extends nothing: "
+            f"give more than {trained}."
+        )
+    rope_parameters(model.config, settings.rope, settings.length)
+    if parsed is not None:
+        parsed.at_layer(0).check(model.config.get_text_config().num_attention_heads)
+    if not settings.suite.lengths:
+        suite = replace(settings.suite, lengths=doubling(trained, settings.length))
+        settings = replace(settings, suite=suite)
+    longest = max(settings.suite.lengths)
+    train_text = tokenize_documents(tokenizer, documents)
+    if heldout is None:
+        train_text, heldout_text = hold_out(train_text, longest)
+    else:
+        heldout_text = tokenize_documents(tokenizer, heldout)
+    _require("training", train_text, settings.length)
+    _require("held-out", heldout_text, longest)
+    settings.suite.check_passkey(tokenizer)
+    job = Job(
+        settings=settings,
+        out=out,
+        pattern=parsed,
+        model=model,
+        tokenizer=tokenizer,
+        train_text=train_text,
+        heldout_text=heldout_text,
+        trained_length=trained,
+    )
+    check_resume(job)
+    return job
+
+
+def doubling(trained: int, length: int) -> tuple[int, ...]:
+    """Lengths from the trained one to the target by doubling: 512, 1024, 2048, 4096."""
+    lengths = [trained]
+    while 2 * lengths[-1] < length:
+        lengths.append(2 * lengths[-1])
+    return (*lengths, length)
+
+
+def check_output(out: Path, *, resume: bool) -> None:
+    """Raise DataError unless ``out`` is new, empty, or a run to resume."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"The output folder {out} is a file: give a folder that is new or empty.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not resume:
+        raise DataError(
+            f"The output folder {out} is not empty. Give a new folder, or --resume to continue the run in it."
+        )
+    if not (out / SETTINGS_NAME).exists():
+        raise DataError(
+            f"{out} holds no run of longspan extend ({SETTINGS_NAME} is missing), so there is nothing to resume. "
+            "Give the folder of the run, or a new one."
+        )
+
+
+def check_resume(job: Job) -> None:
+    """Raise DataError if the run in the output folder was started with other settings."""
+    path = job.out / SETTINGS_NAME
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), job.fingerprint()
+    if old != new:
+        raise DataError(
+            f"The run in {job.out} was started with other settings: {differences(old, new)}. "
+            "Resume with the settings it was started with, or give a new folder."
+        )
+
+
+def check_routes(model: nn.Module, name: str) -> None:
+    """Raise Refusal if a pattern cannot be put into every attention layer of the model."""
+    report = hf.inspect(model)
+    if not report.routes:
+        reasons = "; ".join(map(str, report.reasons))
+        raise Refusal(
+            f"{name} ({type(model).__name__}) does not take a pattern: {reasons}. "
+            "Use a model whose layers call the attention interface of transformers."
+        )
+
+
+def hold_out(text: Sequence[Tensor], at_least: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Split the last tenth of the tokens, or ``at_least`` so many, from the rest: (rest, held out)."""
+    missing = max(sum(map(len, text)) // 10, at_least)
+    rest, held = list(text), []
+    while missing > 0 and rest:
+        document = rest.pop()
+        cut = max(0, len(document) - missing)
+        held.insert(0, document[cut:])
+        if cut:
+            rest.append(document[:cut])
+        missing -= len(document) - cut
+    return rest, held
+
+
+def read_text(data: Sequence[str], python_stdlib: bool, split: Split) -> list[Document]:
+    """Documents of files, folders and (``split`` of) the standard library.
+
+    Raises:
+        DataError: nothing was asked for, or it cannot be read.
+    """
+    if not data and not python_stdlib:
+        raise DataError("There is no text: give --data with files or folders, or --python-stdlib.")
+    documents = read_documents(data) if data else []
+    return documents + (python_sources(split) if python_stdlib else [])
+
+
+def _require(what: str, text: Sequence[Tensor], length: int) -> None:
+    found = sum(map(len, text))
+    if found < length:
+        raise DataError(
+            f"The {what} text is shorter than one sequence: {found} tokens found, {length} needed. "
+            "Give more text or a shorter length."
+        )
+
+
+def text_hash(text: Sequence[Tensor]) -> str:
+    """Short hash of token ids."""
+    digest = hashlib.sha256()
+    for document in text:
+        digest.update(document.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""Record files: continued, never mixed, and whole after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longspan.errors import DataError
+from longspan.eval.records import Records, fingerprint
+
+
+def test_records_continue(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "r.jsonl"
+    records = Records(path, {"model": "m", "n": 1})
+    records.add("a", {"nll": 1.5})
+    again = Records(path, {"n": 1, "model": "m"})
+    assert "a" in again
+    assert again["a"] == {"nll": 1.5}
+    again.add("b", {"nll": 2.0})
+    assert len(Records(path, {"model": "m", "n": 1})) == 2
+
+
+def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    records = Records(path, {})
+    records.add("a", {"nll": 1.5})
+    whole = path.read_text()
+    path.write_text(whole + '{"key": "b", "nl')
+    again = Records(path, {})
+    assert "b" not in again
+    assert path.read_text() == whole
+    again.add("b", {"nll": 2.0})
+    assert Records(path, {})["b"] == {"nll": 2.0}
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    Records(path, {"length": 512, "model": "m"})
+    with pytest.raises(DataError, match="length was 512, is 1024"):
+        Records(path, {"length": 1024, "model": "m"})
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("hello\n")
+    with pytest.raises(DataError, match="not a record file"):
+        Records(path, {})
+    assert path.read_text() == "hello\n"
+
+
+def test_fingerprint_ignores_order() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
