@@ -27,7 +27,7 @@ def longrope(
     Args:
         dim: rotary head width D.
         base: ``rope_theta``.
-        factors: D/2 positive divisors: the short set up to ``trained`` tokens, the long set beyond.
+        factors: D/2 positive divisors: the short set up to ``trained`` tokens, then the long set.
         factor: s = target length / trained length, at least 1.
         trained: L, trained length in tokens.
 

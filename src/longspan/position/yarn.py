@@ -1,11 +1,11 @@
 """YaRN: fast dimensions stay, slow ones are interpolated, a linear ramp lies between.
 
 Paper: YaRN (arXiv 2309.00071), section 3.4. The ramp is that of the authors' code and of
-transformers, over the *dimension index*; the paper's is over the number of rotations L / wavelength
-and differs by up to 0.37.
+transformers, over the *dimension index*; the paper's is over the number of rotations
+L / wavelength and differs by up to 0.37.
 
     theta'_m = (1 - g_m) theta_m / s + g_m theta_m,    g_m = 1 - clamp((m - lo) / (hi - lo), 0, 1)
-    lo, hi = D ln(L / (2 pi beta)) / (2 ln b): the dimension that turns beta_fast, beta_slow times in L
+    lo, hi = D ln(L / (2 pi beta)) / (2 ln b), the dimension that turns beta_fast, beta_slow times
     attention factor = 0.1 ln s + 1
 """
 

@@ -1,0 +1,70 @@
+"""Hugging Face models: patterns and longer positions in, and out again.
+
+The only package that imports transformers and peft, on first use of a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Applied": "switch",
+    "Report": "routes",
+    "add_lora": "lora",
+    "apply": "switch",
+    "build_llama": "build",
+    "extend": "switch",
+    "inspect": "routes",
+    "load_adapter": "lora",
+    "load_model": "models",
+    "merge_and_save": "lora",
+    "remove": "switch",
+    "rope_parameters": "rope",
+    "save_adapter": "lora",
+    "save_model": "build",
+    "set_rope": "rope",
+    "train_tokenizer": "build",
+    "trained_length": "rope",
+}
+
+__all__ = [
+    "Applied",
+    "Report",
+    "add_lora",
+    "apply",
+    "build_llama",
+    "extend",
+    "inspect",
+    "load_adapter",
+    "load_model",
+    "merge_and_save",
+    "remove",
+    "rope_parameters",
+    "save_adapter",
+    "save_model",
+    "set_rope",
+    "train_tokenizer",
+    "trained_length",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longspan.hf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"longspan.hf.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from longspan.hf.build import build_llama, save_model, train_tokenizer
+    from longspan.hf.lora import add_lora, load_adapter, merge_and_save, save_adapter
+    from longspan.hf.models import load_model
+    from longspan.hf.rope import rope_parameters, set_rope, trained_length
+    from longspan.hf.routes import Report, inspect
+    from longspan.hf.switch import Applied, apply, extend, remove

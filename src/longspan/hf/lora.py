@@ -1,0 +1,143 @@
+"""LoRA by peft, as context extension needs it.
+
+Paper: LongLoRA (arXiv 2309.12307), section 3.3: low-rank updates of the attention projections
+learn long contexts poorly unless embeddings and norms are trained with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import DataError, InputError
+from longspan.hf.routes import routed
+from longspan.hf.unwrap import base_model
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None = None,
+    embeddings_and_norms: bool = False,
+) -> Any:
+    """Wrap a model so that only low-rank updates are trained.
+
+    Args:
+        model: a transformers model; its weights are frozen.
+        rank: rank of the updates, at least 1.
+        alpha: updates are scaled by ``alpha / rank``.
+        targets: names of the linear layers to update; default: all projections of the attention.
+        embeddings_and_norms: train copies of the input embeddings and all norms in full as well.
+
+    Returns:
+        A ``PeftModel``. Which pattern is applied to ``model`` makes no difference.
+
+    Raises:
+        InputError: for a rank below 1, or targets that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    base = base_model(model)
+    if rank < 1:
+        raise InputError(f"A LoRA rank is at least 1, got {rank}.")
+    wanted = list(targets) if targets is not None else attention_projections(base)
+    names = [name for name, _ in base.named_modules()]
+    absent = [
+        target
+        for target in wanted
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if absent or not wanted:
+        raise InputError(
+            f"{type(base).__name__} has no layers named {', '.join(absent) or '(none found)'}; "
+            f"its attention projections are {', '.join(attention_projections(base))}."
+        )
+    extra = embedding_and_norm_names(base) if embeddings_and_norms else []
+    tied = bool(extra) and bool(getattr(base.config.get_text_config(), "tie_word_embeddings", 0))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=wanted,
+        modules_to_save=extra or None,
+        ensure_weight_tying=tied,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the attention modules, such as q_proj and o_proj."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    names = {
+        name.rpartition(".")[2]
+        for _, attention in routed(model)
+        for name, part in attention.named_modules()
+        if isinstance(part, nn.Linear | Conv1D)
+    }
+    return sorted(names)
+
+
+def embedding_and_norm_names(model: PreTrainedModel) -> list[str]:
+    """Names of the input embeddings and of every norm."""
+    embeddings = model.get_input_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if part is embeddings or "Norm" in type(part).__name__
+    }
+    return sorted(names)
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write the adapter as peft does; ``PeftModel.from_pretrained`` reads it without longspan."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> Any:
+    """Put a saved adapter around its base model.
+
+    Args:
+        base: the model the adapter was trained from, with the same RoPE scaling.
+        folder: folder that ``save_adapter`` wrote.
+        trainable: whether to go on training it.
+
+    Raises:
+        DataError: if the folder holds no adapter, or one for another model.
+    """
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0][:300]
+        raise DataError(f"The adapter in {folder} does not fit this model: {first}") from error
+
+
+def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrainedModel:
+    """Add the updates into the weights and write a folder that plain transformers loads.
+
+    Args:
+        model: a PEFT model; used up, as by peft's ``merge_and_unload``.
+        tokenizer: saved beside it; None to leave it out.
+        folder: where to write.
+
+    Returns:
+        The merged model.
+    """
+    merged = model.merge_and_unload()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return merged

@@ -1,0 +1,131 @@
+"""Load a causal language model from a local folder, saying first what is wrong with the folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_model(
+    path: str | Path, *, dtype: str = "float32", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer in evaluation mode. The hub is never reached.
+
+    Args:
+        path: folder with config.json, weights and tokenizer, as ``save_pretrained`` writes it.
+        dtype: float32, bfloat16, float16 or float64.
+        device: where to put the model; default: the CPU.
+
+    Raises:
+        DataError: if the folder is missing, is a hub name, or holds no complete causal language
+            model with its tokenizer.
+        InputError: for an unknown dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    folder = check_folder(path)
+    config = _config(folder)
+    _check_causal(folder, config)
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise DataError(f"The weights in {folder} cannot be loaded: {_short(error)}") from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"The weights in {folder} lack {len(missing)} tensors, first {missing[0]}; "
+            "they would be random. Copy the folder again."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise DataError(f"The tokenizer in {folder} cannot be loaded: {_short(error)}") from error
+    return model.to(device or "cpu").eval(), tokenizer
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder, if it can be a saved model.
+
+    Raises:
+        DataError: if it is missing, is a hub name, or has no config.json.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if _HUB_NAME.fullmatch(str(path)):
+            raise DataError(
+                f"{path} is no local folder. It looks like a name on the Hugging Face hub, which "
+                f"is not reached: download it first (hf download {path} --local-dir FOLDER) and "
+                "give that folder."
+            )
+        raise DataError(f"The model folder {folder} does not exist.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file; give the folder that holds its config.json.")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise DataError(
+                f"{folder} is an adapter, not a model: load the model it was trained from, then "
+                "the adapter."
+            )
+        inside = sorted(entry.name for entry in folder.iterdir())[:5]
+        raise DataError(
+            f"{folder} has no config.json, so it is no saved model; it holds "
+            f"{', '.join(inside) or 'nothing'}."
+        )
+    return folder
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise DataError(f"{folder / 'config.json'} cannot be read: {_short(error)}") from error
+
+
+def _check_causal(folder: Path, config: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = type(config)
+    if getattr(config, "is_encoder_decoder", False) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise DataError(
+            f"{folder} holds a {config.model_type} model, which is not a causal language model."
+        )
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    expected = {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))}
+    saved = set(getattr(config, "architectures", None) or expected)
+    if not saved & expected:
+        raise DataError(
+            f"{folder} holds {', '.join(sorted(saved))}, not a causal language model "
+            f"({', '.join(sorted(expected))})."
+        )
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

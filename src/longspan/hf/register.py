@@ -1,0 +1,134 @@
+"""The attention function and the mask function behind one name.
+
+transformers looks both up by the name in ``config._attn_implementation``. They are registered
+together: an attention without a mask function is handed no mask at all, and padding silently
+becomes text. The name is made from the pattern, so the model itself says what it computes wherever
+its forward runs again, as in gradient checkpointing; nothing depends on a surrounding ``with``.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError, Refusal
+from longspan.hf.rows import Rows, rows_mask
+from longspan.ops import attend
+from longspan.pattern import Pattern
+
+PREFIX = "longspan."
+
+# Arguments by which some models change the logits in ways that no kernel computes.
+_CHANGES_LOGITS = ("softcap", "position_bias", "head_mask", "indices", "block_indices", "sinks")
+
+_patterns: dict[str, tuple[Pattern, str]] = {}
+
+
+def register(pattern: Pattern, impl: str) -> str:
+    """Make a pattern available to transformers; registering it again changes nothing.
+
+    Args:
+        pattern: where each query may look, within what the model's own layers allow.
+        impl: kernel name or ``"auto"``, as for ``attend``.
+
+    Returns:
+        The name to use as ``attn_implementation``.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    digest = hashlib.sha256(f"{pattern} {impl}".encode()).hexdigest()[:16]
+    name = PREFIX + digest
+    if name not in _patterns:
+        AttentionInterface.register(name, _attention(name, pattern, impl))
+        AttentionMaskInterface.register(name, partial(rows_mask, name))
+        _patterns[name] = (pattern, impl)
+    return name
+
+
+def described(name: str | None) -> str:
+    """An attention implementation in words: a longspan name with its pattern."""
+    if name not in _patterns:
+        return str(name)
+    pattern, impl = _patterns[name]
+    return f"{name} = {pattern} (impl {impl})"
+
+
+def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Tensor, None]]:
+    def longspan_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
+        rows = _checked(name, module, query, key, attention_mask, dropout, kwargs)
+        rows.check_positions(kwargs.get("position_ids"))
+        layer = getattr(module, "layer_idx", None) or 0
+        laid = rows.plan(pattern, layer, query.shape[1])
+        out, lse = attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
+        sink = kwargs.get("s_aux")
+        if sink is not None:
+            # A learned logit per head that takes weight and gives no value (gpt-oss):
+            # e^lse / (e^lse + e^sink) is what remains for the keys.
+            share = torch.sigmoid(lse - sink.to(lse.dtype)[None, :, None])
+            out = out * share[..., None].to(out.dtype)
+        return out.transpose(1, 2).contiguous(), None
+
+    return longspan_attention
+
+
+def _checked(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Any,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Rows:
+    """The record in place of a mask, once everything that would be ignored has been refused."""
+    kind = type(module).__name__
+    if not isinstance(attention_mask, Rows):
+        given = "none" if attention_mask is None else type(attention_mask).__name__
+        if isinstance(attention_mask, Tensor):
+            given = f"a tensor of shape {list(attention_mask.shape)}"
+        raise InputError(
+            f"{kind} got {given} instead of the mask record of longspan. Pass attention_mask as "
+            "[batch, tokens] of ones and zeros (or none); masks of pairs are not supported."
+        )
+    if attention_mask.attention != name:
+        raise Refusal(
+            f"{kind} computes {described(name)}, but its mask was made for "
+            f"{described(attention_mask.attention)}: a backward pass with gradient checkpointing "
+            "after another pattern was applied. Finish the backward pass first."
+        )
+    if dropout:
+        raise InputError(
+            f"{kind} asks for attention dropout {dropout}, which no kernel computes. Set "
+            "attention_dropout of its modules to 0 (and in the configuration, before building)."
+        )
+    for argument in _CHANGES_LOGITS:
+        if kwargs.get(argument) is not None:
+            raise Refusal(f"{kind} changes its logits by {argument!r}, which no kernel computes.")
+    if kwargs.get("is_causal") is False and attention_mask.own.is_causal:
+        raise Refusal(f"{kind} asks for attention to both sides but made a causal mask.")
+    if kwargs.get("output_attentions"):
+        raise InputError("Attention weights are never formed; call without output_attentions.")
+    if (query.shape[2], key.shape[2]) != (attention_mask.queries, attention_mask.keys):
+        raise Refusal(
+            f"{kind} attends from {query.shape[2]} to {key.shape[2]} rows, but its mask was made "
+            f"for {attention_mask.queries} and {attention_mask.keys}: this cache gives layers of "
+            "one type different lengths."
+        )
+    return attention_mask

@@ -1,0 +1,230 @@
+"""Longer positions for a Hugging Face model, written so that plain transformers reads them back.
+
+A scaling lives in ``config.rope_parameters`` and nowhere else: a saved model gives the same
+frequencies without longspan. What transformers would compute from the new parameters is compared
+with ``longspan.position`` before anything is changed, because releases have read these fields
+differently.
+
+Two kinds need care. ``ntk`` has no name in transformers: it is a new ``rope_theta``. ``dynamic``
+takes ``max_position_embeddings`` for the *trained* length, so that field keeps its value and only
+the factor says how far the model is meant to go.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longspan import position
+from longspan.errors import InputError, Refusal
+from longspan.hf.unwrap import base_model
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+KINDS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
+
+# Layers that never look further than their own window have nothing to extend.
+LOCAL_LAYERS = ("sliding_attention", "chunked_attention")
+
+
+def trained_length(config: PreTrainedConfig) -> int:
+    """Length in tokens for which the model's positions are made.
+
+    Raises:
+        InputError: if the configuration has no rotary positions.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    if length is None or not getattr(text, "rope_parameters", None):
+        raise InputError(
+            f"{type(config).__name__} has no rotary positions (max_position_embeddings and "
+            "rope_parameters); only models with RoPE can be extended."
+        )
+    return int(length)
+
+
+def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[str, Any]:
+    """Value of ``config.rope_parameters`` that stretches the model to ``length`` tokens.
+
+    A model that is already scaled can be stretched further by the same kind; its factor is
+    multiplied. Where parameters are given per layer type (Gemma 3), layers with their own window
+    keep theirs.
+
+    Args:
+        config: configuration of the model; not changed.
+        kind: one of none, linear, ntk, dynamic, yarn, llama3.
+        length: target length in tokens, at least the present ``max_position_embeddings``.
+
+    Raises:
+        InputError: an unknown kind, a length below the trained one, a model without RoPE, or one
+            whose positions are already scaled by another kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"Unknown RoPE scaling {kind!r}; choose one of {', '.join(KINDS)}.")
+    text = config.get_text_config()
+    trained = trained_length(text)
+    if length < trained:
+        raise InputError(
+            f"The target length {length} is below the {trained} tokens this model is made for; "
+            f"give a length of at least {trained}."
+        )
+    current = copy.deepcopy(text.rope_parameters)
+    if "rope_type" in current or "rope_theta" in current:
+        return _stretch(current, kind, length, trained, _rotary_width(text, current))
+    return {
+        layer: entry
+        if entry is None or layer in LOCAL_LAYERS
+        else _stretch(entry, kind, length, trained, _rotary_width(text, entry))
+        for layer, entry in current.items()
+    }
+
+
+def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
+    """Stretch the positions of a model in place: its configuration and its rotary modules.
+
+    ``max_position_embeddings`` becomes ``length``, except for ``dynamic`` (see the module text).
+
+    Args:
+        model: a Hugging Face model, or a PEFT model around one.
+        kind: one of none, linear, ntk, dynamic, yarn, llama3.
+        length: target length in tokens.
+
+    Raises:
+        InputError: as in ``rope_parameters``; the model is then unchanged.
+        Refusal: if the model's rotary modules cannot be rebuilt to these frequencies.
+    """
+    base = base_model(model)
+    config = base.config.get_text_config()
+    planned = copy.deepcopy(config)
+    planned.rope_parameters = rope_parameters(config, kind, length)
+    if kind != "dynamic":
+        planned.max_position_embeddings = length
+    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in _rotary_modules(base)]
+    if not rebuilt:
+        raise Refusal(
+            f"{type(base).__name__} has no rotary module with inverse frequencies that can be "
+            "rebuilt; its positions cannot be extended."
+        )
+    config.rope_parameters = planned.rope_parameters
+    config.max_position_embeddings = planned.max_position_embeddings
+    for old, new in rebuilt:
+        _take_over(old, new)
+
+
+def _stretch(
+    entry: dict[str, Any], kind: str, length: int, trained: int, width: int
+) -> dict[str, Any]:
+    present = entry.get("rope_type", "default")
+    growth = length / trained
+    if kind == "none":
+        # Derived factors would change with max_position_embeddings, so they are written out.
+        if present in ("yarn", "longrope") and entry.get("factor") is None:
+            entry["factor"] = trained / entry["original_max_position_embeddings"]
+        return entry
+    if present not in ("default", kind):
+        raise InputError(
+            f"The positions of this model are already scaled by {present!r}; they can be "
+            f"stretched further by the same kind or left alone ('none'), not by {kind!r}."
+        )
+    if kind == "ntk":
+        entry["rope_theta"] = position.ntk_base(width, entry["rope_theta"], growth)
+        return entry
+    entry["rope_type"] = kind
+    if kind == "dynamic":
+        entry["factor"] = growth
+        return entry
+    entry["factor"] = (entry.get("factor") or 1.0) * growth
+    if kind in ("yarn", "llama3"):
+        entry.setdefault("original_max_position_embeddings", trained)
+    if kind == "llama3":
+        entry.setdefault("low_freq_factor", 1.0)
+        entry.setdefault("high_freq_factor", 4.0)
+    return entry
+
+
+def _rotary_width(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head * entry.get("partial_rotary_factor", 1.0))
+
+
+def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
+        if any(buffer.endswith("inv_freq") for buffer in buffers) and hasattr(module, "config"):
+            yield name, module
+
+
+def _rebuild(name: str, old: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """A rotary module of the same class for the planned configuration, its frequencies checked."""
+    kind = type(old)
+    accepted = inspect.signature(kind).parameters
+    device = next(old.buffers()).device
+    try:
+        new = kind(config, **({"device": device} if "device" in accepted else {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refusal(
+            f"{name} ({kind.__name__}) cannot be rebuilt for {config.rope_parameters}: {error!r}."
+        ) from error
+    entries = config.rope_parameters
+    nested = "rope_type" not in entries
+    for layer, entry in entries.items() if nested else [("", entries)]:
+        if entry is None:
+            continue
+        prefix = f"{layer}_" if nested else ""
+        got = getattr(new, f"{prefix}inv_freq", None)
+        wanted = _expected(entry, 2 * got.numel(), config) if got is not None else None
+        if got is None or wanted is None:
+            continue
+        factor = getattr(new, f"{prefix}attention_scaling", 1.0)
+        same = np.allclose(got.double().cpu().numpy(), wanted.inv_freq, rtol=1e-5, atol=0)
+        if not same or abs(factor - wanted.attention_factor) > 1e-6:
+            raise Refusal(
+                f"The installed transformers reads {entry} as other frequencies than intended in "
+                f"{name} ({kind.__name__}); the model was not changed."
+            )
+    return new
+
+
+def _expected(
+    entry: dict[str, Any], width: int, config: PreTrainedConfig
+) -> position.Frequencies | None:
+    """Frequencies that an entry means, or None for kinds that longspan does not write."""
+    kind, base = entry["rope_type"], entry["rope_theta"]
+    if kind in ("default", "dynamic"):
+        # Before a forward pass longer than the trained length, dynamic is the default.
+        return position.default(width, base)
+    if kind not in ("linear", "llama3", "yarn"):
+        return None
+    factor = entry["factor"]
+    if kind == "linear":
+        return position.linear(width, base, factor)
+    original = entry["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = entry["low_freq_factor"], entry["high_freq_factor"]
+        return position.llama3(
+            width, base, factor, original, low_freq_factor=low, high_freq_factor=high
+        )
+    # transformers reads `truncate` beside the layer types, not inside them.
+    options = {"truncate": config.rope_parameters.get("truncate", True)}
+    for option in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if entry.get(option) is not None:
+            options[option] = entry[option]
+    scaled = position.yarn(width, base, factor, original, **options)
+    fixed = entry.get("attention_factor")
+    return scaled if fixed is None else scaled._replace(attention_factor=fixed)
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Copy what a rotary module computed when it was built; the module and its config stay."""
+    for name, buffer in new.named_buffers(recurse=False):
+        device = old.get_buffer(name).device if hasattr(old, name) else buffer.device
+        old.register_buffer(name, buffer.to(device), persistent=False)
+    for name, value in vars(new).items():
+        if not name.startswith("_") and name not in ("training", "config"):
+            setattr(old, name, value)

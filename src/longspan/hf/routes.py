@@ -1,0 +1,171 @@
+"""Which attention of a model longspan would replace, and why not the rest. Changes nothing.
+
+transformers lets a name choose the attention function, but only in classes whose ``forward`` asks
+``ALL_ATTENTION_FUNCTIONS`` for it. The others keep what they do, silently, so a model is taken as
+a whole or refused with each reason.
+"""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from longspan.hf.register import described
+from longspan.hf.unwrap import base_model
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Class names of modules that mix tokens, in any architecture known to transformers.
+_MIXES_TOKENS = re.compile(
+    r"Attention|Attn|Mixer|Mamba|SSM|DeltaNet|Rwkv|RWKV|Recurrent|ShortConv|Hyena|Retention"
+)
+_KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One attention module.
+
+    Attributes:
+        path: its place in the model.
+        kind: name of its class.
+        reason: why it does not route; empty if it does.
+    """
+
+    path: str
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What ``apply`` would do to a model.
+
+    Attributes:
+        model: class of the model.
+        attention: how it attends at present.
+        modules: every module that mixes tokens.
+        reasons: why the model is refused; empty if it is not.
+    """
+
+    model: str
+    attention: str
+    modules: tuple[Module, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def routes(self) -> bool:
+        """True if ``apply`` accepts the model."""
+        return not self.reasons
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Table of path, class and either "routes" or the reason why not."""
+        return [(m.path, m.kind, m.reason or "routes") for m in self.modules]
+
+    def __str__(self) -> str:
+        verdict = "routes" if self.routes else "is refused"
+        lines = [f"{self.model} {verdict}; attention now: {self.attention}"]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        lines += [f"  {path} ({kind}): {state}" for path, kind, state in self.rows()]
+        return "\n".join(lines)
+
+
+def inspect(model: Any) -> Report:
+    """List the attention modules of a model and whether longspan can replace them.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model around one; not changed.
+
+    Raises:
+        InputError: if there is no transformers model inside.
+    """
+    base = base_model(model)
+    modules = tuple(_modules(base))
+    return Report(
+        model=type(base).__name__,
+        attention=described(base.config.get_text_config()._attn_implementation),
+        modules=modules,
+        reasons=tuple(_reasons(base, modules)),
+    )
+
+
+def routed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every attention that asks the attention interface for its function."""
+    for path, module in model.named_modules():
+        if not _why_not(type(module)):
+            yield path, module
+
+
+@cache
+def _why_not(kind: type) -> str:
+    """Why a class does not route; empty if it does."""
+    try:
+        source = python_inspect.getsource(kind.forward)  # pyright: ignore[reportAttributeAccessIssue]
+    except (AttributeError, OSError, TypeError):
+        return "its source cannot be read"
+    if "ALL_ATTENTION_FUNCTIONS" in source:
+        return ""
+    return "its forward does not ask ALL_ATTENTION_FUNCTIONS for the attention function"
+
+
+def _modules(base: nn.Module) -> Iterator[Module]:
+    paths = [path for path, _ in routed(base)]
+    refused: list[str] = []
+    for path, module in base.named_modules():
+        kind = type(module).__name__
+        inside = any(path.startswith(f"{outer}.") for outer in (*paths, *refused))
+        if path in paths:
+            yield Module(path=path, kind=kind)
+        elif _MIXES_TOKENS.search(kind) and not inside and not _wraps(path, paths, module):
+            refused.append(path)
+            yield Module(path=path, kind=kind, reason=_why_not(type(module)))
+
+
+def _wraps(path: str, paths: list[str], module: nn.Module) -> bool:
+    """True for a shell around routed attention, and for a module without any parameter."""
+    around = any(inner.startswith(f"{path}." if path else "") for inner in paths)
+    return around or next(module.parameters(), None) is None
+
+
+def _reasons(base: PreTrainedModel, modules: tuple[Module, ...]) -> Iterator[str]:
+    config = base.config.get_text_config()
+    name = type(base).__name__
+    if getattr(base.config, "is_encoder_decoder", False):
+        yield f"{name} is an encoder-decoder; patterns speak of one sequence"
+        return
+    if not any(not module.reason for module in modules):
+        yield f"{name} has no attention that routes through the transformers attention interface"
+    for kind in dict.fromkeys(module.kind for module in modules if module.reason):
+        named = [module for module in modules if module.kind == kind]
+        yield f"{kind} ({len(named)} modules, first {named[0].path}) does not route: " + (
+            named[0].reason
+        )
+    stacks = [type(part).__name__ for part in _other_stacks(base)]
+    if stacks:
+        yield (
+            f"{name} has more than one attention stack ({', '.join(stacks)}); "
+            "apply the pattern to its language model alone"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - set(_KNOWN_LAYERS)
+    if unknown:
+        yield f"{name} has layers of types that patterns cannot replace: {sorted(unknown)}"
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None:
+        yield f"{name} caps its logits (attn_logit_softcapping={cap}), which no kernel computes"
+    if not getattr(type(base), "_can_set_attn_implementation", lambda: True)():
+        yield f"transformers cannot switch the attention of {name}"
+
+
+def _other_stacks(base: PreTrainedModel) -> Iterator[nn.Module]:
+    from transformers import PreTrainedModel
+
+    text = base.config.get_text_config()
+    for part in base.modules():
+        if isinstance(part, PreTrainedModel) and part.config not in (base.config, text):
+            yield part

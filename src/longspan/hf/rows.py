@@ -1,0 +1,273 @@
+"""From transformers' mask to positions and segments: a small record per forward, never a mask.
+
+transformers composes what a layer may see as nested functions of (query index, key index) and
+hands them, with the padding mask and the offsets of the cache, to the mask function registered
+beside an attention function. Here that composition is read back by name (causal, sliding window,
+chunk, packed documents) and anything not understood is refused: an unread part would be a silent
+leak.
+
+What becomes of each:
+
+- *padding* (a 2-D ``attention_mask``): padded rows get segment -1 and positions count real tokens,
+  so that a row equals the same text alone, with padding on the left, the right or in the middle.
+- *packed documents*: transformers takes ``position_ids`` that do not rise by one as the start of
+  another document, but only without ``attention_mask`` and without cache (``use_cache=False``).
+  Each document is a segment and patterns count from its start. With a cache transformers would let
+  documents see each other; here that is an error.
+- *window and chunk* of the model's own layers (Mistral, Gemma, Llama 4) are intersected with the
+  pattern.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longspan.errors import InputError, Refusal
+from longspan.pattern import Causal, Chunk, Dense, Pattern, Window
+from longspan.planning import Plan, plan
+
+Table = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rows:
+    """Where the query and key rows of one forward pass stand, for all layers of one type.
+
+    transformers carries it where a mask would be, through checkpointing and static caches.
+
+    Attributes:
+        attention: the attention implementation it was made for.
+        queries: query rows N.
+        keys: key rows M.
+        query_start: row of the first query in the whole sequence, padding counted.
+        key_start: row of the first key, above 0 where a sliding cache has dropped keys.
+        own: what the model's own mask allows.
+        positions: query positions [B, N]; None if rows count as they lie.
+        segments: query segments [B, N], negative for padding; None if there is only one.
+        key_positions: key positions [B, M]; None as for queries.
+        key_segments: key segments [B, M]; None as for queries.
+        masked: whether padding was stated, by an ``attention_mask``.
+        kept: what layers of this forward pass share: plans, and whether positions were checked.
+    """
+
+    attention: str
+    queries: int
+    keys: int
+    query_start: int
+    key_start: int
+    own: Pattern
+    positions: Table | None = None
+    segments: Table | None = None
+    key_positions: Table | None = None
+    key_segments: Table | None = None
+    masked: bool = False
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    # `generate` with a static cache makes masks ahead and treats them as 4-D tensors.
+    ndim: ClassVar[int] = 4
+
+    def contiguous(self) -> Rows:
+        """Itself; see ``ndim``."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """Take the place of a mask only with longspan's attention.
+
+        Raises:
+            Refusal: when another attention function receives the record.
+        """
+        raise Refusal(
+            "Another attention received the mask record of longspan: a backward pass with "
+            "gradient checkpointing after the pattern was removed, or masks made ahead for "
+            "another attention. Keep the pattern applied until the backward pass is done."
+        )
+
+    def plan(self, pattern: Pattern, layer: int, heads: int) -> Plan:
+        """The plan of a layer's pattern within the model's own mask; one per kind of layer."""
+        seen = within(pattern.at_layer(layer), self.own)
+        if (seen, heads) not in self.kept:
+            if self.segments is None:
+                found = _plain_plan(
+                    seen, self.queries, self.keys, self.query_start, self.key_start, heads
+                )
+            else:
+                found = plan(
+                    seen,
+                    self.queries,
+                    heads,
+                    keys=self.keys,
+                    positions=self.positions,
+                    segments=self.segments,
+                    key_positions=self.key_positions,
+                    key_segments=self.key_segments,
+                )
+            self.kept[seen, heads] = found
+        return self.kept[seen, heads]
+
+    def check_positions(self, position_ids: Any) -> None:
+        """Refuse packed documents that transformers did not recognise as such; once per forward.
+
+        Raises:
+            InputError: if positions jump although neither padding nor documents were found.
+        """
+        stated = self.masked or self.segments is not None or self.queries == 1
+        if stated or "checked" in self.kept:
+            return
+        self.kept["checked"] = True
+        if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+            return
+        if bool((position_ids.diff(dim=-1) != 1).any()):
+            raise InputError(
+                "position_ids do not rise by one, there is no attention_mask, and a cache is in "
+                "use: with a cache, transformers lets packed documents see each other. Pass "
+                "use_cache=False to keep documents apart, or an attention_mask for padding."
+            )
+
+
+def rows_mask(
+    attention: str,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | Rows | None = None,
+    **_: Any,
+) -> Rows:
+    """The mask function that is registered with every longspan attention; see the module text.
+
+    Args:
+        attention: the implementation it is registered with.
+        batch_size: batch rows.
+        q_length: query rows.
+        kv_length: key rows that the cache will return.
+        q_offset: rows before the first query.
+        kv_offset: rows before the first key.
+        mask_function: what transformers composed; None means causal.
+        attention_mask: [B, rows so far], true for real tokens; or a record made ahead.
+
+    Raises:
+        Refusal: if the mask is composed of something that is not understood.
+    """
+    if isinstance(attention_mask, Rows):
+        return attention_mask
+    query_start, key_start = int(q_offset), int(kv_offset)
+    own, documents = read_mask(mask_function)
+    common = {
+        "attention": attention,
+        "queries": q_length,
+        "keys": kv_length,
+        "query_start": query_start,
+        "key_start": key_start,
+        "own": own,
+        "masked": attention_mask is not None,
+    }
+    if documents is not None:
+        segments = documents.expand(batch_size, -1).cpu().numpy().astype(np.int64)
+        return Rows(**common, segments=segments, key_segments=segments)
+    if attention_mask is None:
+        return Rows(**common)
+    end = key_start + kv_length
+    real = np.zeros((attention_mask.shape[0], end), bool)
+    given = attention_mask[:, :end].to(torch.bool).cpu().numpy()
+    real[:, : given.shape[1]] = given
+    query_rows = slice(query_start, query_start + q_length)
+    written = max(query_start + q_length, end if not own.is_causal else 0)
+    if real[:, :written].all():
+        return Rows(**common)
+    # Rows before the first real token would count from -1; they are padding and never asked.
+    position = np.maximum(real.cumsum(axis=1, dtype=np.int64) - 1, 0)
+    segment = np.where(real, 0, -1)
+    return Rows(
+        **common,
+        positions=position[:, query_rows],
+        segments=segment[:, query_rows],
+        key_positions=position[:, key_start:],
+        key_segments=segment[:, key_start:],
+    )
+
+
+def read_mask(function: Callable[..., Any] | None) -> tuple[Pattern, Tensor | None]:
+    """Take apart a mask function that transformers composed.
+
+    Returns:
+        The pattern it stands for, and the document of each token [B, N] if sequences are packed.
+
+    Raises:
+        Refusal: if a part is not understood.
+    """
+    if function is None:
+        return Causal(), None
+    found: list[Pattern] = []
+    documents = None
+    waiting = [function]
+    while waiting:
+        part = waiting.pop()
+        # `sliding_window_overlay.<locals>.inner_mask` is named after the function that made it.
+        kind = getattr(part, "__qualname__", repr(part)).partition(".<locals>")[0]
+        held = inspect.getclosurevars(part).nonlocals if inspect.isfunction(part) else {}
+        match kind:
+            case "causal_mask_function":
+                found.append(Causal())
+            case "bidirectional_mask_function":
+                found.append(Dense())
+            case "and_masks":
+                waiting.extend(held["mask_functions"])
+            case "remap_positions_for_packed_sequence":
+                waiting.append(held["mask_function"])
+            case "packed_sequence_mask_function":
+                documents = held["packed_sequence_mask"]
+            case "sliding_window_overlay":
+                # It bounds the past only; transformers never uses it without the causal part.
+                found.append(Window(held["sliding_window"]))
+            case "sliding_window_bidirectional_overlay":
+                found.append(Window(2 * held["sliding_window"] + 1, causal=False))
+            case "chunked_overlay":
+                found.append(Chunk(held["chunk_size"], causal=False))
+            case _:
+                raise Refusal(
+                    f"The model composes its mask with {kind!r}, which longspan does not read "
+                    "(custom masks, image blocks and prefixes are not supported); use its own "
+                    "attention for such inputs: longspan.hf.remove(model)."
+                )
+    own = found[0]
+    for part in found[1:]:
+        own = within(own, part)
+    return own, documents
+
+
+def within(pattern: Pattern, own: Pattern) -> Pattern:
+    """Intersection, written without the parts that add nothing."""
+    if pattern == own or own == Dense() or (own == Causal() and pattern.is_causal):
+        return pattern
+    if pattern == Dense() or (pattern == Causal() and own.is_causal):
+        return own
+    return pattern & own
+
+
+@lru_cache(maxsize=16)
+def _plain_plan(
+    pattern: Pattern, queries: int, keys: int, query_start: int, key_start: int, heads: int
+) -> Plan:
+    """A plan without padding or documents: kept, because every training step asks for the same."""
+    if key_start == 0 and query_start + queries == keys:
+        return plan(pattern, queries, heads, keys=keys)
+    return plan(
+        pattern,
+        queries,
+        heads,
+        keys=keys,
+        positions=query_start + np.arange(queries),
+        key_positions=key_start + np.arange(keys),
+    )

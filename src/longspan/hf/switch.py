@@ -1,0 +1,144 @@
+"""Put a pattern into a Hugging Face model, and take it out again.
+
+Only a name in the model's configuration changes, so everything built on the model keeps working:
+``generate``, gradient checkpointing, PEFT, copies. Saved models do not carry the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import PatternError, Refusal
+from longspan.hf.register import PREFIX, register
+from longspan.hf.rope import set_rope
+from longspan.hf.routes import inspect
+from longspan.hf.unwrap import base_model
+from longspan.ops.capability import KERNELS
+from longspan.pattern import Pattern, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# On the model, not in the configuration, which would be saved with it.
+_BEFORE = "_longspan_attention_before"
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A pattern at work in a model; a context manager that takes it out at the end.
+
+    Attributes:
+        model: the transformers model.
+        pattern: its pattern.
+        name: its attention implementation.
+        before: the implementation that ``remove`` restores.
+    """
+
+    model: PreTrainedModel
+    pattern: Pattern
+    name: str
+    before: str
+
+    def remove(self) -> None:
+        """Restore what was there before; does nothing if the pattern is no longer at work."""
+        if self.model.config.get_text_config()._attn_implementation == self.name:
+            _switch(self.model, self.before)
+
+    def __enter__(self) -> Applied:
+        """Enter a block; with gradient checkpointing, the backward pass belongs inside it too."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def apply(model: Any, pattern: Pattern | str, impl: str = "auto") -> Applied:
+    """Let every attention layer of a model look only where the pattern allows.
+
+    Layers keep their own bounds: a causal model stays causal, and a layer with a sliding window
+    sees the intersection. A pattern applied before is replaced.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model around one.
+        pattern: a pattern or its text form.
+        impl: kernel name or ``"auto"``, as for ``longspan.attend``.
+
+    Returns:
+        A handle; ``with apply(...)`` restores the model at the end of the block.
+
+    Raises:
+        PatternError: if the pattern does not parse or does not fit the number of heads.
+        Refusal: if the model does not route through the attention interface, with each reason, or
+            ``impl`` is unknown. The model is then unchanged.
+    """
+    base = base_model(model)
+    wanted = parse(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(wanted, Pattern):
+        raise PatternError(f"Expected a pattern or its text, got {type(pattern).__name__}.")
+    kernels = ("auto", *(kernel.name for kernel in KERNELS))
+    if impl not in kernels:
+        raise Refusal(f"Unknown impl {impl!r}; choose one of {', '.join(kernels)}.")
+    report = inspect(base)
+    if not report.routes:
+        raise Refusal("; ".join(report.reasons) + ". The model was not changed.")
+    config = base.config.get_text_config()
+    for layer in range(config.num_hidden_layers):
+        wanted.at_layer(layer).check(config.num_attention_heads)
+    before = str(config._attn_implementation)
+    name = register(wanted, impl)
+    if not before.startswith(PREFIX):
+        setattr(base, _BEFORE, before)
+    _switch(base, name)
+    if config._attn_implementation != name:
+        raise Refusal(f"transformers did not switch the attention of {report.model} to {name}.")
+    return Applied(base, wanted, name, before)
+
+
+def remove(model: Any) -> None:
+    """Restore the attention that a model had before the first ``apply``; nothing to do otherwise.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model around one.
+    """
+    base = base_model(model)
+    if (base.config.get_text_config()._attn_implementation or "").startswith(PREFIX):
+        # A model that shares its configuration with the one that was changed has no note of it.
+        _switch(base, getattr(base, _BEFORE, "sdpa" if base._supports_sdpa else "eager"))
+    if hasattr(base, _BEFORE):
+        delattr(base, _BEFORE)
+
+
+def extend(model: Any, length: int, pattern: Pattern | str, rope: str = "yarn") -> Any:
+    """Stretch the positions of a model and put a pattern into it; no training.
+
+    Args:
+        model: a Hugging Face model, or a PEFT model around one; changed in place.
+        length: target length in tokens, at least the trained one.
+        pattern: a pattern or its text form.
+        rope: none, linear, ntk, dynamic, yarn or llama3.
+
+    Returns:
+        The model.
+
+    Raises:
+        LongspanError: as in ``apply`` and ``longspan.hf.rope.set_rope``; the model is then
+            unchanged.
+    """
+    applied = apply(model, pattern)
+    try:
+        set_rope(model, rope, length)
+    except Exception:
+        applied.remove()
+        raise
+    return model
+
+
+def _switch(base: PreTrainedModel, name: str) -> None:
+    base.set_attn_implementation(name)

@@ -1,0 +1,34 @@
+"""The transformers model inside whatever wraps it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The ``PreTrainedModel`` of a model, a PEFT model, or a DDP or compiled wrapper.
+
+    Raises:
+        InputError: if there is none inside.
+    """
+    from transformers import PreTrainedModel
+
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if callable(getattr(inner, "get_base_model", None)):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "module"):
+            inner = inner.module
+        else:
+            raise InputError(
+                "Expected a transformers model (or a PEFT model around one), got "
+                f"{type(model).__module__}.{type(model).__name__}."
+            )
+    return inner
