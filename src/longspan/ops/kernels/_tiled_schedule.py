@@ -1,0 +1,351 @@
+"""Which tiles of the score matrix the ranges touch, and how to visit them in few batched calls.
+
+A *job* pairs one tile of query rows with one contiguous span of keys that covers what those rows
+see there. Jobs of equal shape and equal mask whose rows and keys advance by constant steps form
+a *run*: a window, a chunk or a cache makes a handful of runs however long the sequence is, and a
+batch of a run needs no gathered copy, only a strided view. Ranges without any regularity give
+runs of one job, which is still only what they touch.
+
+Heads that share a key head and its ranges become extra rows of one job (GQA without expanded
+keys): a *lane* is such a bundle of heads, and lanes at constant steps form runs too.
+
+Axes: G range groups, N query rows, m ranges per query, J jobs, T rows of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+# Spans begin and end at multiples of this where they can: whole vector registers, and equal
+# shapes more often.
+_ALIGN = 16
+# Keys that nobody in the tile sees are computed rather than skipped when they are fewer than this.
+_GAP = 64
+# A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs: key
+# gradients of overlapping spans are added slice by slice.
+_OVERLAP = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Equal jobs at constant steps: job ``c`` has rows from ``row + c * row_step`` and keys from
+    ``key + c * key_step``.
+
+    Attributes:
+        wave: ordinal of the jobs among those of their query tile; 0 starts a tile, others add to
+        it.
+        count: number of jobs.
+        rows: query rows T of a job.
+        span: key rows of a job.
+        left: columns before this one may be hidden from some row,
+        right: and so may this one and those after it; between them every row sees every key.
+    """
+
+    wave: int
+    count: int
+    rows: int
+    span: int
+    row: int
+    row_step: int
+    key: int
+    key_step: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """Bundles of ``heads`` neighbouring query heads on one key head, ``count`` of them at
+    constant steps (in rows)."""
+
+    count: int
+    heads: int
+    row: int
+    row_step: int
+    key: int
+    key_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Jobs of one run computed in one call: along the run in one lane, or one of its jobs in
+    many lanes."""
+
+    group: int
+    run: Run
+    heads: int
+    count: int
+    row: int
+    row_step: int
+    key: int
+    key_step: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Runs and lanes of each range group.
+
+    Attributes:
+        runs: for each group its runs, waves ascending.
+        lanes: for each group the heads that follow it.
+        area: most scores (rows times keys) wanted in one batch; a single job may not exceed it.
+    """
+
+    runs: list[list[Run]]
+    lanes: list[list[Lanes]]
+    area: int
+
+    def batches(self) -> Iterator[Batch]:
+        """Everything to compute, in order."""
+        for group, (runs, lanes) in enumerate(zip(self.runs, self.lanes, strict=True)):
+            for run in runs:
+                for lane in lanes:
+                    yield from self._split(group, run, lane)
+
+    def _split(self, group: int, run: Run, lanes: Lanes) -> Iterator[Batch]:
+        limit = max(1, self.area // (lanes.heads * run.rows * run.span))
+        along_run = (run.count, run.row_step, run.key_step)
+        along_lanes = (lanes.count, lanes.row_step, lanes.key_step)
+        inner, outer = (
+            (along_run, along_lanes) if run.count >= lanes.count else (along_lanes, along_run)
+        )
+        for i in range(outer[0]):
+            row = run.row + lanes.row + i * outer[1]
+            key = run.key + lanes.key + i * outer[2]
+            for j in range(0, inner[0], limit):
+                yield Batch(
+                    group=group,
+                    run=run,
+                    heads=lanes.heads,
+                    count=min(limit, inner[0] - j),
+                    row=row + j * inner[1],
+                    row_step=inner[1],
+                    key=key + j * inner[2],
+                    key_step=inner[2],
+                )
+
+
+def build_schedule(
+    lo_GNm: Ints, hi_GNm: Ints, group_BH: Ints, keys: int, key_heads: int, tile: int, area: int
+) -> Schedule:
+    """Plan the jobs of one call.
+
+    Args:
+        lo_GNm: first key of each range.
+        hi_GNm: one past its last key.
+        group_BH: range group of each query head, for every batch row.
+        keys: key rows M.
+        key_heads: key heads K of each batch row.
+        tile: query rows of a job.
+        area: most scores in one batch.
+
+    Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
+    """
+    groups, queries, _ = lo_GNm.shape
+    lanes = _lanes(group_BH, groups, queries, keys, key_heads)
+    heads = max((lane.heads for bundle in lanes for lane in bundle), default=1)
+    span = max(16 * _ALIGN, area // (heads * tile) // _ALIGN * _ALIGN)
+    whole = queries // tile * tile
+    runs: list[list[Run]] = []
+    for lo_Nm, hi_Nm, bundle in zip(lo_GNm, hi_GNm, lanes, strict=True):
+        runs.append([])
+        if not bundle:
+            continue
+        for first, stop, rows in ((0, whole, tile), (whole, queries, queries - whole)):
+            if first < stop:
+                shape = (-1, rows, lo_Nm.shape[1])
+                jobs = _jobs(
+                    lo_Nm[first:stop].reshape(shape), hi_Nm[first:stop].reshape(shape), keys, span
+                )
+                runs[-1] += _runs(jobs, rows, first)
+    return Schedule(runs=runs, lanes=lanes, area=max(area, heads * tile * span))
+
+
+def _lanes(
+    group_BH: Ints, groups: int, queries: int, keys: int, key_heads: int
+) -> list[list[Lanes]]:
+    """Bundle neighbouring heads of one key head and one group, and put bundles at constant steps
+    together."""
+    heads = group_BH.shape[1]
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for b, group_H in enumerate(group_BH.tolist()):
+        for key_head in range(key_heads):
+            first = key_head * heads // key_heads
+            stop = (key_head + 1) * heads // key_heads
+            cuts = [h for h in range(first + 1, stop) if group_H[h] != group_H[h - 1]]
+            for start, end in pairwise([first, *cuts, stop]):
+                place = ((b * heads + start) * queries, (b * key_heads + key_head) * keys)
+                found.setdefault((group_H[start], end - start), []).append(place)
+    lanes: list[list[Lanes]] = [[] for _ in range(groups)]
+    for (group, bundle), places in found.items():
+        place_J2 = np.array(places, dtype=np.int64)
+        step_J2 = np.diff(place_J2, axis=0)
+        for first, count in _progressions(np.ones(len(step_J2), dtype=bool), step_J2):
+            row, key = place_J2[first].tolist()
+            row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
+            lanes[group].append(
+                Lanes(
+                    count=count,
+                    heads=bundle,
+                    row=row,
+                    row_step=row_step,
+                    key=key,
+                    key_step=key_step,
+                )
+            )
+    return lanes
+
+
+@dataclass(frozen=True, slots=True)
+class _Jobs:
+    """Jobs of tiles of equal height, unordered; what the columns of ``shape`` say is what a run
+    must share."""
+
+    tile_J: Ints
+    key_J: Ints
+    # wave, span, left, right
+    shape_J4: Ints
+    # Ranges of the rows relative to the job's first key, cut to its span; zero where the job
+    # needs no mask.
+    bounds_JX: NDArray[np.int32]
+
+
+def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int) -> _Jobs:
+    tile_S, start_S, stop_S, left_S, right_S = _segments(lo_tTm, hi_tTm)
+    start_S = start_S // _ALIGN * _ALIGN
+    stop_S = np.minimum(-(-stop_S // _ALIGN) * _ALIGN, keys)
+
+    # Long segments are cut into jobs of at most max_span keys.
+    pieces_S = -(-(stop_S - start_S) // max_span)
+    segment_J = np.repeat(np.arange(len(tile_S)), pieces_S)
+    piece_J = np.arange(len(segment_J)) - np.repeat(np.cumsum(pieces_S) - pieces_S, pieces_S)
+    tile_J = tile_S[segment_J]
+    key_J = start_S[segment_J] + piece_J * max_span
+    span_J = np.minimum(stop_S[segment_J] - key_J, max_span)
+    left_J = np.clip(left_S[segment_J] - key_J, 0, span_J)
+    right_J = np.clip(right_S[segment_J] - key_J, left_J, span_J)
+    wave_J = np.arange(len(tile_J)) - np.searchsorted(tile_J, tile_J)
+
+    bounds_JX = np.zeros((len(tile_J), 2 * lo_tTm[0].size), dtype=np.int32)
+    masked = np.flatnonzero((left_J > 0) | (right_J < span_J))
+    first, last = key_J[masked, None, None], span_J[masked, None, None]
+    lo_JTm = np.clip(lo_tTm[tile_J[masked]] - first, 0, last)
+    hi_JTm = np.clip(hi_tTm[tile_J[masked]] - first, lo_JTm, last)
+    bounds_J2Tm = np.stack([lo_JTm, hi_JTm], axis=1) * (lo_JTm < hi_JTm)[:, None]
+    bounds_JX[masked] = bounds_J2Tm.reshape(len(masked), bounds_JX.shape[1])
+    return _Jobs(tile_J, key_J, np.stack([wave_J, span_J, left_J, right_J], axis=1), bounds_JX)
+
+
+def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """The keys that a tile's rows see, as disjoint segments that lie more than _GAP apart.
+
+    Returns:
+        For each segment, tiles ascending: its tile, its first key, one past its last key, and
+        the keys [left, right) inside it that every row of the tile sees (left = right = its end
+        when there are none).
+    """
+    tiles, width = len(lo_tTm), lo_tTm[0].size
+    lo_tX, hi_tX = lo_tTm.reshape(tiles, width), hi_tTm.reshape(tiles, width)
+    # One 64-bit number per range sorts by first key; empty ranges go last.
+    empty_tX = lo_tX >= hi_tX
+    code_tX = np.where(empty_tX, np.iinfo(np.int64).max, (lo_tX << 32) | hi_tX)
+    if (code_tX[:, 1:] < code_tX[:, :-1]).any():
+        code_tX = np.sort(code_tX, axis=1)
+    used_t = width - empty_tX.sum(axis=1)
+    first_tX = code_tX >> 32
+    reach_tX = np.maximum.accumulate(code_tX & 0xFFFFFFFF, axis=1)
+    opens_tX = np.arange(width) < used_t[:, None]
+    opens_tX[:, 1:] &= first_tX[:, 1:] > reach_tX[:, :-1] + _GAP
+    tile_S, column_S = np.nonzero(opens_tX)
+    last_S = used_t[tile_S] - 1
+    same = tile_S[1:] == tile_S[:-1]
+    last_S[:-1][same] = column_S[1:][same] - 1
+    start_S, stop_S = first_tX[tile_S, column_S], reach_tX[tile_S, last_S]
+
+    lo_STm, hi_STm = lo_tTm[tile_S], hi_tTm[tile_S]
+    inside_STm = (
+        (lo_STm < hi_STm) & (lo_STm >= start_S[:, None, None]) & (lo_STm < stop_S[:, None, None])
+    )
+    left_S = np.where(inside_STm, lo_STm, -1).max(axis=(1, 2))
+    right_S = np.where(inside_STm, hi_STm, np.iinfo(np.int64).max).min(axis=(1, 2))
+    # A row with no range here, or several, leaves nothing that all rows are known to see.
+    none_S = (inside_STm.sum(axis=2) != 1).any(axis=1) | (left_S >= right_S)
+    return (
+        tile_S,
+        start_S,
+        stop_S,
+        np.where(none_S, stop_S, left_S),
+        np.where(none_S, stop_S, right_S),
+    )
+
+
+def _runs(jobs: _Jobs, rows: int, base: int) -> list[Run]:
+    """Sort equal jobs together and cut them into runs of constant steps."""
+    if not len(jobs.tile_J):
+        return []
+    # The hash only brings equal masks together; whether neighbours are equal is decided on the
+    # bounds themselves.
+    odd_X = np.random.default_rng(0).integers(1 << 62, size=jobs.bounds_JX.shape[1]) * 2 + 1
+    with np.errstate(over="ignore"):
+        hash_J = (jobs.bounds_JX * odd_X).sum(axis=1)
+    order_J = np.lexsort((jobs.tile_J, hash_J, *jobs.shape_J4.T[::-1]))
+    tile_J, key_J, shape_J4 = jobs.tile_J[order_J], jobs.key_J[order_J], jobs.shape_J4[order_J]
+    bounds_JX = jobs.bounds_JX[order_J]
+    equal = (shape_J4[1:] == shape_J4[:-1]).all(axis=1)
+    equal &= (bounds_JX[1:] == bounds_JX[:-1]).all(axis=1)
+    step_J2 = np.stack([np.diff(tile_J) * rows, np.diff(key_J)], axis=1)
+    # Steps that a strided view cannot take, or that overlap too much.
+    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J4[1:, 1])
+    runs: list[Run] = []
+    for first, count in _progressions(equal, step_J2):
+        wave, span, left, right = shape_J4[first].tolist()
+        row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
+        runs.append(
+            Run(
+                wave=wave,
+                count=count,
+                rows=rows,
+                span=span,
+                row=base + int(tile_J[first]) * rows,
+                row_step=row_step,
+                key=int(key_J[first]),
+                key_step=key_step,
+                left=left,
+                right=right,
+            )
+        )
+    return runs
+
+
+def _progressions(equal: NDArray[np.bool_], step_J2: Ints) -> Iterator[tuple[int, int]]:
+    """Cut a row of items into arithmetic progressions, greedily.
+
+    Args:
+        equal: whether item i and i + 1 may share a progression.
+        step_J2: steps from item i to i + 1.
+
+    Yields:
+        first item and number of items; together they cover every item once, in order.
+    """
+    breaks = np.ones(len(equal), dtype=bool)
+    breaks[1:] = ~equal[1:] | ~equal[:-1] | (step_J2[1:] != step_J2[:-1]).any(axis=1)
+    first_stretch = np.flatnonzero(breaks)
+    free = 0
+    for first, stop in pairwise([*first_stretch.tolist(), len(equal)]):
+        start = max(first, free)
+        if equal[first] and stop > start:
+            yield start, stop - start + 1
+            free = stop + 1
+        elif not equal[first]:
+            if start == first:
+                yield first, 1
+            free = stop
+    if free <= len(equal):
+        yield free, 1

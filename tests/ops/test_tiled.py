@@ -1,0 +1,233 @@
+"""The tiled kernel against the reference: values, gradients, memory, leaks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from tests.ops.cases import CASES, Case, key_ranges, make_qkv, run, scattered, window
+from torch import Tensor
+
+from longspan.ops.kernels import tiled as tiled_module
+from longspan.ops.kernels._tiled_schedule import build_schedule
+from longspan.ops.kernels.reference import reference
+from longspan.ops.kernels.tiled import tiled
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    """Every tensor within ``rtol`` of the largest entry of the expected one, -inf in the same
+    places."""
+    for name, want in expected.items():
+        have = found[name]
+        assert have.shape == want.shape, name
+        have, want = have.double(), want.double()
+        assert torch.equal(have.isneginf(), want.isneginf()), name
+        seen = want.isfinite()
+        limit = rtol * max(1.0, want[seen].abs().max().item()) if seen.any() else 0.0
+        error = (have - want)[seen].abs().max().item() if seen.any() else 0.0
+        assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference_in_float64(case: Case) -> None:
+    qkv, ranges = make_qkv(case), case.ranges()
+    assert_same(run(tiled, qkv, ranges), run(reference, qkv, ranges), 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference_in_float32(case: Case) -> None:
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    found = run(tiled, qkv, ranges)
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    assert_same(found, run(reference, [x.double() for x in qkv], ranges), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    qkv, ranges = make_qkv(case, dtype), case.ranges()
+    found = run(tiled, qkv, ranges)
+    assert found["lse"].dtype == torch.float32
+    assert {x.dtype for name, x in found.items() if name != "lse"} == {dtype}
+    assert_same(found, run(reference, [x.double() for x in qkv], ranges), 1e-2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_reference_on_random_ranges(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, keys = (int(x) for x in rng.integers(1, 300, size=2))
+    key_heads, share, batch, ranges = (int(x) for x in rng.integers(1, 4, size=4))
+    case = Case(
+        name=f"random-{seed}",
+        make=lambda c: scattered(c.N, c.B, c.H, c.keys, ranges, seed, smooth=bool(seed % 2)),
+        B=batch,
+        H=key_heads * share,
+        K=key_heads,
+        N=n,
+        M=keys,
+        D=8,
+    )
+    qkv, made = make_qkv(case), case.ranges()
+    assert_same(run(tiled, qkv, made), run(reference, qkv, made), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["window", "scattered-3", "scca-flow", "decode-few", "causal"])
+def test_small_batches_and_spans_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A work buffer far smaller than a tile's keys: spans are cut and joined again through lse."""
+    monkeypatch.setattr(tiled_module, "_AREA_PER_THREAD", 64)
+    case = BY_NAME[name]
+    case = Case(**{**vars(case), "M": None if case.M is None else case.M + 900})
+    qkv, ranges = make_qkv(case), case.ranges()
+    assert_same(run(tiled, qkv, ranges), run(reference, qkv, ranges), 1e-10)
+
+
+def test_reads_inputs_of_any_layout() -> None:
+    case = BY_NAME["gqa-4"]
+    q, k, v = make_qkv(case)
+    odd = [
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([v, v], dim=-1)[..., : v.shape[-1]],
+    ]
+    ranges = case.ranges()
+    for have, want in zip(tiled(*odd, ranges, 0.3), tiled(q, k, v, ranges, 0.3), strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv"])
+def test_gives_only_the_gradients_that_are_wanted(wanted: str) -> None:
+    case = BY_NAME["scca-flow"]
+    ranges = case.ranges()
+    inputs = dict(zip("qkv", make_qkv(case), strict=True))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    grads = []
+    for kernel in (tiled, reference):
+        out, lse = kernel(*inputs.values(), ranges, 0.25)
+        grads.append(
+            torch.autograd.grad(out.square().sum() + lse.sum(), [inputs[n] for n in wanted])
+        )
+    for have, want in zip(*grads, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_through_lse_alone() -> None:
+    case = BY_NAME["window"]
+    ranges = case.ranges()
+    grads = []
+    for kernel in (tiled, reference):
+        q, k, v = (x.requires_grad_() for x in make_qkv(case))
+        grads.append(torch.autograd.grad(kernel(q, k, v, ranges, 0.25)[1].cos().sum(), (q, k)))
+    for have, want in zip(*grads, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_see_nothing_have_no_gradient() -> None:
+    lo, hi = np.zeros(100), np.arange(100) + 1
+    hi[::3] = 0
+    case = Case(name="holes", make=lambda c: key_ranges(lo, hi, heads=c.H, keys=c.N), N=100)
+    q, k, v = (x.requires_grad_() for x in make_qkv(case))
+    out, lse = tiled(q, k, v, case.ranges(), 0.25)
+    assert (out[:, :, ::3] == 0).all()
+    assert lse[:, :, ::3].isneginf().all()
+    # The infinite lse of those rows goes into the loss on purpose.
+    dq, dk, dv = torch.autograd.grad(out.sum() + lse.exp().sum(), (q, k, v))
+    assert (dq[:, :, ::3] == 0).all()
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def test_large_logits_stay_finite() -> None:
+    case = BY_NAME["window"]
+    qkv = [x * 30 for x in make_qkv(case, torch.float32)]
+    found = run(tiled, qkv, case.ranges())
+    expected = run(reference, [x.double() for x in qkv], case.ranges())
+    assert_same({"out": found["out"]}, {"out": expected["out"]}, 1e-3)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_second_derivative_is_refused() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case))
+    out, _ = tiled(q, k, v, case.ranges(), 0.25)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["window", "scca-flow", "shifted-chunk", "sink-window", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_later_keys_change_no_bit_of_earlier_rows(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    q, k, v = make_qkv(case, dtype)
+    out, lse = tiled(q, k, v, case.ranges(), 0.25)
+    t = case.N * 5 // 8 + 1
+    _, other_k, other_v = make_qkv(case, dtype, seed=9)
+    k[:, :, t:], v[:, :, t:] = other_k[:, :, t:], other_v[:, :, t:]
+    changed_out, changed_lse = tiled(q, k, v, case.ranges(), 0.25)
+    assert torch.equal(out[:, :, :t], changed_out[:, :, :t])
+    assert torch.equal(lse[:, :, :t], changed_lse[:, :, :t])
+    assert not torch.equal(out[:, :, t:], changed_out[:, :, t:])
+
+
+def test_work_stays_near_the_visible_pairs() -> None:
+    n, width = 1 << 16, 512
+    ranges = window(n, 8, width)
+    schedule = build_schedule(
+        ranges.lo_GNm.numpy().astype("int64"),
+        ranges.hi_GNm.numpy().astype("int64"),
+        ranges.group_BH.numpy(),
+        keys=n,
+        key_heads=8,
+        tile=64,
+        area=1 << 19,
+    )
+    batches = list(schedule.batches())
+    scores = sum(b.count * b.heads * b.run.rows * b.run.span for b in batches)
+    assert n * width * 8 <= scores <= 1.13 * n * width * 8
+    assert max(b.count * b.heads * b.run.rows * b.run.span for b in batches) <= schedule.area
+    # The head of the sequence, its regular part, nothing else.
+    assert len(schedule.runs[0]) <= 10
+
+
+def test_memory_does_not_hold_a_row_by_key_tensor() -> None:
+    """Forward and backward over 32768 x 32768: no single tensor may pass a few times the
+    inputs."""
+    n = 1 << 15
+    case = Case(name="long", make=lambda c: window(c.N, c.H, 64), H=1, K=1, N=n, D=16)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(x, Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        run(tiled, make_qkv(case, torch.float32), case.ranges())
+    inputs = n * case.D * 4
+    work = torch.get_num_threads() * tiled_module._AREA_PER_THREAD * 4
+    # Test data are made in float64, hence the factor two.
+    assert largest <= max(2 * inputs, work) < n * n
+
+
+def test_schedules_are_kept_for_ranges_and_go_with_them() -> None:
+    case = BY_NAME["window"]
+    ranges = case.ranges()
+    qkv = make_qkv(case)
+    tiled(*qkv, ranges, 0.25)
+    kept = tiled_module._schedules[ranges]
+    first = next(iter(kept.values()))
+    tiled(*qkv, ranges, 0.25)
+    assert [id(x) for x in kept.values()] == [id(first)]
+    gone = weakref.ref(ranges)
+    del ranges
+    gc.collect()
+    assert gone() is None
