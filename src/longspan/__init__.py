@@ -34,6 +34,7 @@ _HOME = {
     "Sink": "longspan.pattern",
     "Window": "longspan.pattern",
     "attend": "longspan.ops",
+    "coverage": "longspan.analysis",
     "explain": "longspan.ops",
     "hf": "",
     "merge": "longspan.ops",
@@ -57,6 +58,7 @@ __all__ = [
     "Sink",
     "Window",
     "attend",
+    "coverage",
     "explain",
     "hf",
     "merge",
@@ -82,6 +84,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan import hf
+    from longspan.analysis import coverage
     from longspan.errors import LongspanError
     from longspan.ops import attend, explain, merge
     from longspan.pattern import (

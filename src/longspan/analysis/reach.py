@@ -1,0 +1,113 @@
+"""Who reaches whom over the layers.
+
+Token j reaches token i after L layers if a chain of L steps leads from i back to j, each step
+inside some head's pattern of its layer, or staying in place (the residual stream):
+
+    P_L = (A_L + I) (A_{L-1} + I) ... (A_1 + I)     over booleans, A_l = union over the heads
+
+Exact for small n by matrix products, O(L n^3). For large n rows of P_L are sampled: start at one
+query and walk the layers backwards, O(N m) for each row and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.analysis.relation import Relation
+from longspan.pattern.algebra import Mask, Pattern
+
+
+def period(pattern: Pattern, limit: int = 64) -> int:
+    """After how many layers the pattern repeats; ``limit`` if it does not before."""
+    first = [pattern.at_layer(layer) for layer in range(2 * limit)]
+    for step in range(1, limit):
+        if all(a == b for a, b in zip(first[step:], first, strict=False)):
+            return step
+    return limit
+
+
+def reach_exact(unions: Sequence[Mask], layers: int) -> list[Mask]:
+    """P_1 ... P_layers as dense masks.
+
+    Args:
+        unions: pairs of each layer of one period, [n, n] each.
+        layers: number of layers.
+    """
+    steps = [_with_self(union) for union in unions]
+    found = [steps[0]]
+    for layer in range(1, layers):
+        found.append(_times(steps[layer % len(steps)], found[-1]))
+    return found
+
+
+def closure(unions: Sequence[Mask]) -> tuple[Mask, int]:
+    """What is reached after any number of layers, and how many layers that takes.
+
+    The products only grow, so the number of layers is found by doubling and halving: O(log L)
+    products instead of L.
+    """
+    steps = [_with_self(union) for union in unions]
+    one = steps[0]
+    for step in steps[1:]:
+        one = _times(step, one)
+    powers = [one]
+    while not np.array_equal(twice := _times(powers[-1], powers[-1]), powers[-1]):
+        powers.append(twice)
+    whole = powers[-1]
+    reached, periods = np.eye(len(whole), dtype=bool), 0
+    for exponent in reversed(range(len(powers))):
+        further = _times(powers[exponent], reached)
+        if not np.array_equal(further, whole):
+            reached, periods = further, periods + 2**exponent
+    depth = periods * len(steps)
+    for step in steps:
+        if np.array_equal(reached, whole):
+            break
+        reached, depth = _times(step, reached), depth + 1
+    return whole, depth
+
+
+def reach_of_row(relations: Sequence[Relation], row: int, layers: int) -> list[Mask]:
+    """Row ``row`` of P_1 ... P_layers, as flags [n] each."""
+    n = relations[0].n
+    found = []
+    for depth in range(1, layers + 1):
+        if len(relations) == 1 and found:
+            seen = found[-1] | relations[0].keys(found[-1])
+        else:
+            seen = np.zeros(n, bool)
+            seen[row] = True
+            for layer in reversed(range(depth)):
+                seen = seen | relations[layer % len(relations)].keys(seen)
+        found.append(seen)
+    return found
+
+
+def sampled_rows(n: int, causal: bool, samples: int, seed: int) -> NDArray[np.int64]:
+    """Random rows, two from each of equal strata [samples // 2, 2].
+
+    A row is as likely as it has legal pairs, so the mean of the rows' shares estimates the share
+    of pairs without bias; strata keep its error small where the share changes with the position.
+    """
+    strata = samples // 2
+    draws = np.random.default_rng(seed).random((strata, 2))
+    place = (np.arange(strata)[:, None] + draws) / strata
+    pairs = np.cumsum(np.arange(1, n + 1) if causal else np.ones(n, np.int64))
+    return np.searchsorted(pairs, place * pairs[-1], side="right").astype(np.int64)
+
+
+def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of values [strata, 2] drawn by ``sampled_rows``, and its standard error."""
+    gap = values[:, 0] - values[:, 1]
+    return float(values.mean()), float(np.sqrt((gap**2).sum()) / (2 * len(values)))
+
+
+def _with_self(union: Mask) -> Mask:
+    return union | np.eye(len(union), dtype=bool)
+
+
+def _times(a: Mask, b: Mask) -> Mask:
+    return (a.astype(np.float32) @ b.astype(np.float32)) > 0.5

@@ -1,0 +1,175 @@
+"""Coverage against the published tables, brute force, and its own sampled form."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import longspan as ls
+from longspan.analysis.reach import mean_and_error, sampled_rows
+from longspan.analysis.relation import Relation
+from longspan.errors import PatternError, PlanError
+
+FLOW_HALF = ls.PerHead(*(ls.SCCA.fixed(8, shift=4 * s) for s in range(1, 8)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heads", "blind", "never", "depth"),
+    [
+        (ls.ShiftedChunk(8), 2, 0, 0, 15),
+        (ls.SCCA.fixed(8), 4, 0, 0, 8),
+        (ls.SCCA.fixed(8, shift=8), 4, 0, 0, 7),
+        (ls.SCCA.flow(8, wrap="none"), 8, 0, 0, 1),
+        (ls.SCCA.flow(8), 8, 0, 0, 1),
+        (FLOW_HALF, 14, 0, 0, 2),
+        (ls.SCCA.flow(8, wrap="none"), 4, 0, 0, 3),
+        (ls.Chunk(8), 1, 7, 64 * 63 // 2 - 8 * 28, 1),
+    ],
+    ids=str,
+)
+def test_reach_table_of_64_tokens_in_chunks_of_8(pattern, heads, blind, never, depth):
+    """Rows without predecessor, pairs never reached and layers to the fixpoint."""
+    found = ls.coverage(pattern, 64, heads=heads, layers=2)
+    assert (found.blind_rows, found.never, found.depth) == (blind, never, depth)
+
+
+def test_shifted_chunk_reaches_a_chunk_then_half_a_chunk_further_per_layer():
+    token = np.arange(64)
+    one = Relation(ls.plan(ls.ShiftedChunk(8), n=64, heads=2))
+    seen = token == 63
+    first = []
+    for _ in range(4):
+        seen = seen | one.keys(seen)
+        first.append(int(token[seen].min()))
+    assert first == [56, 52, 48, 44]
+
+
+def test_window_figures_by_hand():
+    found = ls.coverage(ls.Window(3), 6, layers=2)
+    assert found.keys_min == 1
+    assert found.keys_max == 3
+    assert found.keys_mean == pytest.approx((1 + 2 + 3 * 4) / 6)
+    assert found.density == pytest.approx(15 / 36)
+    assert found.legal_density == found.union == pytest.approx(15 / 21)
+    assert [one.share for one in found.reach] == pytest.approx([15 / 21, 20 / 21])
+    assert found.depth == 3
+
+
+def test_prefix_seen_by_all_still_looks_ahead_step_by_step():
+    both = ls.Window(3, causal=False) | ls.Prefix(1)
+    found = ls.coverage(both, 32, layers=1)
+    assert not found.causal
+    assert found.density == found.union
+    assert found.never == 0
+    # All see token 0, but it sees one token ahead only: 31 steps to the last one.
+    assert found.depth == 31
+
+
+def brute_force(pattern: ls.Pattern, n: int, heads: int, layers: int) -> list[np.ndarray]:
+    """Reach by sets, one layer after another."""
+    knows = [{i} for i in range(n)]
+    found = []
+    for layer in range(layers):
+        sees = pattern.mask(n, heads, layer).any(axis=0)
+        knows = [knows[i].union(*(knows[j] for j in range(n) if sees[i, j])) for i in range(n)]
+        found.append(np.array([[j in knows[i] for j in range(n)] for i in range(n)]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ls.SCCA.flow(3),
+        ls.PerLayer(ls.Chunk(5, causal=False), ls.Chunk(5, offset=2, causal=False)),
+        ls.PerLayer(ls.Window(2), ls.Chunk(7), ls.Sink(2)),
+        ls.Window(2) | ls.Document(9, 4) & ls.Causal(),
+    ],
+    ids=str,
+)
+def test_reach_equals_sets_passed_from_layer_to_layer(pattern):
+    n, heads, layers = 23, 2, 5
+    found = ls.coverage(pattern, n, heads=heads, layers=layers)
+    legal = n * (n + 1) / 2 if found.causal else n * n
+    steps = brute_force(pattern, n, heads, 40)
+    assert [one.share for one in found.reach] == pytest.approx(
+        [step.sum() / legal for step in steps[:layers]]
+    )
+    assert found.never == legal - steps[-1].sum()
+    changes = [0] + [a.sum() for a in steps]
+    assert found.depth == max(at for at in range(1, 41) if changes[at] != changes[at - 1])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ls.Window(16) | ls.Sink(2),
+        ls.SCCA.flow(32),
+        ls.ShiftedChunk(32),
+        ls.PerLayer(ls.Chunk(32, causal=False), ls.Chunk(32, offset=16, causal=False)),
+    ],
+    ids=str,
+)
+def test_sampled_agrees_with_exact_within_its_error(pattern):
+    exact = ls.coverage(pattern, 512, heads=4, layers=3)
+    sampled = ls.coverage(pattern, 512, heads=4, layers=3, exact_up_to=1)
+    for name in ("density", "legal_density", "keys_min", "keys_mean", "keys_max", "blind_rows"):
+        assert getattr(sampled, name) == pytest.approx(getattr(exact, name)), name
+    assert sampled.samples == 256
+    assert sampled.never is None
+    pairs = [(sampled.union, sampled.union_error, exact.union)]
+    pairs += [(s.share, s.error, e.share) for s, e in zip(sampled.reach, exact.reach, strict=True)]
+    for share, error, truth in pairs:
+        assert abs(share - truth) <= 4 * error + 1e-12
+        assert error < 0.01
+
+
+def test_sampled_rows_follow_their_weight_and_the_error_is_honest():
+    """The mean of many runs hits the truth, and their spread equals the stated error."""
+    n = 300
+    value = (np.arange(n) % 7 == 0).astype(float)
+    weight = np.arange(1, n + 1) / (n * (n + 1) / 2)
+    truth = float((value * weight).sum())
+    runs = [mean_and_error(value[sampled_rows(n, True, 64, seed)]) for seed in range(400)]
+    means, errors = np.array(runs).T
+    assert means.mean() == pytest.approx(truth, abs=4 * means.std() / 20)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.15)
+
+
+def test_large_n_needs_no_dense_mask():
+    found = ls.coverage(ls.Window(4096) | ls.Sink(4), 1_000_000, heads=32, layers=2, samples=8)
+    assert found.keys_max == 4100
+    assert found.samples == 8
+
+
+def test_text_and_json():
+    found = ls.coverage(ls.Chunk(4), 16, heads=2, layers=2)
+    text = str(found)
+    assert "coverage of chunk(4)" in text
+    assert "never        96 pairs, such as token 4 to 0" in text
+    assert "not seen by 3 tokens" in text
+    assert "complete     after 15 layers" in str(ls.coverage(ls.Window(2), 16))
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["reach"][1] == {"layers": 2, "share": 40 / 136, "error": 0.0}
+    assert again["never_examples"][0] == [4, 0]
+    sampled = str(ls.coverage(ls.Chunk(4), 16, exact_up_to=8, samples=4))
+    assert "from 4 sampled queries" in sampled
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(PlanError, match="layers must be a whole number of at least 1, got 0"):
+        ls.coverage(ls.Causal(), 8, layers=0)
+    with pytest.raises(PlanError, match="samples must be a whole number of at least 2, got 1"):
+        ls.coverage(ls.Causal(), 8, samples=1)
+    with pytest.raises(PlanError, match="n must be a whole number"):
+        ls.coverage(ls.Causal(), 0)
+    with pytest.raises(PatternError, match="evenly over 3 query heads"):
+        ls.coverage(ls.PerHead(ls.Causal(), ls.Window(2)), 8, heads=3)
+
+
+@pytest.mark.parametrize(("n", "heads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_shortest_sequences(n, heads):
+    found = ls.coverage(ls.SCCA.flow(4), n, heads=heads)
+    assert found.reach[0].share == 1.0
+    assert found.never == 0
