@@ -1,4 +1,4 @@
-"""Chunked losses equal those of whole logits, with their gradients, for models that end differently."""
+"""Chunked losses and gradients equal those of whole logits, however a model ends."""
 
 from __future__ import annotations
 

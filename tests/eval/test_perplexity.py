@@ -1,4 +1,4 @@
-"""Windows of the protocols against plain transcriptions of what was published, and perplexity of known models."""
+"""The protocols against plain transcriptions of what was published."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def longlora(data: Tensor, length: int, stride: int) -> float:
 
 
 def yarn(documents: list[Tensor], length: int, stride: int, bos: int | None) -> float:
-    """The published loop: targets but the last ``new`` masked, mean of each window, mean over windows."""
+    """The published loop: old targets masked, mean of each window, mean over windows."""
     room = length - 1 if bos is not None else length
     means = []
     for document in documents:
@@ -120,7 +120,11 @@ def test_windows_that_are_done_are_not_measured_again(tmp_path: Path) -> None:
     path, data = tmp_path / "r.jsonl", text(96)
     loss = Known()
     first = perplexity(
-        loss, [data], [16, 32], limit=2, records=Records(path, {"a": 1})  # type: ignore[arg-type]
+        loss,
+        [data],
+        [16, 32],
+        limit=2,
+        records=Records(path, {"a": 1}),  # type: ignore[arg-type]
     )
     assert first["lengths"][0]["windows"] == 2
     done, seen = loss.calls, []

@@ -39,7 +39,9 @@ def test_full_disk_keeps_the_last_good_one(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"step 3.*No space left on device.*step-00000002\.pt.*--resume"):
+    with pytest.raises(
+        RunError, match=r"step 3.*No space left on device.*step-00000002\.pt.*--resume"
+    ):
         checkpoints.save(3, {"x": torch.zeros(10)})
     assert checkpoints.steps() == [1, 2]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".pt", ".pt"]

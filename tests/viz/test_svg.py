@@ -43,14 +43,21 @@ def test_no_data_is_said() -> None:
 
 def test_one_value_has_room_around_it() -> None:
     svg = line_chart(
-        [Series(name="s", color=1, points=[(1, 5.0), (2, 5.0)])], x_label="x", y_label="y", log_y=True
+        [Series(name="s", color=1, points=[(1, 5.0), (2, 5.0)])],
+        x_label="x",
+        y_label="y",
+        log_y=True,
     )
     assert all(math.isfinite(v) for dot in dots(svg) for v in dot)
 
 
 def test_heat_map_shades_by_value_and_leaves_gaps() -> None:
     svg = heat_map(
-        [[0.0, 1.0], [0.5, None]], rows=("512", "1,024"), columns=("0", "1"), row_label="r", column_label="c"
+        [[0.0, 1.0], [0.5, None]],
+        rows=("512", "1,024"),
+        columns=("0", "1"),
+        row_label="r",
+        column_label="c",
     )
     cells = list(ET.fromstring(svg).iter("rect"))
     shades = [float(cell.attrib["fill-opacity"]) for cell in cells]

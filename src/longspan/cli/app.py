@@ -1,4 +1,5 @@
-"""The command line: ``longspan COMMAND``. Help answers without importing torch; work is imported by the commands.
+"""The command line: ``longspan COMMAND``. Help answers without importing torch; work is imported
+by the commands.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 refused because something is not supported.
 """
@@ -43,7 +44,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Sparse, chunked and linear attention for long contexts."""

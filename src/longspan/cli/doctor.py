@@ -1,4 +1,4 @@
-"""``longspan doctor``: versions, hardware and what is available here, for oneself and for bug reports."""
+"""``longspan doctor``: versions, hardware and what is missing, for oneself and bug reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def doctor(
     memory = f", {found['memory_gib']} GiB" if found["memory_gib"] else ""
     table.add_row("cpu", f"{found['cpu']}, {found['cores']} cores{memory}")
     for gpu in found["cuda"]:
-        table.add_row("gpu", f"{gpu['name']}, {gpu['memory_gib']} GiB, CUDA {found['cuda_version']}")
+        table.add_row(
+            "gpu", f"{gpu['name']}, {gpu['memory_gib']} GiB, CUDA {found['cuda_version']}"
+        )
     if not found["cuda"]:
         table.add_row("gpu", "none that torch sees")
     console = Console()
@@ -43,14 +45,19 @@ def doctor(
 
 def _problems(found: dict[str, Any]) -> list[str]:
     packages = found["packages"]
-    missing = [name for name in ("transformers", "safetensors", "tokenizers") if not packages[name]]
+    missing = [
+        name for name in ("transformers", "safetensors", "tokenizers") if not packages[name]
+    ]
     problems = []
     if missing:
         problems.append(
-            f"{', '.join(missing)} missing: models and `longspan eval` need `pip install longspan[hf]`"
+            f"{', '.join(missing)} missing: models and `longspan eval` need `pip install "
+            "longspan[hf]`"
         )
     elif tuple(map(int, packages["transformers"].split(".")[:2])) < (5, 4):
-        problems.append(f"transformers {packages['transformers']} is too old: 5.4 or newer is needed")
+        problems.append(
+            f"transformers {packages['transformers']} is too old: 5.4 or newer is needed"
+        )
     if not packages["peft"]:
         problems.append("peft missing: `longspan extend` needs `pip install longspan[train]`")
     if found["cuda"] and not packages["triton"]:

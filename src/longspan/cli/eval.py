@@ -1,4 +1,4 @@
-"""``longspan eval``: perplexity and passkey retrieval of a model, with or without a pattern, scaling or adapter."""
+"""``longspan eval``: perplexity and passkey retrieval, with a pattern, scaling or adapter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True
 Model = Annotated[str, typer.Argument(help="Local folder of a causal language model.")]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096.")]
 Pattern = Annotated[
-    str | None, typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.')
+    str | None,
+    typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.'),
 ]
 Rope = Annotated[
     str | None,
-    typer.Option(help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3."),
+    typer.Option(
+        help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3."
+    ),
 ]
 Adapter = Annotated[
     Path | None, typer.Option(help="Adapter folder of longspan extend; sets its position scaling.")
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="Record file (.jsonl): what it already holds is not measured again.")
+    Path | None,
+    typer.Option(help="Record file (.jsonl): what it already holds is not measured again."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Measure only so many, for a quick look.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights.")]
@@ -43,9 +47,7 @@ def ppl(
     ] = False,
     protocol: Annotated[
         str,
-        typer.Option(
-            help="blocks: windows side by side; sliding: LongLoRA's; new-tokens: YaRN's. Not comparable."
-        ),
+        typer.Option(help="blocks (side by side), sliding (LongLoRA's) or new-tokens (YaRN's)."),
     ] = "blocks",
     stride: Annotated[int, typer.Option(help="Tokens by which windows move.")] = 256,
     pattern: Pattern = None,
@@ -80,7 +82,12 @@ def ppl(
     )
     with subject.open() as (loss, tokenizer), Bars() as bars:
         text = tokenize_documents(tokenizer, documents)
-        asked = {**subject.settings(), "text": text_hash(text), "protocol": protocol, "stride": stride}
+        asked = {
+            **subject.settings(),
+            "text": text_hash(text),
+            "protocol": protocol,
+            "stride": stride,
+        }
         result = perplexity(
             loss,
             text,
@@ -89,7 +96,8 @@ def ppl(
             stride=stride,
             bos=tokenizer.bos_token_id,
             limit=limit,
-            # The curve belongs to the longest length, so records of other lengths would not fit it.
+            # The curve belongs to the longest length, so records of other lengths would not fit
+            # it.
             records=Records(out, {**asked, "longest": max(sizes)}),
             progress=bars,
         )

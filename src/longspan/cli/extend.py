@@ -21,7 +21,9 @@ def extend(
     out: Annotated[Path, typer.Option(help="Folder for the results; new or empty.")],
     pattern: Annotated[
         str,
-        typer.Option(help='Attention to train with, e.g. "scca.flow(1024)"; none: the model\'s own.'),
+        typer.Option(
+            help='Attention to train with, e.g. "scca.flow(1024)"; none: the model\'s own.'
+        ),
     ] = "scca.flow(1024)",
     rope: Annotated[
         str, typer.Option(help="Position scaling: none, linear, ntk, dynamic, yarn, llama3.")
@@ -36,6 +38,12 @@ def extend(
         list[str] | None,
         typer.Option(help="Held-out text; default: the last tenth of the training text."),
     ] = None,
+    renamed_copies: Annotated[
+        int,
+        typer.Option(
+            help="Copies of each document with other identifiers.", rich_help_panel=_TRAIN
+        ),
+    ] = 0,
     recall_share: Annotated[
         float,
         typer.Option(
@@ -44,17 +52,13 @@ def extend(
     ] = 0.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAIN)] = 1000,
     batch: Annotated[int, typer.Option(help="Sequences per batch.", rich_help_panel=_TRAIN)] = 1,
-    accumulate: Annotated[
-        int, typer.Option(help="Batches per step.", rich_help_panel=_TRAIN)
-    ] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.", rich_help_panel=_TRAIN)] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=_TRAIN)] = 2e-4,
     warmup: Annotated[int, typer.Option(help="Warm-up steps.", rich_help_panel=_TRAIN)] = 20,
     schedule: Annotated[
         str, typer.Option(help="After the warm-up: constant or cosine.", rich_help_panel=_TRAIN)
     ] = "constant",
-    weight_decay: Annotated[
-        float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAIN)
-    ] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAIN)] = 0.0,
     clip: Annotated[
         float, typer.Option(help="Largest gradient norm.", rich_help_panel=_TRAIN)
     ] = 1.0,
@@ -119,8 +123,8 @@ def extend(
 ) -> None:
     """Extend the context of a model by position scaling and LoRA training under a sparse pattern.
 
-    Measures perplexity and passkey retrieval before and after, writes a PEFT adapter, report.json and report.html.
-    A run that was interrupted, even killed, goes on with --resume.
+    Measures perplexity and passkey retrieval before and after, writes a PEFT adapter, report.json
+    and report.html. A run that was interrupted, even killed, goes on with --resume.
     """
     from longspan.cli.values import numbers, pick_device, whole_numbers
     from longspan.eval.suite import SuiteConfig
@@ -136,6 +140,7 @@ def extend(
         data=tuple(data or ()),
         python_stdlib=python_stdlib,
         eval_data=tuple(eval_data or ()),
+        renamed_copies=renamed_copies,
         recall_share=recall_share,
         loop=LoopConfig(
             steps=steps,

@@ -10,7 +10,9 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part.replace("_", "")) for part in text.split(","))
     except ValueError:
-        raise InputError(f"Expected whole numbers with commas, like 512,4096; got {text!r}.") from None
+        raise InputError(
+            f"Expected whole numbers with commas, like 512,4096; got {text!r}."
+        ) from None
 
 
 def numbers(text: str) -> tuple[float, ...]:

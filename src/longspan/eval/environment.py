@@ -1,4 +1,4 @@
-"""What a result was measured on: versions, machine, devices. Part of each report and of ``longspan doctor``."""
+"""What a result was measured on: versions, machine, devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that matter (None: not installed) and the hardware, as plain JSON values."""
+    """Versions of packages (None: not installed) and the hardware, as plain JSON values."""
     import torch
 
     cuda = []
@@ -37,7 +37,9 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "packages": {name: version(name) for name in PACKAGES},
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "cuda": cuda,

@@ -1,8 +1,9 @@
 """Next-token losses of a causal language model without an [N, vocab] tensor of logits.
 
-A context of 32768 tokens and a vocabulary of 128256 words make 8.6 GB of bfloat16 logits, and several times that
-in the backward. Here the model body runs once and its head runs on pieces of the sequence; with gradients each
-piece is recomputed in the backward. Memory O(chunk * vocab), one extra product with the head in training.
+A context of 32768 tokens and a vocabulary of 128256 words make 8.6 GB of bfloat16 logits, and
+several times that in the backward. Here the model body runs once and its head runs on pieces of
+the sequence; with gradients each piece is recomputed in the backward. Memory O(chunk * vocab), one
+extra product with the head in training.
 
 Axes: B batch, N tokens, E hidden size.
 """
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenLoss:
-    """Cross entropy of every token given those before it, for any Hugging Face causal language model.
+    """Cross entropy of every token given those before it, for any Hugging Face causal language
+    model.
 
     Args:
         model: a causal language model, or a PEFT model around one.
@@ -37,7 +39,8 @@ class TokenLoss:
         self._split = self._body_and_head_reproduce_logits()
 
     def __call__(self, ids_BN: Tensor) -> Tensor:
-        """Losses in nats, float32 [B, N - 1]: entry ``i`` is how badly token ``i + 1`` was predicted.
+        """Losses in nats, float32 [B, N - 1]: entry ``i`` is how badly token ``i + 1`` was
+        predicted.
 
         Args:
             ids_BN: int64 token ids on the model's device, N >= 2.
@@ -63,7 +66,7 @@ class TokenLoss:
 
     @torch.no_grad()
     def predictions(self, ids_BN: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """What the model expects for the last tokens: best ids int64 [B, last] and losses float32 [B, last]."""
+        """What is expected in the last places: best ids int64 and losses float32, [B, last]."""
         asked = slice(-last - 1, -1)
         with self._autocast():
             if self._split:
@@ -86,8 +89,9 @@ class TokenLoss:
 
     @torch.no_grad()
     def _body_and_head_reproduce_logits(self) -> bool:
-        # Models add their own last steps (scales, caps, norms between body and head). Eight tokens tell whether ours
-        # are the same; if not, whole logits are computed, which is right and only costs memory.
+        # Models add their own last steps (scales, caps, norms between body and head). Eight tokens
+        # tell whether ours are the same; if not, whole logits are computed, which is right and
+        # only costs memory.
         if self._lm.get_output_embeddings() is None or self._lm.base_model is self._lm:
             return False
         training = self._lm.training

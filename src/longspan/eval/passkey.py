@@ -1,9 +1,11 @@
-"""Passkey retrieval: is a number found that stands somewhere in a long text? By context length and depth.
+"""Passkey retrieval: is a number found that stands somewhere in a long text? By context length and
+depth.
 
-The task of Landmark Attention (arXiv 2305.16300) and LongLoRA (arXiv 2309.12307): filler, the key at a chosen
-depth, a question at the end. ``prose`` is the published wording, ``code`` says the same as Python for models
-of code. Graded by one forward over context, question and answer: when the best token at each place of the answer
-is the answer's, greedy generation would have written exactly that answer, without a cache and L decoding steps.
+The task of Landmark Attention (arXiv 2305.16300) and LongLoRA (arXiv 2309.12307): filler, the key
+at a chosen depth, a question at the end. ``prose`` is the published wording, ``code`` says the
+same as Python for models of code. Graded by one forward over context, question and answer: when
+the best token at each place of the answer is the answer's, greedy generation would have written
+exactly that answer, without a cache and L decoding steps.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
-_GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_GRASS = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 
 
 def prose(chars: int, depth: float, key: str, seed: int) -> tuple[str, str, str]:
@@ -78,8 +82,9 @@ def passkey(
         progress: called with (what, probes done, probes in all).
 
     Returns:
-        ``{"style", "lengths", "depths", "trials", "accuracy", "nll"}``: accuracy (share of exact answers) and nll
-        (nats per answer token) are tables [length][depth]; a cell that ``limit`` left out is None.
+        ``{"style", "lengths", "depths", "trials", "accuracy", "nll"}``: accuracy (share of exact
+        answers) and nll (nats per answer token) are tables [length][depth]; a cell that ``limit``
+        left out is None.
 
     Raises:
         InputError: unknown style, depth outside 0..1, or no trials.
@@ -94,9 +99,7 @@ def passkey(
             ids, answer = probe(tokenizer, length, depth, trial, style=style, seed=seed)
             best, nll = loss.predictions(torch.tensor([ids], device=loss.device), last=answer)
             correct = best[0].tolist() == ids[-answer:]
-            records.add(
-                key, {"correct": correct, "nll": nll.mean().item(), "tokens": len(ids)}
-            )
+            records.add(key, {"correct": correct, "nll": nll.mean().item(), "tokens": len(ids)})
         progress("passkey", done, len(cells))
 
     def table(of: str) -> list[list[float | None]]:
@@ -130,7 +133,8 @@ def probe(
             break
         if chars <= 0:
             raise DataError(
-                f"A passkey probe needs at least {len(ids)} tokens with this tokenizer, {length} were allowed: "
+                f"A passkey probe needs at least {len(ids)} tokens with this tokenizer, "
+                f"{length} were allowed: "
                 "give longer lengths."
             )
         # Characters per token vary along the text: aim just below, and again until it fits.

@@ -2,13 +2,16 @@
 
 Three protocols, which are not comparable with each other:
 
-``blocks``      windows of L tokens side by side over the joined text; every token is scored once per length, so
-                different lengths score the same text (except each window's first token). Cost T tokens per length.
-``sliding``     LongLoRA (arXiv 2309.12307, its eval.py): windows of L tokens moved by 256 over the joined text, *all*
-                tokens of each window scored; exp of the mean of the window means. Cost T L / 256.
-``new-tokens``  YaRN (arXiv 2309.00071, its eval/perplexity.py): windows of L tokens moved by 256 inside each
-                document, BOS in front, only the tokens that no window before has scored; exp of the mean of the window
-                means, so a document's first window counts as much as each later one. Cost T L / 256.
+``blocks``
+    Windows of L tokens side by side over the joined text; every token is scored once per length,
+    so different lengths score the same text (except each window's first token). Cost T.
+``sliding``
+    LongLoRA (arXiv 2309.12307, its eval.py): windows of L tokens moved by 256 over the joined
+    text, *all* tokens of each window scored; exp of the mean of the window means. Cost T L / 256.
+``new-tokens``
+    YaRN (arXiv 2309.00071, its eval/perplexity.py): windows of L tokens moved by 256 inside each
+    document, BOS in front, only the tokens that no window before has scored; exp of the mean of
+    the window means, so a document's first window counts as much as each later one. Cost T L / 256.
 
 Axes: B windows of a batch, N tokens of a window.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -110,7 +113,8 @@ def perplexity(
 
     Args:
         loss: the model, ready to score tokens.
-        documents: int64 [n] token ids of each text; ``blocks`` and ``sliding`` read them as one text.
+        documents: int64 [n] token ids of each text; ``blocks`` and ``sliding`` read them as one
+            text.
         lengths: context lengths in tokens.
         protocol: one of ``PROTOCOLS``.
         stride: tokens by which windows move (256 in both publications).
@@ -122,7 +126,8 @@ def perplexity(
 
     Returns:
         ``{"protocol", "stride", "lengths": [{"length", "perplexity", "nll", "windows", "tokens"}],
-        "positions": {"length", "edges", "nll"}}``; nll in nats per token; positions belong to the longest length.
+        "positions": {"length", "edges", "nll"}}``; nll in nats per token; positions belong to the
+        longest length.
 
     Raises:
         InputError: unknown protocol, or a length below two tokens.
@@ -139,7 +144,8 @@ def perplexity(
         )
         if not found:
             raise DataError(
-                f"The text holds {sum(len(t) for t in texts)} tokens, too few for one window of {length} tokens "
+                f"The text holds {sum(len(t) for t in texts)} tokens, too few for one window of "
+                f"{length} tokens "
                 f"with protocol {protocol!r}: give more text or a shorter length."
             )
         by_length[length] = found[:limit]
@@ -219,7 +225,7 @@ def _score(
     edges = _edges(length, bins)
     for window, losses in zip(batch, losses_BN, strict=True):
         first = len(losses) - window.scored
-        spans = [(max(first, lo - 1), hi - 1) for lo, hi in zip(edges, edges[1:], strict=False)]
+        spans = [(max(first, lo - 1), hi - 1) for lo, hi in pairwise(edges)]
         yield {
             "nll": losses[first:].mean().item(),
             "bins": [

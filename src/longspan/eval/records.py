@@ -1,7 +1,8 @@
 """Measurements as lines of JSON: what was measured once is not measured again.
 
-The first line of a file says what was asked (and its hash); each further line is one finished measurement under a
-key. A run that was killed leaves at most one broken last line, which is dropped.
+The first line of a file says what was asked (and its hash); each further line is one finished
+measurement under a key. A run that was killed leaves at most one broken last line, which is
+dropped.
 """
 
 from __future__ import annotations

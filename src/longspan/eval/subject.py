@@ -37,7 +37,7 @@ class Subject:
     device: str = "cpu"
 
     def settings(self) -> dict[str, Any]:
-        """Plain values on which results depend; without a scaling the longest length is none of them."""
+        """Plain values on which results depend: the length only if positions are scaled."""
         settings = {**asdict(self), "adapter": self.adapter and str(self.adapter)}
         if self.rope is None:
             del settings["length"]
@@ -48,7 +48,8 @@ class Subject:
         """Load everything: (token losses of the model, tokenizer).
 
         Raises:
-            LongspanError: a child that names what is wrong with the pattern, the model or the adapter.
+            LongspanError: a child that names what is wrong with the pattern, the model or the
+                adapter.
         """
         from longspan.hf import lora
         from longspan.hf.rope import set_rope
@@ -71,7 +72,8 @@ class Subject:
         path = self.adapter / "longspan.json"
         if not path.exists():
             raise DataError(
-                f"{path} is missing: this adapter was not written by longspan extend, so its position scaling is "
+                f"{path} is missing: this adapter was not written by longspan extend, so its "
+                "position scaling is "
                 "unknown. Say it with --rope."
             )
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The measurements that say whether a longer context is usable: perplexity and passkey retrieval, resumable."""
+"""What says whether a longer context is usable: perplexity and passkey retrieval, resumable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longspan.errors import InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.passkey import check_passkey, passkey, probe
 from longspan.eval.perplexity import perplexity
-from longspan.eval.progress import Progress, silent
+from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.records import Records
 
 
@@ -22,7 +22,8 @@ class SuiteConfig:
     """What to measure.
 
     Attributes:
-        lengths: context lengths in tokens, for perplexity and passkey; none: whoever runs the suite chooses.
+        lengths: context lengths in tokens, for perplexity and passkey; none: whoever runs the
+            suite chooses.
         sequences: windows of the longest length; shorter lengths score the same text.
         depths: places of the passkey, 0 (start) to 1 (end).
         trials: passkey probes per length and depth; 0 leaves the passkey out.
@@ -51,7 +52,9 @@ class SuiteConfig:
     def check_passkey(self, tokenizer: Any) -> None:
         """Raise DataError now if the shortest length cannot hold a passkey probe."""
         if self.trials:
-            probe(tokenizer, min(self.lengths), self.depths[0], 0, style=self.style, seed=self.seed)
+            probe(
+                tokenizer, min(self.lengths), self.depths[0], 0, style=self.style, seed=self.seed
+            )
 
 
 def evaluate(
@@ -65,7 +68,8 @@ def evaluate(
     identity: Mapping[str, Any],
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure one state of a model; what its record files in ``folder`` already hold is not measured again.
+    """Measure one state of a model; what its record files in ``folder`` already hold is not
+    measured again.
 
     Args:
         model: the model, its attention and position scaling set as they are to be measured.
@@ -78,15 +82,13 @@ def evaluate(
         progress: called after each piece of work.
 
     Returns:
-        ``{"perplexity": ..., "passkey": ... or None}`` as ``perplexity`` and ``passkey`` give them.
+        ``{"perplexity": ..., "passkey": ... or None}`` as ``perplexity`` and ``passkey`` give
+        them.
     """
     model.eval()
     loss = TokenLoss(model)
     settings = {**asdict(config), **identity, "name": name}
     budget = config.sequences * max(config.lengths)
-
-    def stage(what: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{name}: {what}", done, total, note)
 
     measured: dict[str, Any] = {
         "perplexity": perplexity(
@@ -94,7 +96,7 @@ def evaluate(
             _first(text, budget),
             config.lengths,
             records=Records(folder / f"{name}.perplexity.jsonl", settings),
-            progress=stage,
+            progress=prefixed(name, progress),
         ),
         "passkey": None,
     }
@@ -108,7 +110,7 @@ def evaluate(
             style=config.style,
             seed=config.seed,
             records=Records(folder / f"{name}.passkey.jsonl", settings),
-            progress=stage,
+            progress=prefixed(name, progress),
         )
     return measured
 

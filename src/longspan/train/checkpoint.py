@@ -1,7 +1,9 @@
-"""Checkpoints that survive a kill and a full disk: written beside the old ones, renamed when complete.
+"""Checkpoints that survive a kill and a full disk: written beside the old ones, renamed when
+complete.
 
-A checkpoint holds only what training changes (the parameters with gradients, the optimizer, the random
-generators, the step), so it is small for LoRA. Its name appears only after its bytes are on the disk.
+A checkpoint holds only what training changes (the parameters with gradients, the optimizer, the
+random generators, the step), so it is small for LoRA. Its name appears only after its bytes are on
+the disk.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ class Checkpoints:
         return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Keep the state after ``step`` steps; older ones beyond ``keep`` go only once this one is complete.
+        """Keep the state after ``step`` steps; older ones beyond ``keep`` go only once this one is
+        complete.
 
         Raises:
-            RunError: the disk is full or cannot be written; the checkpoints before stay as they are.
+            RunError: the disk is full or cannot be written; the checkpoints before stay as they
+                are.
         """
         path = self._path(step)
         try:
@@ -46,9 +50,14 @@ class Checkpoints:
             write_atomically(path, lambda file: torch.save(state, file))
         except OSError as error:
             kept = self.steps()
-            good = f"the last good one is {self._path(kept[-1])}" if kept else "there is none before it"
+            good = (
+                f"the last good one is {self._path(kept[-1])}"
+                if kept
+                else "there is none before it"
+            )
             raise RunError(
-                f"The checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}; "
+                f"The checkpoint of step {step} could not be written to {self.folder}: "
+                f"{error.strerror or error}; "
                 f"{good}. Free some space and run the same command with --resume."
             ) from error
         for old in self.steps()[: -self.keep]:

@@ -1,12 +1,13 @@
-"""Extend the context of a model: measure, scale positions, train LoRA under a pattern, measure again, report.
+"""Extend the context of a model: measure, scale positions, train LoRA under a pattern, measure
+again, report.
 
-The run is a sequence of stages, each of which leaves its result in the output folder and is skipped when it is
-found there: so ``resume`` continues wherever the run was interrupted.
+The run is a sequence of stages, each of which leaves its result in the output folder and is
+skipped when it is found there: so ``resume`` continues wherever the run was interrupted.
 
     settings.json                     what was asked; compared on resume
-    eval/NAME.*.jsonl                 measurements: base, scaled (positions only), trained, dense (comparison)
+    eval/NAME.*.jsonl                 measurements: base, scaled (positions), trained, dense
     NAME.train.jsonl, NAME/           losses and checkpoints of each training
-    adapter/                          a PEFT adapter; longspan.json says what to set before loading it
+    adapter/                          a PEFT adapter; longspan.json: what to set before loading
     merged/                           on request, a model folder that transformers loads
     report.json, report.html          everything above on one page
 """
@@ -16,20 +17,19 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from longspan import hf
 from longspan.errors import RunError
 from longspan.eval.environment import environment
 from longspan.eval.losses import TokenLoss
-from longspan.eval.progress import Progress, silent
+from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.suite import evaluate
 from longspan.hf import lora
 from longspan.hf.rope import set_rope
@@ -69,7 +69,8 @@ def extend(
         return _run(job, merge=merge, progress=progress, command=command)
     except OSError as error:
         raise RunError(
-            f"{job.out} could not be written: {error.strerror or error}. What was finished is kept; "
+            f"{job.out} could not be written: {error.strerror or error}. What was finished is "
+            "kept; "
             "free some space and run the same command with --resume."
         ) from error
 
@@ -107,8 +108,8 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
 
 
 def _arm(
-    job: Job, model: nn.Module, pattern: Pattern | None, name: str, progress: Progress
-) -> tuple[dict[str, Any], nn.Module]:
+    job: Job, model: Any, pattern: Pattern | None, name: str, progress: Progress
+) -> tuple[dict[str, Any], Any]:
     """Train LoRA on a model under a pattern (None: its own attention) and measure the result."""
     settings = job.settings
     # The adapter's random start must be the same when the run is resumed, and in both arms.
@@ -131,7 +132,7 @@ def _arm(
             settings.loop,
             checkpoints=Checkpoints(job.out / name),
             log=job.out / f"{name}.train.jsonl",
-            progress=lambda what, *rest: progress(f"{name}: {what}", *rest),
+            progress=prefixed(name, progress),
         )
         wall = time.perf_counter() - begin
     if settings.gradient_checkpointing:
@@ -155,7 +156,7 @@ def _arm(
     }, adapted
 
 
-def _measure(job: Job, model: nn.Module, name: str, progress: Progress) -> dict[str, Any]:
+def _measure(job: Job, model: Any, name: str, progress: Progress) -> dict[str, Any]:
     return evaluate(
         model,
         job.tokenizer,
@@ -168,9 +169,17 @@ def _measure(job: Job, model: nn.Module, name: str, progress: Progress) -> dict[
     )
 
 
-def _attention(model: nn.Module, pattern: Pattern | None) -> AbstractContextManager[Any]:
+@contextmanager
+def _attention(model: Any, pattern: Pattern | None) -> Iterator[None]:
     """A block in which the model attends by a pattern; None leaves the model's own attention."""
-    return nullcontext() if pattern is None else hf.apply(model, pattern)
+    if pattern is None:
+        yield
+        return
+    handle = hf.apply(model, pattern)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:

@@ -1,7 +1,9 @@
-"""A short training loop: AdamW, warm-up, gradient clipping, checkpoints, and the same losses after a kill.
+"""A short training loop: AdamW, warm-up, gradient clipping, checkpoints, and the same losses after
+a kill.
 
-Everything that a step depends on is either a function of its number (the batch, the learning rate) or in the
-checkpoint (parameters, optimizer, random generators), so a resumed run repeats the losses of an uninterrupted one.
+Everything that a step depends on is either a function of its number (the batch, the learning rate)
+or in the checkpoint (parameters, optimizer, random generators), so a resumed run repeats the
+losses of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class LoopConfig:
             raise InputError(f"lr and clip must be positive, got {self.lr} and {self.clip}.")
         if self.warmup < 0 or self.weight_decay < 0:
             raise InputError(
-                f"warmup and weight_decay cannot be negative, got {self.warmup} and {self.weight_decay}."
+                f"warmup and weight_decay cannot be negative, got {self.warmup} and "
+                f"{self.weight_decay}."
             )
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"Unknown schedule {self.schedule!r}: choose constant or cosine.")
@@ -93,16 +96,15 @@ def train(
         progress: called after each step.
 
     Returns:
-        One record per step: ``step`` (from 1), ``loss`` (nats per token), ``lr``, ``grad_norm``, ``tokens``, ``seconds``.
+        One record per step: ``step`` (from 1), ``loss`` (nats per token), ``lr``, ``grad_norm``,
+            ``tokens``, ``seconds``.
 
     Raises:
         RunError: a checkpoint could not be written, or the loss is no longer finite.
     """
     model = loss.model
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay)
     torch.manual_seed(config.seed)
     start = _restore(checkpoints, trained, optimizer)
     records = [r for r in read_lines(log) if r["step"] <= start] if log.exists() else []
@@ -114,8 +116,10 @@ def train(
         record = _step(loss, batch_at, step, trained, optimizer, config)
         if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
             raise RunError(
-                f"The loss is {record['loss']} and the gradient norm {record['grad_norm']} at step {step + 1}: "
-                f"the run is broken. Lower the learning rate (now {config.lr:g}) or lengthen the warm-up."
+                f"The loss is {record['loss']} and the gradient norm {record['grad_norm']} at "
+                f"step {step + 1}: "
+                f"the run is broken. Lower the learning rate (now {config.lr:g}) or lengthen "
+                "the warm-up."
             )
         records.append(record)
         with log.open("a", encoding="utf-8") as file:
@@ -179,7 +183,8 @@ def _restore(
     step, state = found
     if state["parameters"].keys() != trained.keys():
         raise RunError(
-            f"The checkpoint of step {step} in {checkpoints.folder} belongs to other trained parameters. "
+            f"The checkpoint of step {step} in {checkpoints.folder} belongs to other trained "
+            "parameters. "
             "Resume with the settings that the run was started with."
         )
     with torch.no_grad():

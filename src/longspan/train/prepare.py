@@ -1,4 +1,5 @@
-"""Everything that can be wrong with an extension, found before any work: settings, folders, text, model.
+"""Everything that can be wrong with an extension, found before any work: settings, folders, text,
+model.
 
 The order is by cost: text of the pattern, output folder, text files, model, tokens.
 """
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan import hf, pattern
 from longspan.errors import DataError, InputError, Refusal
 from longspan.eval.records import differences
 from longspan.eval.suite import SuiteConfig
+from longspan.hf.models import check_folder
 from longspan.hf.rope import rope_parameters, trained_length
 from longspan.pattern import Pattern
 from longspan.train.data import (
@@ -28,6 +30,7 @@ from longspan.train.data import (
     python_sources,
     read_documents,
     recall_documents,
+    rename_identifiers,
     tokenize_documents,
 )
 from longspan.train.loop import LoopConfig
@@ -43,12 +46,16 @@ class ExtendSettings:
     Attributes:
         model: local folder of a causal language model.
         length: context to extend to, in tokens.
-        pattern: text of the attention pattern to train with, or ``none`` for the model's own dense attention.
+        pattern: text of the attention pattern to train with, or ``none`` for the model's own dense
+            attention.
         rope: position scaling: none, linear, ntk, dynamic, yarn, llama3.
         data: files or folders with training text.
         python_stdlib: train on this Python's standard library (modules of its own are held out).
         eval_data: held-out text; without it the last tenth of the training text is held out.
-        recall_share: share of the sequences that is synthetic text in which values must be recalled.
+        renamed_copies: copies of each training document with other identifiers, for code
+            (train/augment.py).
+        recall_share: share of the sequences that is synthetic text in which values must be
+            recalled.
         loop: how to train.
         batch: sequences per batch.
         rank: of the LoRA matrices.
@@ -71,6 +78,7 @@ class ExtendSettings:
     data: tuple[str, ...] = ()
     python_stdlib: bool = False
     eval_data: tuple[str, ...] = ()
+    renamed_copies: int = 0
     recall_share: float = 0.0
     batch: int = 1
     rank: int = 8
@@ -90,6 +98,11 @@ class ExtendSettings:
             )
         if not 0 <= self.recall_share < 1:
             raise InputError(f"recall_share must be in [0, 1), got {self.recall_share}.")
+        if self.renamed_copies and not (self.eval_data or self.python_stdlib):
+            raise InputError(
+                "renamed_copies needs eval_data: copies of a text would be trained on while it "
+                "is held out."
+            )
         if self.eval_attention not in ("dense", "pattern"):
             raise InputError(
                 f"eval_attention must be dense or pattern, got {self.eval_attention!r}."
@@ -107,7 +120,7 @@ class Job:
     settings: ExtendSettings
     out: Path
     pattern: Pattern | None
-    model: nn.Module
+    model: Any
     tokenizer: Any
     train_text: list[Tensor]
     heldout_text: list[Tensor]
@@ -120,7 +133,11 @@ class Job:
         settings["loop"] = {k: v for k, v in settings["loop"].items() if k != "save_every"}
         flat = {
             f"{outer}.{k}" if outer else k: v
-            for outer, part in (("", settings), ("loop", settings["loop"]), ("suite", settings["suite"]))
+            for outer, part in (
+                ("", settings),
+                ("loop", settings["loop"]),
+                ("suite", settings["suite"]),
+            )
             for k, v in part.items()
             if k not in ("loop", "suite")
         }
@@ -171,7 +188,8 @@ class Batches:
         self._text = Sampler(job.train_text, s.length, seed=s.loop.seed)
         self._recall = None
         if s.recall_share:
-            # Documents up to about a context long, so that values are recalled over the whole of it.
+            # Documents up to about a context long, so that values are recalled over the whole of
+            # it.
             count = max(64, round(s.loop.steps * s.loop.accumulate * s.batch * s.recall_share))
             documents = recall_documents(s.loop.seed, count, max_chars=2 * s.length)
             tokens = tokenize_documents(job.tokenizer, documents)
@@ -196,20 +214,20 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
     """
     parsed = None if settings.pattern == OWN_ATTENTION else pattern.parse(settings.pattern)
     check_output(out, resume=resume)
+    check_folder(settings.model)
     documents = read_text(settings.data, settings.python_stdlib, "train")
     heldout = None
     if settings.eval_data:
-        heldout = readread_text(settings.eval_data)
+        heldout = read_text(settings.eval_data)
     elif settings.python_stdlib:
         heldout = python_sources("heldout")
-    model, tokenizer = hf.load_model(
-        settings.model, dtype=settings.dtype, device=settings.device
-    )
+    model, tokenizer = hf.load_model(settings.model, dtype=settings.dtype, device=settings.device)
     check_routes(model, settings.model)
     trained = trained_length(model.config)
     if settings.length <= trained:
         raise InputError(
-            f"{settings.model} was trained for {trained} tokens; a length of {settings.length} extends nothing: "
+            f"{settings.model} was trained for {trained} tokens; a length of {settings.length} "
+            "extends nothing: "
             f"give more than {trained}."
         )
     rope_parameters(model.config, settings.rope, settings.length)
@@ -219,6 +237,9 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
         suite = replace(settings.suite, lengths=doubling(trained, settings.length))
         settings = replace(settings, suite=suite)
     longest = max(settings.suite.lengths)
+    documents = rename_identifiers(
+        documents, copies=settings.renamed_copies, seed=settings.loop.seed
+    )
     train_text = tokenize_documents(tokenizer, documents)
     if heldout is None:
         train_text, heldout_text = hold_out(train_text, longest)
@@ -257,11 +278,13 @@ def check_output(out: Path, *, resume: bool) -> None:
         return
     if not resume:
         raise DataError(
-            f"The output folder {out} is not empty. Give a new folder, or --resume to continue the run in it."
+            f"The output folder {out} is not empty. Give a new folder, or --resume to continue "
+            "the run in it."
         )
     if not (out / SETTINGS_NAME).exists():
         raise DataError(
-            f"{out} holds no run of longspan extend ({SETTINGS_NAME} is missing), so there is nothing to resume. "
+            f"{out} holds no run of longspan extend ({SETTINGS_NAME} is missing), so there is "
+            "nothing to resume. "
             "Give the folder of the run, or a new one."
         )
 
@@ -279,7 +302,7 @@ def check_resume(job: Job) -> None:
         )
 
 
-def check_routes(model: nn.Module, name: str) -> None:
+def check_routes(model: Any, name: str) -> None:
     """Raise Refusal if a pattern cannot be put into every attention layer of the model."""
     report = hf.inspect(model)
     if not report.routes:
@@ -291,7 +314,7 @@ def check_routes(model: nn.Module, name: str) -> None:
 
 
 def hold_out(text: Sequence[Tensor], at_least: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Split the last tenth of the tokens, or ``at_least`` so many, from the rest: (rest, held out)."""
+    """(rest, held out): the last tenth of the tokens, or ``at_least`` so many, is held out."""
     missing = max(sum(map(len, text)) // 10, at_least)
     rest, held = list(text), []
     while missing > 0 and rest:
@@ -320,7 +343,8 @@ def _require(what: str, text: Sequence[Tensor], length: int) -> None:
     found = sum(map(len, text))
     if found < length:
         raise DataError(
-            f"The {what} text is shorter than one sequence: {found} tokens found, {length} needed. "
+            f"The {what} text is shorter than one sequence: {found} tokens found, {length} "
+            "needed. "
             "Give more text or a shorter length."
         )
 

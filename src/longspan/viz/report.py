@@ -26,7 +26,7 @@ class _State:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The page for a report as ``longspan.train.extend`` gives it (or as read back from report.json)."""
+    """The page for a report of ``longspan.train.extend``, as returned or read from report.json."""
     job, settings = report["job"], report["settings"]
     states = _states(report)
     style = resources.files("longspan.viz").joinpath("report.css").read_text(encoding="utf-8")
@@ -36,7 +36,8 @@ def render(report: dict[str, Any]) -> str:
         _cards(report, states),
         _figure(
             "Perplexity by position",
-            f"Held-out text in windows of {label(job['length'])} tokens; lower is better, logarithmic.",
+            f"Held-out text in windows of {label(job['length'])} tokens; lower is better, "
+            "logarithmic.",
             _positions(states, job["trained_length"]),
             _legend(states),
         ),
@@ -66,7 +67,8 @@ def render(report: dict[str, Any]) -> str:
         f'<header><p class="kicker">longspan extend</p><h1>{escape(model)}: {title}</h1>'
         f"<p>{escape(_subtitle(report))}</p></header>"
         f"{''.join(sections)}"
-        f"<section><h2>Command</h2><pre>{escape(report['command'] or '(called from Python)')}</pre></section>"
+        f"<section><h2>Command</h2><pre>{escape(report['command'] or '(called from Python)')}"
+        "</pre></section>"
         f"</main></body></html>\n"
     )
 
@@ -75,7 +77,9 @@ def _states(report: dict[str, Any]) -> list[_State]:
     trained = report["trained"]["pattern"] or "dense attention"
     found = [
         _State("before", 1, report["base"], dashed=True),
-        _State(f"positions scaled ({report['settings']['rope']})", 2, report["scaled"], dashed=True),
+        _State(
+            f"positions scaled ({report['settings']['rope']})", 2, report["scaled"], dashed=True
+        ),
         _State(f"trained with {trained}", 3, report["trained"]),
     ]
     if report.get("dense"):
@@ -120,13 +124,16 @@ def _cards(report: dict[str, Any], states: Sequence[_State]) -> str:
     if report["trained"]["passkey"]:
         tables = [state.measured["passkey"]["accuracy"] for state in (before, trained)]
         old, new = (_mean(row[-1]) for row in tables)
-        cards.append((f"passkey at {label(lengths[far]['length'])}", f"{new:.0%}", f"before: {old:.0%}"))
+        cards.append(
+            (f"passkey at {label(lengths[far]['length'])}", f"{new:.0%}", f"before: {old:.0%}")
+        )
     seconds = report["trained"]["seconds"]
     against = f"dense: {_duration(report['dense']['seconds'])}" if report.get("dense") else ""
     speed = f"{report['trained']['tokens_per_second']:,.0f} tokens/s"
     cards.append(("training time", _duration(seconds), against or speed))
     boxes = (
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(note)}</small></div>'
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span>'
+        f"<small>{escape(note)}</small></div>"
         for name, value, note in cards
     )
     return f'<div class="cards">{"".join(boxes)}</div>'
@@ -139,7 +146,9 @@ def _positions(states: Sequence[_State], trained_length: int, log_y: bool = True
         curve = state.measured["perplexity"]["positions"]
         middles = [(a + b) / 2 for a, b in zip(curve["edges"], curve["edges"][1:], strict=False)]
         points = [(x, _exp(nll)) for x, nll in zip(middles, curve["nll"], strict=True)]
-        lines.append(Series(name=state.title, color=state.color, points=points, dashed=state.dashed))
+        lines.append(
+            Series(name=state.title, color=state.color, points=points, dashed=state.dashed)
+        )
     return line_chart(
         lines,
         x_label="position in the context, tokens",
@@ -155,7 +164,9 @@ def _by_length(states: Sequence[_State], trained_length: int) -> str:
         Series(
             name=state.title,
             color=state.color,
-            points=[(r["length"], r["perplexity"]) for r in state.measured["perplexity"]["lengths"]],
+            points=[
+                (r["length"], r["perplexity"]) for r in state.measured["perplexity"]["lengths"]
+            ],
             dashed=state.dashed,
         )
         for state in reversed(states)
@@ -180,14 +191,15 @@ def _losses(report: dict[str, Any]) -> tuple[str, str]:
         points = [(float(step), loss) for step, loss in enumerate(losses, start=1)]
         faint.append(Series(name=title, color=color, points=points, faint=True))
         smooth.append(Series(name=title, color=color, points=_smoothed(points)))
+    steps = len(report["trained"]["losses"])
     chart = line_chart(
-        faint + smooth, x_label="step", y_label="loss", dots=False, x_ticks=_step_ticks(points)
+        faint + smooth,
+        x_label="step",
+        y_label="loss",
+        dots=False,
+        x_ticks=list(range(1, steps + 1)) if steps <= 8 else None,
     )
     return chart, _keys((color, title, False) for _, color, title in arms)
-
-
-def _step_ticks(points: Sequence[tuple[float, float]]) -> list[float] | None:
-    return [x for x, _ in points] if len(points) <= 8 else None
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float | None]]:
@@ -215,7 +227,8 @@ def _passkeys(states: Sequence[_State]) -> str:
         maps.append(f"<div><h3>{escape(state.title)}</h3>{chart}</div>")
     found = states[0].measured["passkey"]
     return (
-        f"<section><h2>Passkey retrieval</h2><p>Share of exact answers, {found['trials']} probes per cell, "
+        f"<section><h2>Passkey retrieval</h2><p>Share of exact answers, {found['trials']} "
+        "probes per cell, "
         f'worded as {found["style"]}.</p><div class="maps">{"".join(maps)}</div></section>'
     )
 
@@ -229,13 +242,16 @@ def _numbers(states: Sequence[_State]) -> str:
             f"<tr><th>{label(measured['length'])}</th>{cells}<td>{measured['tokens']:,}</td></tr>"
         )
     return (
-        '<section><h2>Perplexity in numbers</h2><div class="wide"><table class="numbers"><thead><tr>'
-        f"<th>context</th>{head}<th>tokens scored</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        '<section><h2>Perplexity in numbers</h2><div class="wide"><table class="numbers"><thead>'
+        "<tr>"
+        f"<th>context</th>{head}<th>tokens scored</th></tr></thead><tbody>{''.join(rows)}"
+        "</tbody></table></div></section>"
     )
 
 
 def _figure(title: str, note: str, chart: str, legend: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{legend}<figure>{chart}</figure></section>"
+    head = f"<h2>{escape(title)}</h2><p>{escape(note)}</p>"
+    return f"<section>{head}{legend}<figure>{chart}</figure></section>"
 
 
 def _legend(states: Sequence[_State]) -> str:
@@ -244,7 +260,8 @@ def _legend(states: Sequence[_State]) -> str:
 
 def _keys(entries: Iterable[tuple[int, str, bool]]) -> str:
     keys = (
-        f'<span><i style="--c:var(--s{color})"{" class=dashed" if dashed else ""}></i>{escape(title)}</span>'
+        f'<span><i style="--c:var(--s{color})"{" class=dashed" if dashed else ""}>'
+        f"</i>{escape(title)}</span>"
         for color, title, dashed in entries
     )
     return f'<div class="legend">{"".join(keys)}</div>'

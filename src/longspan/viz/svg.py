@@ -1,7 +1,9 @@
-"""Line charts and heat maps as inline SVG whose colours are CSS variables, so a page can follow light and dark.
+"""Line charts and heat maps as inline SVG whose colours are CSS variables, so a page can follow
+light and dark.
 
-A page that shows them defines ``--ink --muted --grid --heat`` and the series colours ``--s1 .. --s4``; each point
-carries a ``title``, which browsers show on hover. No script, no fonts, nothing external.
+A page that shows them defines ``--ink --muted --grid --heat`` and the series colours ``--s1 ..
+--s4``; each point carries a ``title``, which browsers show on hover. No script, no fonts, nothing
+external.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def line_chart(
     """
     known = [(x, y) for s in series for x, y in s.points if y is not None and math.isfinite(y)]
     if not known:
-        return f'<svg viewBox="0 0 {width} 40"><text x="0" y="24" class="tick">no data</text></svg>'
+        return (
+            f'<svg viewBox="0 0 {width} 40"><text x="0" y="24" class="tick">no data</text></svg>'
+        )
     xs, ys = [x for x, _ in known], [y for _, y in known]
     x_lo, x_hi = _span(min(xs), max(xs), log_x, pad=0.0)
     y_lo, y_hi = _span(min(ys), max(ys), log_y, pad=0.06)
@@ -86,13 +90,16 @@ def line_chart(
     for x, text in marks:
         at = to_x(x)
         near_end = at > 0.75 * width
-        side = f'x="{at - 6:.1f}" class="note end"' if near_end else f'x="{at + 6:.1f}" class="note"'
+        side = (
+            f'x="{at - 6:.1f}" class="note end"' if near_end else f'x="{at + 6:.1f}" class="note"'
+        )
         parts.append(f'<path d="M{at:.1f} {_TOP}V{base}" class="mark"/>')
         parts.append(f'<text {side} y="{_TOP + 10}">{escape(text)}</text>')
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{height - 8}" class="name mid">{escape(x_label)}</text>')
     parts.append(
-        f'<text transform="translate(14 {(_TOP + base) / 2}) rotate(-90)" class="name mid">{escape(y_label)}</text>'
+        f'<text transform="translate(14 {(_TOP + base) / 2}) rotate(-90)" class="name '
+        f'mid">{escape(y_label)}</text>'
     )
     for one in series:
         parts += _draw(one, to_x, to_y, dots)
@@ -127,7 +134,9 @@ def heat_map(
     ]
     for r, (name, line) in enumerate(zip(rows, values, strict=True)):
         y = r * high
-        parts.append(f'<text x="{left - 8}" y="{y + high / 2 + 4}" class="tick end">{escape(name)}</text>')
+        parts.append(
+            f'<text x="{left - 8}" y="{y + high / 2 + 4}" class="tick end">{escape(name)}</text>'
+        )
         for c, value in enumerate(line):
             x = left + c * wide
             if value is None:
@@ -135,19 +144,25 @@ def heat_map(
             hover = f"{name} tokens, depth {columns[c]}: {value:.0%}"
             tone = "cell strong" if value > 0.55 else "cell"
             parts.append(
-                f'<rect x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{high - 2}" rx="4" class="heat" '
+                f'<rect x="{x + 1}" y="{y + 1}" width="{wide - 2}" height="{high - 2}" rx="4" '
+                'class="heat" '
                 f'fill-opacity="{0.07 + 0.93 * value:.2f}"><title>{escape(hover)}</title></rect>'
-                f'<text x="{x + wide / 2}" y="{y + high / 2 + 4}" class="{tone} mid">{value:.0%}</text>'
+                f'<text x="{x + wide / 2}" y="{y + high / 2 + 4}" class="{tone} mid">{value:.0%}'
+                "</text>"
             )
     base = high * len(rows)
     for c, name in enumerate(columns):
         parts.append(
-            f'<text x="{left + (c + 0.5) * wide}" y="{base + 18}" class="tick mid">{escape(name)}</text>'
+            f'<text x="{left + (c + 0.5) * wide}" y="{base + 18}" class="tick '
+            f'mid">{escape(name)}</text>'
         )
     middle = left + wide * len(columns) / 2
-    parts.append(f'<text x="{middle}" y="{base + 40}" class="name mid">{escape(column_label)}</text>')
     parts.append(
-        f'<text transform="translate(14 {base / 2}) rotate(-90)" class="name mid">{escape(row_label)}</text>'
+        f'<text x="{middle}" y="{base + 40}" class="name mid">{escape(column_label)}</text>'
+    )
+    parts.append(
+        f'<text transform="translate(14 {base / 2}) rotate(-90)" class="name '
+        f'mid">{escape(row_label)}</text>'
     )
     return "".join(parts) + "</svg>"
 
