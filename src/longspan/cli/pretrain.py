@@ -1,0 +1,143 @@
+"""``longspan pretrain``: train a small Llama and its tokenizer from scratch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder for the model; new or empty.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="File or folder with text; may be repeated.")
+    ] = None,
+    python_stdlib: Annotated[
+        bool, typer.Option("--python-stdlib", help="Train on this Python's standard library.")
+    ] = False,
+    stdlib_tests: Annotated[
+        bool, typer.Option("--stdlib-tests", help="With --python-stdlib: its test suite too.")
+    ] = False,
+    context: Annotated[int, typer.Option(help="Trained context, in tokens.")] = 512,
+    hidden: Annotated[int, typer.Option(help="Hidden width.")] = 256,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 4,
+    intermediate: Annotated[int, typer.Option(help="Width of the MLP.")] = 704,
+    vocab: Annotated[int, typer.Option(help="Vocabulary of the byte-level BPE.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 100,
+    weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.1,
+    dropout: Annotated[float, typer.Option(help="Dropout while training.")] = 0.0,
+    renamed_copies: Annotated[
+        int, typer.Option(help="Copies of each document with other identifiers.")
+    ] = 0,
+    recall_share: Annotated[
+        float, typer.Option(help="Share of synthetic recall text in each batch, 0 to 1.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and count; do not train.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a small Llama and a byte-level BPE tokenizer from scratch on plain text."""
+    from longspan.errors import DataError
+    from longspan.train.data import python_sources, read_documents
+    from longspan.train.pretrain import PretrainConfig
+    from longspan.train.pretrain import pretrain as run
+
+    if bool(data) == python_stdlib:
+        raise DataError("choose the text: either --data PATH (repeatable) or --python-stdlib.")
+    config = PretrainConfig(
+        context=context,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate=intermediate,
+        vocab=vocab,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        renamed_copies=renamed_copies,
+        recall_share=recall_share,
+        seed=seed,
+        device=device,
+    )
+    validation, heldout = [], []
+    if data:
+        documents = read_documents(data)
+    else:
+        documents = python_sources("train", tests=stdlib_tests)
+        validation, heldout = python_sources("validation"), python_sources("heldout")
+    if dry_run:
+        plan = {
+            "documents": len(documents),
+            "characters": sum(len(document.text) for document in documents),
+            "heldout_documents": len(heldout),
+            "tokens_to_see": steps * batch * context,
+            "out": str(out),
+        }
+        typer.echo(json.dumps(plan, indent=None if as_json else 1))
+        return
+
+    report = _with_progress(run, config, documents, out, validation, heldout, resume)
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+        return
+    typer.echo(
+        f"{report.parameters:,} parameters, {report.train_tokens:,} tokens of text, "
+        f"{report.tokens_seen:,} tokens seen in {report.seconds:.0f} s"
+    )
+    typer.echo(f"training loss {report.train_loss:.3f} nats per token")
+    if report.heldout_perplexity is not None:
+        typer.echo(f"held-out perplexity at {context} tokens: {report.heldout_perplexity:.2f}")
+    typer.echo(f"model written to {out}")
+
+
+def _with_progress(run, config, documents, out, validation, heldout, resume):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("pretrain"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TimeRemainingColumn(),
+    )
+    # Progress goes to stderr: stdout stays the result, for --json and pipes.
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("pretrain", total=config.steps, losses="")
+
+        def show(step: int, loss: float, validation_loss: float | None) -> None:
+            losses = f"loss {loss:.3f}"
+            if validation_loss is not None:
+                losses += f"  validation {validation_loss:.3f}"
+            progress.update(task, completed=step, losses=losses)
+
+        return run(
+            config,
+            documents,
+            out,
+            validation=validation,
+            heldout=heldout,
+            resume=resume,
+            on_step=show,
+        )

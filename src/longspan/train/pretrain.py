@@ -1,0 +1,334 @@
+"""Train a tokenizer and a small Llama from scratch: cross-entropy, AdamW, warm-up and cosine.
+
+A run is a pure function of its configuration and the text: batch ``i`` is addressed by (seed, i),
+so a run that was interrupted continues from its last checkpoint to the same losses.
+
+Axes: B sequences of a batch, L tokens of a sequence (the context + 1: every position predicts),
+V vocabulary, n sequences of evaluation text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longspan.errors import DataError, InputError
+from longspan.hf.build import build_llama, load_tokenizer, save_model, train_tokenizer
+from longspan.train.data import (
+    Document,
+    Sampler,
+    recall_documents,
+    rename_identifiers,
+    tokenize_documents,
+    windows,
+)
+
+CHECKPOINT_FOLDER = "checkpoint"
+REPORT_NAME = "pretrain.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that decides a run besides its text."""
+
+    context: int = 512
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate: int = 704
+    vocab: int = 2048
+    rope_theta: float = 10_000.0
+    steps: int = 1000
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    # On what each attention and MLP block adds; for training only, the saved model has none.
+    dropout: float = 0.0
+    # Renamed copies of each document that join the training text (train/augment.py).
+    renamed_copies: int = 0
+    # Share of each batch that is synthetic recall text (train/recall.py).
+    recall_share: float = 0.0
+    recall_count: int = 20_000
+    seed: int = 0
+    eval_every: int = 250
+    save_every: int = 250
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "batch", "warmup", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("recall_share", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(
+                f"device {self.device!r} asked for, but torch sees no GPU here; use --device cpu."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainReport:
+    """What a run did; losses in nats per token, ``history`` of (step, train loss, validation loss)."""
+
+    config: dict[str, Any]
+    parameters: int
+    train_tokens: int
+    tokens_seen: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+    heldout_loss: float | None
+    history: list[tuple[int, float, float | None]]
+
+    @property
+    def heldout_perplexity(self) -> float | None:
+        """Perplexity on the held-out text in separate windows of the trained context."""
+        return None if self.heldout_loss is None else math.exp(self.heldout_loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "heldout_perplexity": self.heldout_perplexity}
+
+
+def pretrain(
+    config: PretrainConfig,
+    documents: Sequence[Document],
+    out: Path | str,
+    *,
+    validation: Sequence[Document] = (),
+    heldout: Sequence[Document] = (),
+    resume: bool = False,
+    on_step: Callable[[int, float, float | None], None] | None = None,
+) -> PretrainReport:
+    """Train and write the model folder, with ``pretrain.json`` beside the weights.
+
+    Args:
+        config: the run.
+        documents: training text; the tokenizer is trained on it too.
+        out: folder for the model; must be empty or new unless ``resume``.
+        validation: text for the losses shown on the way.
+        heldout: text for the one figure at the end.
+        resume: continue from the checkpoint in ``out``.
+        on_step: called after every tenth step and the last one with (step, train loss, last
+            validation loss).
+
+    Raises:
+        DataError: too little text, ``out`` not empty, or nothing to resume from.
+    """
+    out = Path(out)
+    checkpoint = out / CHECKPOINT_FOLDER
+    _check_out(out, checkpoint, resume=resume)
+
+    tokenizer = (
+        load_tokenizer(checkpoint)
+        if resume
+        else train_tokenizer((document.text for document in documents), config.vocab)
+    )
+    tokenizer.model_max_length = config.context
+    length = config.context + 1
+    augmented = rename_identifiers(documents, copies=config.renamed_copies, seed=config.seed)
+    text = Sampler(tokenize_documents(tokenizer, augmented), length, seed=config.seed)
+    validation_nL = _eval_sequences(tokenizer, validation, length)
+    heldout_nL = _eval_sequences(tokenizer, heldout, length)
+    recall_rows = round(config.recall_share * config.batch)
+    recall = None
+    if recall_rows:
+        recall_text = recall_documents(config.seed, config.recall_count)
+        recall = Sampler(tokenize_documents(tokenizer, recall_text), length, seed=config.seed)
+
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    model: Any = build_llama(
+        vocab_size=len(tokenizer),
+        hidden=config.hidden,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        intermediate=config.intermediate,
+        context=config.context,
+        rope_theta=config.rope_theta,
+    ).to(device)
+    hooks = _add_dropout(model, config.dropout)
+    optimizer = _optimizer(model, config)
+    first, seconds, history = 0, 0.0, []
+    if resume:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        if state["config"] != asdict(config):
+            changed = [
+                name
+                for name, value in asdict(config).items()
+                if state["config"].get(name) != value
+            ]
+            raise DataError(
+                f"{checkpoint} belongs to a run with other values of: {', '.join(changed)}."
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        _set_rng_state(device, state["rng"])
+        first, seconds, history = state["step"], state["seconds"], state["history"]
+
+    started = time.perf_counter() - seconds
+    train_loss, validation_loss = float("nan"), history[-1][2] if history else None
+    if first:
+        train_loss = history[-1][1]
+    for step in range(first, config.steps):
+        batch_BL = text.batch(step * (config.batch - recall_rows), config.batch - recall_rows)
+        if recall is not None:
+            batch_BL = torch.cat([batch_BL, recall.batch(step * recall_rows, recall_rows)])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        loss = sequence_loss(model, batch_BL.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if done % config.eval_every == 0 or done == config.steps:
+            train_loss = loss.item()
+            validation_loss = _mean_loss(model, validation_nL, config.batch)
+            history.append((done, train_loss, validation_loss))
+        # Reading the loss waits for the GPU, so not after every step.
+        if on_step is not None and (done % 10 == 0 or done == config.steps):
+            on_step(done, loss.item(), validation_loss)
+        if done % config.save_every == 0 and done < config.steps:
+            _save_checkpoint(
+                checkpoint,
+                tokenizer,
+                {
+                    "config": asdict(config),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "rng": _rng_state(device),
+                    "step": done,
+                    "seconds": time.perf_counter() - started,
+                    "history": history,
+                },
+            )
+
+    report = PretrainReport(
+        config=asdict(config),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_tokens=text.tokens,
+        tokens_seen=config.steps * config.batch * config.context,
+        seconds=time.perf_counter() - started,
+        train_loss=train_loss,
+        validation_loss=validation_loss,
+        heldout_loss=_mean_loss(model, heldout_nL, config.batch),
+        history=history,
+    )
+    for hook in hooks:
+        hook.remove()
+    save_model(model.to(torch.bfloat16), tokenizer, out)
+    (out / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return report
+
+
+def learning_rate(config: PretrainConfig, step: int) -> float:
+    """Linear warm-up to ``config.lr``, then a cosine to a tenth of it at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def sequence_loss(model: Any, batch_BL: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of int64 [B, L] in nats; bfloat16 autocast on CUDA."""
+    cuda = batch_BL.device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+        logits_BLV = model(input_ids=batch_BL[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
+
+
+def _eval_sequences(tokenizer: Any, documents: Sequence[Document], length: int) -> Tensor | None:
+    return (
+        windows(tokenize_documents(tokenizer, documents), length, seed=None) if documents else None
+    )
+
+
+@torch.no_grad()
+def _mean_loss(model: Any, sequences_nL: Tensor | None, batch: int) -> float | None:
+    if sequences_nL is None:
+        return None
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for part_BL in sequences_nL.split(batch):
+        total += sequence_loss(model, part_BL.to(device)).item() * len(part_BL)
+    model.train()
+    return total / len(sequences_nL)
+
+
+def _add_dropout(model: Any, share: float) -> list[Any]:
+    if not share:
+        return []
+    added = [
+        module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))
+    ]
+    return [
+        module.register_forward_hook(
+            lambda module, _, output: F.dropout(output, share, training=module.training)
+        )
+        for module in added
+    ]
+
+
+def _optimizer(model: Any, config: PretrainConfig) -> torch.optim.AdamW:
+    # Norm weights are scales around one: decaying them towards zero only fights the next layer.
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    scales = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": scales, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+    )
+
+
+def _rng_state(device: torch.device) -> Tensor:
+    # Dropout draws from the generator of the device it runs on.
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _check_out(out: Path, checkpoint: Path, *, resume: bool) -> None:
+    if resume:
+        if not (checkpoint / "state.pt").is_file():
+            raise DataError(
+                f"nothing to resume: {checkpoint} holds no checkpoint. Start without resume."
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(
+            f"output {out} exists and is not an empty folder. Choose another or resume."
+        )
+
+
+def _save_checkpoint(checkpoint: Path, tokenizer: Any, state: dict[str, Any]) -> None:
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(checkpoint)
+    # Written beside and renamed: a kill or a full disk leaves the previous checkpoint whole.
+    partial = checkpoint / "state.pt.partial"
+    torch.save(state, partial)
+    partial.replace(checkpoint / "state.pt")
