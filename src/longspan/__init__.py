@@ -38,6 +38,7 @@ _HOME = {
     "explain": "longspan.ops",
     "hf": "",
     "merge": "longspan.ops",
+    "nn": "",
     "parse": "longspan.pattern",
     "plan": "longspan.planning",
 }
@@ -62,6 +63,7 @@ __all__ = [
     "explain",
     "hf",
     "merge",
+    "nn",
     "parse",
     "plan",
 ]
@@ -83,7 +85,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from longspan import hf
+    from longspan import hf, nn
     from longspan.analysis import coverage
     from longspan.errors import LongspanError
     from longspan.ops import attend, explain, merge
