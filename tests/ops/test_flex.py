@@ -19,8 +19,8 @@ flex_module = importlib.import_module("longspan.ops.kernels.flex")
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # Advice from Inductor; float32 stays float32 here.
-    pytest.mark.filterwarnings("ignore:TensorFloat32"),
+    # The compiler itself warns, of tensors that are no leaves and of deprecated parts of torch.
+    pytest.mark.filterwarnings("default"),
 ]
 
 
@@ -215,6 +215,18 @@ DECODE = [
 )
 def test_one_graph_serves_a_shape_class(unfused, calls):
     assert added(calls, "cpu") == 1
+
+
+def test_an_outer_compilation_breaks_its_graph_around_the_kernel(unfused):
+    ranges = window(256, 100)
+    q, k, v = tensors(1, 4, 2, 256, 256, 16, 16)
+    before = flex_module.compilations()
+    twice = torch.compile(
+        lambda q: flex_module.flex(2 * q, k, v, ranges, 0.25)[0] * 3, backend="eager"
+    )
+    expected, _ = reference(2 * q, k, v, ranges, 0.25)
+    torch.testing.assert_close(twice(q), 3 * expected, rtol=1e-4, atol=1e-5)
+    assert flex_module.compilations() == before + 1
 
 
 def test_reasons_are_named():

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -38,9 +39,11 @@ from longspan.ops.ranges import KeyRanges
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below 16 Triton has no matrix product; above 256 the tiles outgrow the shared memory.
 WIDTHS = range(16, 257)
-# A list is refused rather than allowed to crowd out the model: 2 GiB is N = 1M, 64 different
-# heads, window 4096.
+# Lists are refused rather than allowed to crowd out the model. 2 GiB are enough for a million rows
+# and 32 heads, each with its own window of 65,000 keys.
 LIST_BYTES = 2 << 30
+
+_Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +61,8 @@ class _Schedule:
     empty_BHN: Tensor | None
     # Whether both lengths are whole tiles: then they are compiled in, else they stay symbols.
     whole: bool
+    # By shapes, strides and the like: the function, and whether all strides are dense.
+    ready: dict[tuple[object, ...], tuple[_Attend, bool]] = field(default_factory=dict)
 
 
 class _ShapeClass(NamedTuple):
@@ -80,7 +85,7 @@ class _ShapeClass(NamedTuple):
 
 
 _schedules: WeakKeyDictionary[KeyRanges, _Schedule] = WeakKeyDictionary()
-_fused: dict[_ShapeClass, Callable[..., tuple[Tensor, Tensor]]] = {}
+_fused: dict[_ShapeClass, _Attend] = {}
 _compilations = 0
 
 
@@ -128,6 +133,8 @@ def compilations() -> int:
     return _compilations
 
 
+# Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
+@torch.compiler.disable
 def flex(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -147,23 +154,36 @@ def flex(
     Raises:
         Refusal: ``reasons`` has one.
     """
-    found = reasons(q_BHND, k_BKMD, v_BKMD, ranges)
-    if found:
-        raise Refusal("flex cannot run here: " + "; ".join(found))
-    plan = _schedule(ranges)
-    q_BHND, k_BKMD, v_BKMD = (_dense(x) for x in (q_BHND, k_BKMD, v_BKMD))
+    tensors = (q_BHND, k_BKMD, v_BKMD)
+    signature = (
+        *((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors),
+        torch.is_grad_enabled(),
+        q_BHND.is_inference(),
+        scale,
+    )
+    plan = _schedules.get(ranges)
+    if plan is None or signature not in plan.ready:
+        if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
+            raise Refusal("flex cannot run here: " + "; ".join(found))
+        plan = _schedule(ranges)
+        q, k, v = (_dense(x) for x in tensors)
+        attend = _compiled(_shape_class(q, k, v, plan, scale))
+        plan.ready[signature] = attend, all(map(operator.is_, (q, k, v), tensors))
+    attend, dense = plan.ready[signature]
+    if not dense:
+        tensors = tuple(_dense(x) for x in tensors)
     if not plan.whole:
         # Marks stay on a tensor, so they go on views and not on what the caller passed.
-        q_BHND, k_BKMD, v_BKMD = (x.view_as(x) for x in (q_BHND, k_BKMD, v_BKMD))
-        for x in (q_BHND, k_BKMD, v_BKMD):
+        tensors = tuple(x.view_as(x) for x in tensors)
+        for x in tensors:
             torch._dynamo.maybe_mark_dynamic(x, 2)
-    attend = _compiled(_shape_class(q_BHND, k_BKMD, v_BKMD, plan, scale))
     # Equal sizes are no equal symbols: else lists of equal width now would tie those of the next
     # pattern.
-    with symbols.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
-        out_BHND, lse_BHN = attend(
-            q_BHND, k_BKMD, v_BKMD, plan.lo_GmN, plan.hi_GmN, plan.group_BH, *plan.lists
-        )
+    duck, symbols.use_duck_shape = symbols.use_duck_shape, False
+    try:
+        out_BHND, lse_BHN = attend(*tensors, plan.lo_GmN, plan.hi_GmN, plan.group_BH, *plan.lists)
+    finally:
+        symbols.use_duck_shape = duck
     if plan.empty_BHN is not None:
         # Empty rows are 0 and -inf already; this keeps a NaN in the incoming gradient from
         # spreading.
@@ -247,13 +267,13 @@ def _shape_class(
     )
 
 
-def _compiled(shape: _ShapeClass) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled(shape: _ShapeClass) -> _Attend:
     if shape not in _fused:
         _fused[shape] = _compile(shape, f"flex_{len(_fused)}")
     return _fused[shape]
 
 
-def _compile(shape: _ShapeClass, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compile(shape: _ShapeClass, name: str) -> _Attend:
     def attend(
         q_BHND: Tensor,
         k_BKMD: Tensor,
