@@ -19,6 +19,7 @@ _HOME = {
     "load_adapter": "lora",
     "load_model": "models",
     "merge_and_save": "lora",
+    "recompute_layers": "recompute",
     "remove": "switch",
     "rope_parameters": "rope",
     "save_adapter": "lora",
@@ -39,6 +40,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge_and_save",
+    "recompute_layers",
     "remove",
     "rope_parameters",
     "save_adapter",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from longspan.hf.build import build_llama, save_model, train_tokenizer
     from longspan.hf.lora import add_lora, load_adapter, merge_and_save, save_adapter
     from longspan.hf.models import load_model
+    from longspan.hf.recompute import recompute_layers
     from longspan.hf.rope import rope_parameters, set_rope, trained_length
     from longspan.hf.routes import Report, inspect
     from longspan.hf.switch import Applied, apply, extend, remove

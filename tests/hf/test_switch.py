@@ -1,0 +1,329 @@
+"""Patterns in models: every result is held against the model's own attention, masked explicitly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.errors import InputError, PatternError, Refusal
+from longspan.hf.recompute import recompute_layers
+
+PATTERNS = [
+    ls.Causal(),
+    ls.Window(5),
+    ls.Window(6) | ls.Sink(2),
+    ls.ShiftedChunk(8),
+    ls.SCCA.flow(4),
+    ls.PerHead(ls.Window(4), ls.Causal()),
+    ls.PerLayer(ls.Window(3), ls.Chunk(8)),
+    ls.Chunk(8, causal=False),
+]
+N = 29
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients(request):
+    with torch.set_grad_enabled("gradients" in request.node.name):
+        yield
+
+
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def test_causal_equals_the_models_own_attention(model, tiny):
+    ids = tiny.tokens(2, N)
+    for own in ("sdpa", "eager"):
+        model.set_attn_implementation(own)
+        expected = logits(model, ids)
+        with ls.hf.apply(model, ls.Causal()):
+            close(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_pattern_equals_an_explicit_mask(model, tiny, pattern):
+    ids = tiny.tokens(2, N)
+    expected = logits(tiny.oracle(model, pattern), ids)
+    ls.hf.apply(model, pattern)
+    close(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_named_kernels_agree(tiny, impl):
+    model, ids = tiny.build("llama"), tiny.tokens(2, N)
+    expected = logits(tiny.oracle(model, PATTERNS[2]), ids)
+    ls.hf.apply(model, PATTERNS[2], impl=impl)
+    close(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:5], ids=str)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padded_rows_equal_each_text_alone(model, tiny, pattern, side):
+    ls.hf.apply(model, pattern)
+    lengths, longest = (N, 17, 1), N + (4 if side == "both" else 0)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        start = {"left": longest - length, "right": 0, "both": 2}[side]
+        ids[row, start : start + length] = tiny.tokens(1, length, seed=row)[0]
+        mask[row, start : start + length] = 1
+    got = logits(model, ids, attention_mask=mask)
+    for row in range(len(lengths)):
+        real = mask[row].bool()
+        close(got[row, real], logits(model, ids[row, real][None])[0])
+
+
+def test_padding_would_matter(tiny):
+    """The tests above can fail: without the mask, padding changes the result."""
+    model = tiny.build("llama")
+    ls.hf.apply(model, ls.Causal())
+    ids = tiny.tokens(1, N)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
+    assert (logits(model, padded)[:, 5:] - logits(model, ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:5], ids=str)
+def test_packed_documents_equal_each_document_alone(model, tiny, pattern):
+    ls.hf.apply(model, pattern)
+    documents = [tiny.tokens(1, length, seed=length) for length in (11, 1, 17)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    got = logits(model, torch.cat(documents, dim=1), position_ids=positions)
+    alone = torch.cat([logits(model, document) for document in documents], dim=1)
+    close(got, alone)
+
+
+def test_packed_documents_with_a_cache_are_refused(tiny):
+    model = tiny.build("llama")
+    ls.hf.apply(model, ls.Causal())
+    positions = torch.cat([torch.arange(9), torch.arange(9)])[None]
+    with pytest.raises(InputError, match="use_cache=False"):
+        model(tiny.tokens(1, 18), position_ids=positions, use_cache=True)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:7], ids=str)
+@pytest.mark.parametrize("split", [[24] + [1] * 5, [1, 9, 19]], ids=["decode", "chunked"])
+def test_prefill_and_decode_equal_one_forward(model, tiny, pattern, split):
+    ids = tiny.tokens(2, N)
+    ls.hf.apply(model, pattern)
+    expected = logits(model, ids)
+    cache, parts = transformers_cache(model), []
+    for part in ids.split(split, dim=1):
+        parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(parts, dim=1), expected)
+
+
+def transformers_cache(model):
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS[2], PATTERNS[4]], ids=str)
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_equals_full_forwards(model, tiny, pattern, cache):
+    ls.hf.apply(model, pattern)
+    lengths = (13, 8)
+    ids = torch.zeros(2, 13, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = tiny.tokens(1, length, seed=row)[0]
+        mask[row, -length:] = 1
+    got = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        **({} if cache is None else {"cache_implementation": cache}),
+    )
+    for row, length in enumerate(lengths):
+        alone = ids[row : row + 1, -length:]
+        for _ in range(6):
+            alone = torch.cat([alone, logits(model, alone)[:, -1:].argmax(dim=-1)], dim=1)
+        assert got[row, -length - 6 :].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS[2], PATTERNS[4], PATTERNS[6]], ids=str)
+def test_training_gradients_equal_an_explicit_mask(model, tiny, pattern):
+    ids = tiny.tokens(2, N)
+    oracle = tiny.oracle(model, pattern).train()
+    oracle(ids, labels=ids, use_cache=False).loss.backward()
+    ls.hf.apply(model.train(), pattern)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    wanted = dict(oracle.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(model, tiny, reentrant):
+    ids = tiny.tokens(2, N)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    ls.hf.apply(model.train(), PATTERNS[2])
+
+    def gradients():
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    recompute_layers(model, reentrant=reentrant)
+    for got, wanted in zip(gradients(), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("then", [None, ls.Window(3)], ids=str)
+def test_recomputing_gradients_after_removal_is_refused(tiny, then):
+    model, ids = tiny.build("llama").train(), tiny.tokens(1, N)
+    recompute_layers(model)
+    with ls.hf.apply(model, PATTERNS[2]):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    if then is not None:
+        ls.hf.apply(model, then)
+    with pytest.raises(Refusal, match="checkpointing"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_future_never_reaches_the_past(model, tiny, pattern):
+    ls.hf.apply(model, pattern)
+    ids, at = tiny.tokens(2, N), 13
+    changed = torch.cat([ids[:, :at], tiny.tokens(2, N - at, seed=9)], dim=1)
+    assert torch.equal(logits(model, ids)[:, :at], logits(model, changed)[:, :at])
+    assert not torch.equal(logits(model, ids)[:, at:], logits(model, changed)[:, at:])
+
+
+def test_remove_restores_exactly(model, tiny):
+    ids = tiny.tokens(2, N)
+    expected, before = logits(model, ids), model.config._attn_implementation
+    first = ls.hf.apply(model, ls.Window(3))
+    assert not torch.equal(logits(model, ids), expected)
+    second = ls.hf.apply(model, "window(4) | sink(1)")
+    second.remove()
+    assert model.config._attn_implementation == first.name
+    # The first handle restores what was there before it; the second has nothing left to do.
+    second.remove()
+    first.remove()
+    assert model.config._attn_implementation == before
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_remove_without_the_handle(tiny):
+    model = tiny.build("llama")
+    model.set_attn_implementation("eager")
+    ls.hf.apply(model, ls.Window(3))
+    ls.hf.apply(model, ls.Window(4))
+    ls.hf.remove(model)
+    assert model.config._attn_implementation == "eager"
+    ls.hf.remove(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_block_ends_after_an_error(tiny):
+    model = tiny.build("llama")
+    with pytest.raises(RuntimeError, match="inside"), ls.hf.apply(model, ls.Window(3)):
+        raise RuntimeError("inside")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_copy_keeps_its_own_pattern(tiny):
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    ls.hf.apply(model, ls.Window(3))
+    twin = copy.deepcopy(model)
+    expected = logits(model, ids)
+    ls.hf.remove(model)
+    close(logits(twin, ids), expected)
+    ls.hf.remove(twin)
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_saved_models_do_not_name_longspan(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    expected = logits(model, ids)
+    ls.hf.apply(model, ls.Window(3))
+    model.save_pretrained(tmp_path)
+    assert "longspan" not in (tmp_path / "config.json").read_text()
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), expected)
+
+
+def test_a_pattern_with_sinks_keeps_the_learned_sinks(tiny):
+    """gpt-oss gives each head a learned logit that takes weight away."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+        sliding_window=10,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model, ids = GptOssForCausalLM(config).eval(), tiny.tokens(2, N)
+    for _, module in model.named_parameters():
+        module.normal_(std=0.3)
+    model.set_attn_implementation("eager")
+    expected = logits(model, ids)
+    ls.hf.apply(model, ls.Causal())
+    close(logits(model, ids), expected)
+
+
+def test_masks_of_pairs_are_refused(tiny):
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    ls.hf.apply(model, ls.Causal())
+    with pytest.raises(InputError, match=r"shape \[1, 1, 29, 29\]"):
+        logits(model, ids, attention_mask=torch.ones(1, 1, N, N, dtype=torch.bool))
+
+
+def test_dropout_is_refused(tiny):
+    model, ids = tiny.build("llama", attention_dropout=0.1), tiny.tokens(1, N)
+    ls.hf.apply(model, ls.Causal())
+    logits(model, ids)
+    with pytest.raises(InputError, match="attention_dropout"):
+        logits(model.train(), ids)
+
+
+def test_masks_composed_of_unknown_parts_are_refused(tiny):
+    from transformers.masking_utils import create_causal_mask
+
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    ls.hf.apply(model, ls.Causal())
+    with pytest.raises(Refusal, match="or_masks"):
+        create_causal_mask(
+            config=model.config,
+            inputs_embeds=model.get_input_embeddings()(ids),
+            attention_mask=None,
+            past_key_values=None,
+            or_mask_function=lambda batch, head, query, key: key < 3,
+        )
+
+
+def test_wrong_arguments_leave_the_model_alone(tiny):
+    model = tiny.build("llama")
+    for pattern, impl, error in [
+        ("windw(4)", "auto", PatternError),
+        (ls.PerHead(*[ls.Window(3)] * 3), "auto", PatternError),
+        (4096, "auto", PatternError),
+        (ls.Window(4), "fast", Refusal),
+    ]:
+        with pytest.raises(error):
+            ls.hf.apply(model, pattern, impl=impl)
+        assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="transformers model"):
+        ls.hf.apply(torch.nn.Linear(2, 2), ls.Window(4))
