@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.ops import cases
 from torch import Tensor
 
 from longspan.errors import Refusal
@@ -104,24 +105,8 @@ def listed(count: Tensor, index: Tensor, rows: int, columns: int) -> Tensor:
     return dense[:, :, :rows].bool()
 
 
-@pytest.mark.parametrize("at_once", [1 << 26, 20, 6])
-@pytest.mark.parametrize(
-    "ranges",
-    [
-        window(1, 1),
-        window(700, 300),
-        window(1024, 512, heads=4),
-        window(130, 40, keys=900),
-        shifted(1000, 256, heads=4),
-        scattered(900, 700, ranges=3, groups=5, batch=2, heads=4),
-        scattered(300, 1, ranges=1, groups=2, batch=2, heads=1),
-    ],
-    ids=["one", "window", "aligned", "last", "shifted", "scattered", "one_key"],
-)
-def test_tile_lists_are_the_tiles_of_the_dense_mask(ranges, at_once, monkeypatch):
-    ranges = to(ranges, "cpu")
-    # A small limit takes few groups at a time, then larger tiles.
-    monkeypatch.setattr(_flex_tiles, "_TILES_AT_ONCE", at_once)
+def check_lists(ranges: KeyRanges, at_once: int = 1 << 26) -> None:
+    """The lists of the given ranges are the tiles of their dense mask."""
     counts = _flex_tiles.count_tiles(ranges)
     lists = _flex_tiles.tile_lists(ranges)
     tile = counts.tile
@@ -140,6 +125,34 @@ def test_tile_lists_are_the_tiles_of_the_dense_mask(ranges, at_once, monkeypatch
     assert (q.mT.expand_as(partial) == partial).all()
     assert (full_q.mT.expand_as(full) == full).all()
     assert sum(x.nbytes for x in lists) == counts.list_bytes
+
+
+LISTED = {
+    "one": lambda: window(1, 1),
+    "window": lambda: window(700, 300),
+    "aligned": lambda: window(1024, 512, heads=4),
+    "last": lambda: window(130, 40, keys=900),
+    "shifted": lambda: shifted(1000, 256, heads=4),
+    "scattered": lambda: scattered(900, 700, ranges=3, groups=5, batch=2, heads=4),
+    "one_key": lambda: scattered(300, 1, ranges=1, groups=2, batch=2, heads=1),
+}
+
+
+@pytest.mark.parametrize("at_once", [20, 6])
+@pytest.mark.parametrize("name", LISTED)
+def test_few_tiles_at_once_then_larger_tiles(name, at_once, monkeypatch):
+    monkeypatch.setattr(_flex_tiles, "_TILES_AT_ONCE", at_once)
+    check_lists(LISTED[name](), at_once)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_tile_lists_are_the_tiles_of_the_dense_mask(name):
+    check_lists(LISTED[name]())
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_tile_lists_of_the_shared_cases(case):
+    check_lists(case.ranges())
 
 
 def test_lists_of_a_window_grow_linearly():
@@ -330,6 +343,25 @@ def test_result_and_gradients_equal_the_oracle(name):
     print(name, {k: f"{x:.1e}" for k, x in errors.items()})
     assert max(errors.values()) < TOLERANCE[dtype]
     assert (grads[0][~seen] == 0).all()
+
+
+@gpu
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases.CASES if {c.D, c.Dv or c.D} <= set(flex_module.WIDTHS)],
+    ids=str,
+)
+def test_shared_cases_equal_the_oracle(case):
+    ranges = cases.to_device(case.ranges(), "cuda")
+    qkv = cases.make_qkv(case, torch.float32, "cuda")
+    found = cases.run(flex_module.flex, qkv, ranges)
+    expected = cases.run(reference, [x.double() for x in qkv], ranges)
+    seen = expected["lse"] > -math.inf
+    assert (found["lse"][~seen] == -math.inf).all()
+    for values in (found, expected):
+        values["lse"] = values["lse"].masked_fill(~seen, 0)
+    for name, value in expected.items():
+        assert relative(found[name], value) < TOLERANCE[torch.float32], name
 
 
 @gpu
