@@ -16,6 +16,7 @@ from longspan.cli.doctor import doctor
 from longspan.cli.eval import app as eval_app
 from longspan.cli.extend import extend
 from longspan.cli.pretrain import pretrain
+from longspan.cli.show import show
 from longspan.errors import LongspanError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(extend)
 app.add_typer(eval_app, name="eval")
 app.command()(demo)
 app.command()(pretrain)
+app.command()(show)
 app.command()(doctor)
 
 

@@ -1,0 +1,172 @@
+"""``longspan show``: pictures of a pattern, in the terminal, as a file, in words, or all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longspan.pattern import Pattern
+    from longspan.viz.views import Views
+
+EXAMPLE = 'longspan show "window(12) | sink(2)"'
+
+
+def show(
+    pattern: Annotated[
+        str | None, typer.Argument(help='Where to look, such as "window(12) | sink(2)".')
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Tokens.")] = 64,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    layers: Annotated[int, typer.Option(help="Layers for the picture of reach.")] = 3,
+    svg: Annotated[Path | None, typer.Option(help="Write the pictures as SVG.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the pictures as PNG.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="A sentence: print who sees whom, word by word.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Write a page with every pattern there is.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="File for the page of --all.")] = Path("gallery.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show where a pattern looks: each head, all heads, and what layers reach."""
+    from longspan.errors import InputError
+    from longspan.pattern import parse
+
+    if every == (pattern is not None):
+        raise InputError(f"say what to show: a pattern, as in {EXAMPLE}, or --all for every one")
+    if every:
+        _gallery(out, as_json)
+        return
+    assert pattern is not None
+    own = parse(pattern)
+    if tokens is not None:
+        _words(own, tokens, heads, as_json)
+        return
+    _pictures(own, n, heads, layers, svg, png, as_json)
+
+
+def _pictures(
+    pattern: Pattern,
+    n: int,
+    heads: int,
+    layers: int,
+    svg: Path | None,
+    png: Path | None,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from longspan.analysis import coverage
+    from longspan.planning import plan
+    from longspan.viz import matrices, terminal
+    from longspan.viz.views import views
+
+    found = views(pattern, n, heads=heads, layers=layers)
+    if svg is not None:
+        _write(svg, matrices.document(found))
+    if png is not None:
+        from longspan.viz.png import write
+
+        write(found, png)
+    covered = coverage(pattern, n, heads=heads, layers=layers)
+    laid = plan(pattern, n, heads)
+    if as_json:
+        typer.echo(json.dumps(_record(found, covered.to_dict(), laid)))
+        return
+    console = Console()
+    small = views(pattern, n, heads=heads, layers=layers, cells=_fit(n, console))
+    console.print(terminal.picture(small, console))
+    console.print(terminal.legend(small, console.color_system is None), highlight=False)
+    for text in (covered, laid):
+        console.print()
+        console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+    for path in (svg, png):
+        if path is not None:
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _fit(n: int, console: Console) -> int:
+    """Cells on a side so that two pictures stand side by side, whole tokens in each cell."""
+    most = max(8, (console.width - 1) // 2 - 2)
+    return -(-n // -(-n // most))
+
+
+def _words(pattern: Pattern, sentence: str, heads: int, as_json: bool) -> None:
+    from rich.console import Console
+
+    from longspan.viz.words import scenes, table
+
+    tokens = sentence.split()
+    found = scenes(pattern, tokens, heads)
+    if as_json:
+        rows = [
+            {
+                "title": scene.title,
+                "note": scene.note,
+                "sees": {
+                    f"{at} {token}": [tokens[j] for j in range(len(tokens)) if scene.seen[at, j]]
+                    for at, token in enumerate(tokens)
+                },
+            }
+            for scene in found
+        ]
+        typer.echo(json.dumps({"tokens": tokens, "tables": rows}))
+        return
+    console = Console()
+    for scene in found:
+        console.print(table(scene, tokens), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _gallery(out: Path, as_json: bool) -> None:
+    from longspan.viz.gallery import page
+
+    text, count = page()
+    _write(out, text)
+    result = {"page": str(out), "patterns": count, "bytes": len(text.encode())}
+    typer.echo(
+        json.dumps(result) if as_json else f"wrote {count} patterns to {out} ({len(text):,} bytes)"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    from longspan.errors import DataError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _record(found: Views, covered: dict[str, Any], laid: Any) -> dict[str, Any]:
+    from longspan.viz.matrices import rectangles
+
+    return {
+        "pattern": str(found.pattern),
+        "n": found.n,
+        "heads": found.heads,
+        "layers": found.layers,
+        "cells": found.cells,
+        "exact": found.exact,
+        "pictures": [
+            {
+                "title": view.title,
+                "heads": view.heads,
+                "rectangles": rectangles(view.seen > 0),
+            }
+            for view in found.each
+        ],
+        "coverage": covered,
+        "plan": {
+            "pairs": laid.pairs,
+            "density": laid.density,
+            "tiles": laid.tiles(),
+            "passes": [{"pairs": one.pairs, "tiles": one.tiles()} for one in laid.passes],
+        },
+    }

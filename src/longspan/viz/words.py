@@ -1,0 +1,115 @@
+"""A pattern in words: a labelled table with a check mark for each pair of tokens that is seen.
+
+A union is shown twice, its first part alone and then the whole, so that one sees what the other
+parts (a global token, say) add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.text import Text
+
+from longspan.analysis import coverage
+from longspan.errors import InputError
+from longspan.pattern import Or, Pattern
+
+MOST_TOKENS = 40
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scene:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        seen: pairs [tokens, tokens].
+        new: pairs that the scene before did not have.
+        note: a sentence on what the table means.
+    """
+
+    title: str
+    seen: NDArray[np.bool_]
+    new: NDArray[np.bool_]
+    note: str
+
+
+def scenes(pattern: Pattern, tokens: Sequence[str], heads: int) -> list[Scene]:
+    """Tables of a pattern over some tokens, one for each kind of head and part.
+
+    Args:
+        pattern: where each query may look.
+        tokens: words.
+        heads: query heads.
+
+    Raises:
+        InputError: without tokens, or with too many for a table.
+    """
+    if not 1 <= len(tokens) <= MOST_TOKENS:
+        raise InputError(f"a table takes 1 to {MOST_TOKENS} tokens, got {len(tokens)}")
+    first = pattern.at_layer(0)
+    stages = [first]
+    if isinstance(first, Or):
+        stages = [first.parts[0], first]
+    found: list[Scene] = []
+    before = None
+    for stage in stages:
+        mask = stage.mask(len(tokens), heads)
+        old = mask if before is None else before
+        for group in _alike(mask | (old << 1)):
+            title = str(stage) if len(group) == heads else f"{stage}, head {_list(group)}"
+            seen, earlier = mask[group[0]], old[group[0]]
+            note = _note(stage, seen, tokens, heads)
+            found.append(Scene(title=title, seen=seen, new=seen & ~earlier, note=note))
+        before = mask
+    return found
+
+
+def table(scene: Scene, tokens: Sequence[str]) -> Text:
+    """The labelled table; pairs that are new are marked by a colour."""
+    width = max(len(token) for token in tokens)
+    text = Text(scene.title + "\n", style="bold")
+    text.stylize("not dim")
+    text.append(" " * width + "  " + "  ".join(tokens).rstrip() + "\n", "dim not bold")
+    for row, token in enumerate(tokens):
+        text.append(f"{token:>{width}}  ", "dim not bold")
+        for column, other in enumerate(tokens):
+            sign = "✓" if scene.seen[row, column] else "·"
+            style = "green" if scene.new[row, column] else ""
+            style = style if scene.seen[row, column] else "dim not bold"
+            text.append(f"{sign:^{len(other)}}", style)
+            text.append("  ")
+        text.append("\n")
+    text.append(scene.note + "\n", "not bold")
+    return text
+
+
+def _note(stage: Pattern, seen: NDArray[np.bool_], tokens: Sequence[str], heads: int) -> str:
+    counts = seen.sum(axis=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    sees = f"Each token sees {fewest}" + (f" to {most}" if most > fewest else "")
+    found = coverage(stage, len(tokens), heads=heads, layers=1)
+    kind = "earlier one" if found.causal else "other one"
+    if found.never:
+        query, key = found.never_examples[0]
+        after = (
+            f"{tokens[query]!r} never learns of {tokens[key]!r}, whatever the number of layers."
+        )
+    else:
+        layers = f"{found.depth} layer" + "s" * (found.depth != 1)
+        after = f"After {layers} each token has heard of every {kind}."
+    return f"{sees} of {len(tokens)} tokens. {after}"
+
+
+def _alike(masks: NDArray[np.bool_]) -> list[list[int]]:
+    groups: dict[bytes, list[int]] = {}
+    for head, mask in enumerate(masks):
+        groups.setdefault(mask.tobytes(), []).append(head)
+    return list(groups.values())
+
+
+def _list(group: Sequence[int]) -> str:
+    return ", ".join(map(str, group))
