@@ -18,7 +18,7 @@ import numpy as np
 from longspan.analysis import reach as walk
 from longspan.analysis.relation import Relation, keys_per_query
 from longspan.errors import PlanError
-from longspan.pattern.algebra import Mask, Pattern
+from longspan.pattern.algebra import At, Mask, Pattern
 from longspan.planning import Plan, plan
 
 
@@ -220,7 +220,6 @@ def _sampled(
     for at in range(layers):
         share, error = walk.mean_and_error(shares[..., at])
         reach.append(Reach(layers=at + 1, share=share, error=error))
-    blind = np.logical_and.reduce([one.blind() for one in relations])
     return Coverage(
         pattern=str(pattern),
         n=n,
@@ -234,13 +233,24 @@ def _sampled(
         keys_max=max(int(count.max()) for count in counts),
         union=union,
         union_error=union_error,
-        blind_rows=int(blind.sum()),
+        blind_rows=_blind_rows(plans),
         reach=tuple(reach),
         depth=None,
         never=None,
         never_examples=(),
         samples=rows.size,
     )
+
+
+def _blind_rows(plans: list[Plan]) -> int:
+    """Queries after the first whose predecessor no head of any layer sees."""
+    query = np.arange(1, plans[0].n)
+    seen = np.zeros(len(query), bool)
+    for one in plans:
+        for head in range(one.heads):
+            at = At(head=head, heads=one.heads, length=one.n)
+            seen |= one.pattern.allows(query, query - 1, at)
+    return int((~seen).sum())
 
 
 def _share(share: float, error: float) -> str:

@@ -33,15 +33,8 @@ class Relation:
         """Keys that some query of ``rows`` [n] sees in some head, as flags [n]."""
         seen = np.zeros(self.n, bool)
         for part in self._parts:
-            seen |= part.keys(rows)
+            part.mark(rows, seen)
         return seen
-
-    def blind(self) -> Mask:
-        """Queries after the first whose predecessor no head sees, as flags [n - 1]."""
-        sees = np.zeros(self.n, bool)
-        for part in self._parts:
-            sees |= part.sees(np.arange(self.n) - 1)
-        return ~sees[1:]
 
 
 def keys_per_query(plan: Plan) -> NDArray[np.int64]:
@@ -49,7 +42,8 @@ def keys_per_query(plan: Plan) -> NDArray[np.int64]:
     found = np.zeros((plan.heads, plan.n), np.int64)
     for part in plan.passes:
         per_class = (part.hi[0] - part.lo[0]).sum(axis=-1, dtype=np.int64)
-        found += per_class[list(part.head_class)]
+        rows = slice(None) if getattr(part, "query_order", None) is None else part.query_order[0]
+        found[:, rows] += per_class[list(part.head_class)]
     return found
 
 
@@ -62,13 +56,18 @@ class _Part:
             for lo, hi in zip(part.lo[0], part.hi[0], strict=True)
         ]
         merged = reduce(Ranges.__or__, classes)
-        self.lo, self.hi, self.n = merged.lo, merged.hi, n
+        self.lo, self.hi = merged.lo, merged.hi
+        self.queries = None if getattr(part, "query_order", None) is None else part.query_order[0]
+        self.order = None if getattr(part, "key_order", None) is None else part.key_order[0]
+        self.places = n if self.order is None else len(self.order)
 
-    def keys(self, rows: Mask) -> Mask:
-        edge = np.bincount(self.lo[rows].ravel(), minlength=self.n + 1)
-        edge -= np.bincount(self.hi[rows].ravel(), minlength=self.n + 1)
-        return np.cumsum(edge)[: self.n] > 0
-
-    def sees(self, key: Rows) -> Mask:
-        """Whether each query sees the one key named for it [n]."""
-        return np.logical_or.reduce((self.lo <= key[:, None]) & (key[:, None] < self.hi), axis=1)
+    def mark(self, rows: Mask, seen: Mask) -> None:
+        """Set the flags of the keys that ``rows`` see."""
+        asked = rows if self.queries is None else rows[self.queries]
+        edge = np.bincount(self.lo[asked].ravel(), minlength=self.places + 1)
+        edge -= np.bincount(self.hi[asked].ravel(), minlength=self.places + 1)
+        inside = np.cumsum(edge)[: self.places] > 0
+        if self.order is None:
+            seen |= inside
+        else:
+            seen[self.order[inside]] = True
