@@ -274,6 +274,11 @@ def _compiled(shape: _ShapeClass) -> _Attend:
 
 
 def _compile(shape: _ShapeClass, name: str) -> _Attend:
+    # The kernel for short queries packs all rows and heads of a group into one tile, and fails if
+    # they do not fit: it is left to decoding, which is also what it is good at.
+    one_row = not shape.whole and shape.lengths[0] and shape.heads[1] <= shape.heads[2] * TILE
+    backend = "AUTO" if one_row else "TRITON"
+
     def attend(
         q_BHND: Tensor,
         k_BKMD: Tensor,
@@ -305,6 +310,7 @@ def _compile(shape: _ShapeClass, name: str) -> _Attend:
             block_mask=mask,
             scale=shape.scale,
             enable_gqa=True,
+            kernel_options={"BACKEND": backend},
             return_aux=AuxRequest(lse=True),
         )
         assert aux.lse is not None
