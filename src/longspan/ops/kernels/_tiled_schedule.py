@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,21 +90,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Runs and lanes of each range group.
+    """Runs of each range group, and parts that touch disjoint heads.
 
     Attributes:
         runs: for each group its runs, waves ascending.
-        lanes: for each group the heads that follow it.
+        parts: for each part and group the heads that follow it; no two parts share a key head.
         area: most scores (rows times keys) wanted in one batch; a single job may not exceed it.
     """
 
     runs: list[list[Run]]
-    lanes: list[list[Lanes]]
+    parts: list[list[list[Lanes]]]
     area: int
 
-    def batches(self) -> Iterator[Batch]:
-        """Everything to compute, in order."""
-        for group, (runs, lanes) in enumerate(zip(self.runs, self.lanes, strict=True)):
+    def batches(self, part: int) -> Iterator[Batch]:
+        """Everything to compute in one part, in order."""
+        for group, (runs, lanes) in enumerate(zip(self.runs, self.parts[part], strict=True)):
             for run in runs:
                 for lane in lanes:
                     yield from self._split(group, run, lane)
@@ -133,7 +133,15 @@ class Schedule:
 
 
 def build_schedule(
-    lo_GNm: Ints, hi_GNm: Ints, group_BH: Ints, keys: int, key_heads: int, tile: int, area: int
+    lo_GNm: Ints,
+    hi_GNm: Ints,
+    group_BH: Ints,
+    *,
+    keys: int,
+    key_heads: int,
+    tile: int,
+    area: int,
+    parts: int,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -145,47 +153,67 @@ def build_schedule(
         key_heads: key heads K of each batch row.
         tile: query rows of a job.
         area: most scores in one batch.
+        parts: parts wanted; there are never more than key heads.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
     groups, queries, _ = lo_GNm.shape
-    lanes = _lanes(group_BH, groups, queries, keys, key_heads)
-    heads = max((lane.heads for bundle in lanes for lane in bundle), default=1)
+    bundles = _bundles(group_BH, queries, keys, key_heads)
+    parts = min(parts, len(bundles))
+    cuts = [len(bundles) * i // parts for i in range(parts + 1)]
+    lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
+    heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
     span = max(16 * _ALIGN, area // (heads * tile) // _ALIGN * _ALIGN)
     whole = queries // tile * tile
-    runs: list[list[Run]] = []
-    for lo_Nm, hi_Nm, bundle in zip(lo_GNm, hi_GNm, lanes, strict=True):
-        runs.append([])
-        if not bundle:
-            continue
+    used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
+    runs: list[list[Run]] = [[] for _ in range(groups)]
+    for group in used:
         for first, stop, rows in ((0, whole, tile), (whole, queries, queries - whole)):
             if first < stop:
-                shape = (-1, rows, lo_Nm.shape[1])
-                jobs = _jobs(
-                    lo_Nm[first:stop].reshape(shape), hi_Nm[first:stop].reshape(shape), keys, span
-                )
-                runs[-1] += _runs(jobs, rows, first)
-    return Schedule(runs=runs, lanes=lanes, area=max(area, heads * tile * span))
+                shape = (-1, rows, lo_GNm.shape[2])
+                lo_tTm = lo_GNm[group, first:stop].reshape(shape)
+                hi_tTm = hi_GNm[group, first:stop].reshape(shape)
+                runs[group] += _runs(_jobs(lo_tTm, hi_tTm, keys, span), rows, first)
+    return Schedule(runs=runs, parts=lanes, area=max(area, heads * tile * span))
 
 
-def _lanes(
-    group_BH: Ints, groups: int, queries: int, keys: int, key_heads: int
-) -> list[list[Lanes]]:
-    """Bundle neighbouring heads of one key head and one group, and put bundles at constant steps
-    together."""
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """Neighbouring query heads of one key head that follow one range group."""
+
+    group: int
+    heads: int
+    row: int
+    key: int
+
+
+def _bundles(group_BH: Ints, queries: int, keys: int, key_heads: int) -> list[list[_Bundle]]:
+    """The bundles of every key head of every batch row."""
     heads = group_BH.shape[1]
-    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    share = heads // key_heads
+    bundles: list[list[_Bundle]] = []
     for b, group_H in enumerate(group_BH.tolist()):
         for key_head in range(key_heads):
-            first = key_head * heads // key_heads
-            stop = (key_head + 1) * heads // key_heads
+            first, stop = key_head * share, (key_head + 1) * share
             cuts = [h for h in range(first + 1, stop) if group_H[h] != group_H[h - 1]]
-            for start, end in pairwise([first, *cuts, stop]):
-                place = ((b * heads + start) * queries, (b * key_heads + key_head) * keys)
-                found.setdefault((group_H[start], end - start), []).append(place)
+            key = (b * key_heads + key_head) * keys
+            bundles.append(
+                [
+                    _Bundle(group_H[start], end - start, (b * heads + start) * queries, key)
+                    for start, end in pairwise([first, *cuts, stop])
+                ]
+            )
+    return bundles
+
+
+def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
+    """For each group its bundles, those at constant steps together."""
+    places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for bundle in chain.from_iterable(bundles):
+        places.setdefault((bundle.group, bundle.heads), []).append((bundle.row, bundle.key))
     lanes: list[list[Lanes]] = [[] for _ in range(groups)]
-    for (group, bundle), places in found.items():
-        place_J2 = np.array(places, dtype=np.int64)
+    for (group, heads), found in places.items():
+        place_J2 = np.array(found, dtype=np.int64)
         step_J2 = np.diff(place_J2, axis=0)
         for first, count in _progressions(np.ones(len(step_J2), dtype=bool), step_J2):
             row, key = place_J2[first].tolist()
@@ -193,7 +221,7 @@ def _lanes(
             lanes[group].append(
                 Lanes(
                     count=count,
-                    heads=bundle,
+                    heads=heads,
                     row=row,
                     row_step=row_step,
                     key=key,

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.ops.kernels._tiled_schedule import Batch, Schedule, build_schedule
+from longspan.ops.kernels._tiled_schedule import Schedule, build_schedule
+from longspan.ops.kernels._tiled_views import Logits, add_to_key_rows, key_rows, query_rows
+from longspan.ops.kernels._tiled_workers import can_share_threads, run_parts
 from longspan.ops.ranges import KeyRanges
 
 # Vector units compute powers of two faster than powers of e, so logits carry this factor and
@@ -38,6 +40,8 @@ _LOG2E = math.log2(math.e)
 # Scores of a batch per thread: large enough to feed the cores, small enough to stay in their
 # caches.
 _AREA_PER_THREAD = 1 << 18
+# Calls with fewer multiplications than this are over before other threads have started.
+_WORTH_THREADS = 1 << 27
 
 _schedules: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], Schedule]] = WeakKeyDictionary()
 
@@ -66,13 +70,14 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
-        schedule = _schedule(ranges, q_BHND, k_BKMD)
-        work = _Work(schedule, ranges, q_BHND, k_BKMD, scale)
-        out_RD, lse_R = _forward(work, _rows(q_BHND), _rows(k_BKMD), _rows(v_BKMD))
+        call = _Call(ranges, q_BHND, k_BKMD, scale)
+        # Autocast would round the logits.
+        with torch.autocast(q_BHND.device.type, enabled=False):
+            out_RD, lse_R1 = call.forward(_rows(q_BHND), _rows(k_BKMD), _rows(v_BKMD))
         out_BHND = out_RD.view(*q_BHND.shape[:3], -1).to(q_BHND.dtype)
-        lse_BHN = lse_R.view(q_BHND.shape[:3])
+        lse_BHN = lse_R1.view(q_BHND.shape[:3])
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
-        ctx.ranges, ctx.scale, ctx.schedule = ranges, scale, schedule
+        ctx.call = call
         return out_BHND, lse_BHN
 
     @staticmethod
@@ -82,46 +87,26 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dout_BHND, dlse_BHN = grad_outputs
         q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN = ctx.saved_tensors
-        empty_R = lse_BHN.reshape(-1).isneginf()
         dout_RD = _rows(dout_BHND)
-        delta_R = (dout_RD * _rows(out_BHND)).sum(-1) - dlse_BHN.reshape(-1)
-        grads = _backward(
-            _Work(ctx.schedule, ctx.ranges, q_BHND, k_BKMD, ctx.scale),
-            _rows(q_BHND),
-            _rows(k_BKMD),
-            _rows(v_BKMD),
-            dout_RD,
-            lse_BHN.reshape(-1).masked_fill(empty_R, 0.0).mul_(_LOG2E),
-            delta_R.masked_fill_(empty_R, 0.0),
-            tuple(ctx.needs_input_grad[:3]),
-        )
+        lse_R1, dlse_R1 = lse_BHN.reshape(-1, 1), dlse_BHN.reshape(-1, 1)
+        delta_R1 = (dout_RD * _rows(out_BHND)).sum(-1, keepdim=True) - dlse_R1
+        # Rows that see nothing have only weights of zero: whatever reaches them must stay finite.
+        empty_R1 = lse_R1.isneginf()
+        with torch.autocast(q_BHND.device.type, enabled=False):
+            grads = ctx.call.backward(
+                _rows(q_BHND),
+                _rows(k_BKMD),
+                _rows(v_BKMD),
+                dout_RD,
+                lse_R1.masked_fill(empty_R1, 0.0).mul_(_LOG2E),
+                delta_R1.masked_fill_(empty_R1, 0.0),
+                ctx.needs_input_grad[:3],
+            )
         dq, dk, dv = (
             None if grad is None else grad.view(like.shape).to(like.dtype)
             for grad, like in zip(grads, (q_BHND, k_BKMD, v_BKMD), strict=True)
         )
         return dq, dk, dv, None, None
-
-
-def _schedule(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor) -> Schedule:
-    batch, heads, queries, _ = q_BHND.shape
-    key_heads = k_BKMD.shape[1]
-    threads = torch.get_num_threads()
-    cached = _schedules.setdefault(ranges, {})
-    key = (batch, heads, key_heads, threads)
-    if key not in cached:
-        # Low tiles waste few scores at the edges; bundled heads make up for the height that
-        # matrix products want.
-        tile = 64 if heads == key_heads else 32
-        cached[key] = build_schedule(
-            ranges.lo_GNm.cpu().numpy().astype("int64"),
-            ranges.hi_GNm.cpu().numpy().astype("int64"),
-            ranges.group_BH.cpu().expand(batch, heads).numpy(),
-            ranges.keys,
-            key_heads,
-            max(1, min(tile, queries)),
-            threads * _AREA_PER_THREAD,
-        )
-    return cached[key]
 
 
 def _rows(x_BHND: Tensor) -> Tensor:
@@ -130,159 +115,122 @@ def _rows(x_BHND: Tensor) -> Tensor:
     return x_BHND.to(work).contiguous().view(-1, x_BHND.shape[-1])
 
 
-class _Work:
-    """What forward and backward share: views of the batches, their logits, and the masks."""
+class _Call:
+    """The schedule of one call and the two passes over it."""
 
-    def __init__(
-        self, schedule: Schedule, ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, scale: float
-    ) -> None:
-        self.schedule = schedule
-        self.queries = q_BHND.shape[2]
-        self.scale = scale
+    def __init__(self, ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, scale: float) -> None:
         self._ranges = ranges
-        self._run: object = None
-        self._biases: list[tuple[slice, Tensor]] = []
+        self._schedule = _schedule(ranges, q_BHND, k_BKMD)
+        self._queries = q_BHND.shape[2]
+        self._scale = scale
 
-    def scores(self, like: Tensor) -> Tensor:
-        """A work buffer that holds the scores of any batch."""
-        return like.new_empty(self.schedule.area)
+    def forward(self, q_RD: Tensor, k_LD: Tensor, v_LD: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [R, Dv] and lse [R, 1]."""
+        out_RD = q_RD.new_zeros(len(q_RD), v_LD.shape[1])
+        lse_R1 = q_RD.new_full((len(q_RD), 1), -torch.inf)
+        lowest, tiny = torch.finfo(q_RD.dtype).min, torch.finfo(q_RD.dtype).tiny
 
-    def query_rows(self, x_RD: Tensor, batch: Batch) -> Tensor:
-        """View of the batch's rows [C, heads, rows, D]."""
-        width = x_RD.shape[1]
-        return x_RD.as_strided(
-            (batch.count, batch.heads, batch.run.rows, width),
-            (batch.row_step * width, self.queries * width, width, 1),
-            x_RD.storage_offset() + batch.row * width,
+        def part(i: int) -> None:
+            logits = self._logits(q_RD)
+            for batch in self._schedule.batches(i):
+                q_CHTD = query_rows(q_RD, batch, self._queries)
+                shape_CHT = q_CHTD.shape[:3]
+                s_CTS = logits(q_CHTD.flatten(1, 2), key_rows(k_LD, batch), batch)
+                # A row that sees none of these keys has maximum -inf: a finite stand-in turns
+                # its weights into 0, not NaN.
+                max_CT1 = s_CTS.amax(-1, keepdim=True).clamp_min_(lowest)
+                p_CTS = torch.exp2(s_CTS.sub_(max_CT1), out=s_CTS)
+                sum_CT1 = p_CTS.sum(-1, keepdim=True)
+                o_CHTD = torch.bmm(p_CTS, key_rows(v_LD, batch)).view(*shape_CHT, -1)
+                lse_CHT1 = max_CT1.add_(sum_CT1.log2()).div_(_LOG2E).view(*shape_CHT, 1)
+                sum_CHT1 = sum_CT1.clamp_min_(tiny).view(*shape_CHT, 1)
+                out_CHTD = query_rows(out_RD, batch, self._queries)
+                old_CHT1 = query_rows(lse_R1, batch, self._queries)
+                if batch.run.wave == 0:
+                    torch.div(o_CHTD, sum_CHT1, out=out_CHTD)
+                    old_CHT1.copy_(lse_CHT1)
+                else:
+                    # Where neither side has a key the difference is NaN, and any weight will do
+                    # between zeros.
+                    weight_CHT1 = torch.sigmoid(lse_CHT1 - old_CHT1).nan_to_num_(0.0)
+                    out_CHTD.lerp_(o_CHTD.div_(sum_CHT1), weight_CHT1)
+                    old_CHT1.copy_(torch.logaddexp(old_CHT1, lse_CHT1))
+
+        run_parts(part, len(self._schedule.parts))
+        return out_RD, lse_R1
+
+    def backward(
+        self,
+        q_RD: Tensor,
+        k_LD: Tensor,
+        v_LD: Tensor,
+        dout_RD: Tensor,
+        lse_R1: Tensor,
+        delta_R1: Tensor,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the inputs that need one; lse is in units of log 2."""
+        dq_RD, dk_LD, dv_LD = (
+            torch.zeros_like(x) if need else None
+            for x, need in zip((q_RD, k_LD, v_LD), needs, strict=True)
         )
 
-    def key_rows(self, x_LD: Tensor, batch: Batch) -> Tensor:
-        """View of the batch's keys or values [C, S, D]; spans may overlap, so read only."""
-        return key_slice(x_LD, batch, 0, batch.run.span)
+        def part(i: int) -> None:
+            logits = self._logits(q_RD)
+            buffer = q_RD.new_empty(self._schedule.area)
+            for batch in self._schedule.batches(i):
+                q_CTD, dout_CTD, lse_CT1, delta_CT1 = (
+                    query_rows(x, batch, self._queries).flatten(1, 2)
+                    for x in (q_RD, dout_RD, lse_R1, delta_R1)
+                )
+                k_CSD = key_rows(k_LD, batch)
+                s_CTS = logits(q_CTD, k_CSD, batch)
+                p_CTS = torch.exp2(s_CTS.sub_(lse_CT1), out=s_CTS)
+                if dv_LD is not None:
+                    add_to_key_rows(dv_LD, p_CTS, dout_CTD, batch, 1.0)
+                if dq_RD is None and dk_LD is None:
+                    continue
+                ds_CTS = buffer[: p_CTS.numel()].view_as(p_CTS)
+                torch.bmm(dout_CTD, key_rows(v_LD, batch).transpose(1, 2), out=ds_CTS)
+                ds_CTS.sub_(delta_CT1).mul_(p_CTS)
+                if dq_RD is not None:
+                    dq_CHTD = query_rows(dq_RD, batch, self._queries)
+                    dq_CHTD.add_(torch.bmm(ds_CTS, k_CSD).view_as(dq_CHTD), alpha=self._scale)
+                if dk_LD is not None:
+                    add_to_key_rows(dk_LD, ds_CTS, q_CTD, batch, self._scale)
 
-    def logits(self, buffer: Tensor, q_CTD: Tensor, k_CSD: Tensor, batch: Batch) -> Tensor:
-        """Masked logits [C, T, S] in units of log 2."""
-        shape = (batch.count, q_CTD.shape[1], batch.run.span)
-        s_CTS = buffer[: math.prod(shape)].view(shape)
-        torch.baddbmm(
-            s_CTS, q_CTD, k_CSD.transpose(1, 2), beta=0, alpha=self.scale * _LOG2E, out=s_CTS
+        run_parts(part, len(self._schedule.parts))
+        return dq_RD, dk_LD, dv_LD
+
+    def _logits(self, like: Tensor) -> Logits:
+        return Logits(self._ranges, self._schedule.area, self._scale * _LOG2E, like)
+
+
+def _schedule(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor) -> Schedule:
+    batch, heads, queries, width = q_BHND.shape
+    key_heads = k_BKMD.shape[1]
+    threads = torch.get_num_threads()
+    shared = q_BHND.device.type == "cpu" and can_share_threads()
+    cached = _schedules.setdefault(ranges, {})
+    key = (batch, heads, key_heads, threads if shared else 0)
+    if key not in cached:
+        lo_GNm, hi_GNm, group_BH = (
+            x.cpu().numpy().astype("int64")
+            for x in (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH.expand(batch, heads))
         )
-        heads_CHTS = s_CTS.view(batch.count, batch.heads, batch.run.rows, batch.run.span)
-        for columns, bias_TS in self._masks(batch, s_CTS.dtype):
-            heads_CHTS[..., columns].add_(bias_TS)
-        return s_CTS
-
-    def _masks(self, batch: Batch, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-        run = batch.run
-        if self._run is not run:
-            self._run = run
-            rows = slice(run.row, run.row + run.rows)
-            lo_Tm1 = self._ranges.lo_GNm[batch.group, rows, :, None] - run.key
-            hi_Tm1 = self._ranges.hi_GNm[batch.group, rows, :, None] - run.key
-            self._biases = []
-            for start, stop in ((0, run.left), (run.right, run.span)):
-                if start < stop:
-                    column_S = torch.arange(start, stop, dtype=torch.int32, device=lo_Tm1.device)
-                    visible_TS = ((lo_Tm1 <= column_S) & (column_S < hi_Tm1)).any(1)
-                    bias_TS = torch.zeros(visible_TS.shape, dtype=dtype, device=lo_Tm1.device)
-                    self._biases.append(
-                        (slice(start, stop), bias_TS.masked_fill_(~visible_TS, -torch.inf))
-                    )
-        return self._biases
-
-
-def key_slice(x_LD: Tensor, batch: Batch, start: int, stop: int) -> Tensor:
-    """View [C, stop - start, D] of columns ``start`` to ``stop`` of each job's span."""
-    width = x_LD.shape[1]
-    return x_LD.as_strided(
-        (batch.count, stop - start, width),
-        (batch.key_step * width, width, 1),
-        x_LD.storage_offset() + (batch.key + start) * width,
-    )
-
-
-def _forward(work: _Work, q_RD: Tensor, k_LD: Tensor, v_LD: Tensor) -> tuple[Tensor, Tensor]:
-    out_RD = q_RD.new_zeros(len(q_RD), v_LD.shape[1])
-    lse_R1 = q_RD.new_full((len(q_RD), 1), -torch.inf)
-    buffer = work.scores(q_RD)
-    lowest = torch.finfo(q_RD.dtype).min
-    tiny = torch.finfo(q_RD.dtype).tiny
-    for batch in work.schedule.batches():
-        q_CHTD = work.query_rows(q_RD, batch)
-        s_CTS = work.logits(buffer, q_CHTD.flatten(1, 2), work.key_rows(k_LD, batch), batch)
-        # A row that sees none of these keys has maximum -inf: a finite stand-in turns its
-        # weights into 0, not NaN.
-        max_CT1 = s_CTS.amax(-1, keepdim=True).clamp_min_(lowest)
-        p_CTS = torch.exp2(s_CTS.sub_(max_CT1), out=s_CTS)
-        sum_CT1 = p_CTS.sum(-1, keepdim=True)
-        o_CHTD = torch.bmm(p_CTS, work.key_rows(v_LD, batch)).view(*q_CHTD.shape[:3], -1)
-        lse_CHT1 = max_CT1.add_(sum_CT1.log2()).div_(_LOG2E).view(*q_CHTD.shape[:3], 1)
-        sum_CHT1 = sum_CT1.clamp_min_(tiny).view_as(lse_CHT1)
-        out_CHTD, old_CHT1 = work.query_rows(out_RD, batch), work.query_rows(lse_R1, batch)
-        if batch.run.wave == 0:
-            torch.div(o_CHTD, sum_CHT1, out=out_CHTD)
-            old_CHT1.copy_(lse_CHT1)
-        else:
-            # Where neither side has a key the difference is NaN, and any weight will do between
-            # zeros.
-            weight_CHT1 = torch.sigmoid(lse_CHT1 - old_CHT1).nan_to_num_(0.0)
-            out_CHTD.lerp_(o_CHTD.div_(sum_CHT1), weight_CHT1)
-            old_CHT1.copy_(torch.logaddexp(old_CHT1, lse_CHT1))
-    return out_RD, lse_R1[:, 0]
-
-
-def _backward(
-    work: _Work,
-    q_RD: Tensor,
-    k_LD: Tensor,
-    v_LD: Tensor,
-    dout_RD: Tensor,
-    lse_R: Tensor,
-    delta_R: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dq_RD, dk_LD, dv_LD = (
-        torch.zeros_like(x) if need else None
-        for x, need in zip((q_RD, k_LD, v_LD), needs, strict=True)
-    )
-    p_buffer, ds_buffer = work.scores(q_RD), work.scores(q_RD)
-    for batch in work.schedule.batches():
-        q_CTD = work.query_rows(q_RD, batch).flatten(1, 2)
-        dout_CTD = work.query_rows(dout_RD, batch).flatten(1, 2)
-        lse_CT1 = work.query_rows(lse_R[:, None], batch).flatten(1, 2)
-        k_CSD = work.key_rows(k_LD, batch)
-        s_CTS = work.logits(p_buffer, q_CTD, k_CSD, batch)
-        p_CTS = torch.exp2(s_CTS.sub_(lse_CT1), out=s_CTS)
-        if dv_LD is not None:
-            _add_to_keys(dv_LD, p_CTS, dout_CTD, batch, 1.0)
-        if dq_RD is None and dk_LD is None:
-            continue
-        ds_CTS = ds_buffer[: p_CTS.numel()].view_as(p_CTS)
-        torch.bmm(dout_CTD, work.key_rows(v_LD, batch).transpose(1, 2), out=ds_CTS)
-        delta_CT1 = work.query_rows(delta_R[:, None], batch).flatten(1, 2)
-        ds_CTS.sub_(delta_CT1).mul_(p_CTS)
-        if dq_RD is not None:
-            dq_CHTD = work.query_rows(dq_RD, batch)
-            dq_CHTD.add_(torch.bmm(ds_CTS, k_CSD).view_as(dq_CHTD), alpha=work.scale)
-        if dk_LD is not None:
-            _add_to_keys(dk_LD, ds_CTS, q_CTD, batch, work.scale)
-    return dq_RD, dk_LD, dv_LD
-
-
-def _add_to_keys(
-    grad_LD: Tensor, w_CTS: Tensor, x_CTD: Tensor, batch: Batch, alpha: float
-) -> None:
-    """Add alpha w^T x to the rows of the batch's keys, whose spans may overlap."""
-    span, step = batch.run.span, batch.key_step
-    if batch.count > 1 and step == 0:
-        # All jobs share their keys: they are one taller job.
-        w_CTS, x_CTD = w_CTS.flatten(0, 1)[None], x_CTD.flatten(0, 1)[None]
-        grad_CSD = key_slice(grad_LD, batch, 0, span)[:1]
-        grad_CSD.baddbmm_(w_CTS.transpose(1, 2), x_CTD, alpha=alpha)
-        return
-    # Slices one step wide fall on disjoint rows, whichever jobs they belong to.
-    width = span if batch.count == 1 else min(step, span)
-    for start in range(0, span, width):
-        stop = min(start + width, span)
-        grad_CSD = key_slice(grad_LD, batch, start, stop)
-        grad_CSD.baddbmm_(w_CTS[..., start:stop].transpose(1, 2), x_CTD, alpha=alpha)
+        pairs = (hi_GNm - lo_GNm).sum(axis=(1, 2))[group_BH].sum()
+        parts = threads if shared and pairs * width > _WORTH_THREADS else 1
+        # Low tiles waste few scores at the edges; bundled heads make up for the height that
+        # matrix products want.
+        tile = 64 if heads == key_heads else 32
+        cached[key] = build_schedule(
+            lo_GNm,
+            hi_GNm,
+            group_BH,
+            keys=ranges.keys,
+            key_heads=key_heads,
+            tile=max(1, min(tile, queries)),
+            area=threads * _AREA_PER_THREAD // min(parts, batch * key_heads),
+            parts=parts,
+        )
+    return cached[key]
