@@ -33,9 +33,6 @@ def pretrain(
     warmup: Annotated[int, typer.Option(help="Warm-up steps.")] = 100,
     weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.1,
     dropout: Annotated[float, typer.Option(help="Dropout while training.")] = 0.0,
-    renamed_copies: Annotated[
-        int, typer.Option(help="Copies of each document with other identifiers.")
-    ] = 0,
     recall_share: Annotated[
         float, typer.Option(help="Share of synthetic recall text in each batch, 0 to 1.")
     ] = 0.0,
@@ -69,7 +66,6 @@ def pretrain(
         warmup=warmup,
         weight_decay=weight_decay,
         dropout=dropout,
-        renamed_copies=renamed_copies,
         recall_share=recall_share,
         seed=seed,
         device=device,

@@ -1,9 +1,9 @@
 """Text for training and evaluation: documents -> tokens -> sequences, without hidden state.
 
 Documents are joined with the end-of-text token and cut into sequences, as LongLoRA does
-(arXiv 2309.12307). The Python standard library serves as a corpus that every machine has; two fixed
-lists of modules keep held-out text (reported figures) and validation text (choices such as the
-number of steps) away from training.
+(arXiv 2309.12307). The Python standard library serves as a corpus that every machine has; two
+fixed lists of modules keep held-out text (reported figures) and validation text (choices such as
+the number of steps) away from training.
 
 Axes: T tokens of one document or stream, n sequences, L sequence length.
 """
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from longspan.errors import DataError
-from longspan.train.augment import rename_identifiers
 from longspan.train.document import Document
 from longspan.train.recall import passkey_text, recall_documents
 
@@ -34,7 +33,6 @@ __all__ = [
     "python_sources",
     "read_documents",
     "recall_documents",
-    "rename_identifiers",
     "tokenize_documents",
     "windows",
 ]
@@ -189,9 +187,9 @@ def windows(documents_T: Sequence[Tensor], length: int, *, seed: int | None) -> 
 class Sampler:
     """An endless, addressable supply of training sequences.
 
-    Sequence ``index`` depends on (documents, length, seed, index) alone, so a resumed run sees what
-    an uninterrupted one would. Each epoch shuffles the documents, joins and cuts them, and shuffles
-    the sequences.
+    Sequence ``index`` depends on (documents, length, seed, index) alone, so a resumed run sees
+    what an uninterrupted one would. Each epoch shuffles the documents, joins and cuts them, and
+    shuffles the sequences.
     """
 
     def __init__(self, documents_T: Sequence[Tensor], length: int, *, seed: int) -> None:

@@ -29,7 +29,6 @@ from longspan.train.data import (
     Document,
     Sampler,
     recall_documents,
-    rename_identifiers,
     tokenize_documents,
     windows,
 )
@@ -57,8 +56,6 @@ class PretrainConfig:
     weight_decay: float = 0.1
     # On what each attention and MLP block adds; for training only, the saved model has none.
     dropout: float = 0.0
-    # Renamed copies of each document that join the training text (train/augment.py).
-    renamed_copies: int = 0
     # Share of each batch that is synthetic recall text (train/recall.py).
     recall_share: float = 0.0
     recall_count: int = 20_000
@@ -82,7 +79,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainReport:
-    """What a run did; losses in nats per token, ``history`` of (step, train loss, validation loss)."""
+    """What a run did: losses in nats per token, history of (step, train, validation loss)."""
 
     config: dict[str, Any]
     parameters: int
@@ -140,8 +137,7 @@ def pretrain(
     )
     tokenizer.model_max_length = config.context
     length = config.context + 1
-    augmented = rename_identifiers(documents, copies=config.renamed_copies, seed=config.seed)
-    text = Sampler(tokenize_documents(tokenizer, augmented), length, seed=config.seed)
+    text = Sampler(tokenize_documents(tokenizer, documents), length, seed=config.seed)
     validation_nL = _eval_sequences(tokenizer, validation, length)
     heldout_nL = _eval_sequences(tokenizer, heldout, length)
     recall_rows = round(config.recall_share * config.batch)
@@ -152,7 +148,7 @@ def pretrain(
 
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    model: Any = build_llama(
+    built: Any = build_llama(
         vocab_size=len(tokenizer),
         hidden=config.hidden,
         layers=config.layers,
@@ -161,7 +157,8 @@ def pretrain(
         intermediate=config.intermediate,
         context=config.context,
         rope_theta=config.rope_theta,
-    ).to(device)
+    )
+    model = built.to(device)
     hooks = _add_dropout(model, config.dropout)
     optimizer = _optimizer(model, config)
     first, seconds, history = 0, 0.0, []

@@ -1,0 +1,138 @@
+"""A toy pretraining run: it learns, it resumes to the same losses, its folder loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longspan.errors import DataError, InputError
+from longspan.hf.build import build_llama, train_tokenizer
+from longspan.train.data import recall_documents
+from longspan.train.pretrain import PretrainConfig, learning_rate, pretrain
+
+CONFIG = PretrainConfig(
+    context=32,
+    hidden=32,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    intermediate=48,
+    vocab=300,
+    steps=20,
+    batch=8,
+    lr=1e-2,
+    warmup=4,
+    dropout=0.1,
+    recall_share=0.25,
+    recall_count=20,
+    eval_every=5,
+    save_every=10,
+)
+TEXT = recall_documents(1, 30)
+HELD_OUT = recall_documents(2, 3)
+
+
+class Killed(Exception):
+    """Stands for a run that ends without warning."""
+
+
+def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):
+    seen = []
+    report = pretrain(
+        CONFIG,
+        TEXT,
+        tmp_path / "model",
+        validation=HELD_OUT,
+        heldout=HELD_OUT,
+        on_step=lambda *values: seen.append(values),
+    )
+    assert [row[0] for row in report.history] == [5, 10, 15, 20]
+    assert report.history[-1][2] < report.history[0][2]
+    assert report.heldout_loss == report.validation_loss
+    assert [row[0] for row in seen] == [10, 20]
+    written = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "pretrain.json"} <= written
+    assert "checkpoint" not in written
+    saved = json.loads((tmp_path / "model" / "pretrain.json").read_text())
+    assert saved["heldout_perplexity"] == pytest.approx(report.heldout_perplexity)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.max_position_embeddings == 32
+    assert model.config.tie_word_embeddings
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert tokenizer.decode(tokenizer("x = 1")["input_ids"]) == "x = 1"
+
+
+def test_a_resumed_run_gives_the_same_losses(tmp_path):
+    whole = pretrain(CONFIG, TEXT, tmp_path / "whole", validation=HELD_OUT)
+
+    def kill(step, loss, validation):
+        if step == 20:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(CONFIG, TEXT, tmp_path / "cut", validation=HELD_OUT, on_step=kill)
+    resumed = pretrain(CONFIG, TEXT, tmp_path / "cut", validation=HELD_OUT, resume=True)
+    assert resumed.history == whole.history
+    weights = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_resume_refuses_another_run(tmp_path):
+    with pytest.raises(DataError, match="nothing to resume"):
+        pretrain(CONFIG, TEXT, tmp_path / "none", resume=True)
+
+    def kill(step, loss, validation):
+        if step == 20:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(CONFIG, TEXT, tmp_path / "cut", on_step=kill)
+    with pytest.raises(DataError, match="other values of: lr"):
+        pretrain(dataclasses.replace(CONFIG, lr=1.0), TEXT, tmp_path / "cut", resume=True)
+    with pytest.raises(DataError, match="not an empty folder"):
+        pretrain(CONFIG, TEXT, tmp_path / "cut")
+
+
+def test_too_little_text_fails_before_training(tmp_path):
+    with pytest.raises(DataError, match=r"\d+ tokens found, 100001 needed"):
+        pretrain(dataclasses.replace(CONFIG, context=100_000), TEXT, tmp_path / "model")
+
+
+def test_schedule_rises_then_falls_to_a_tenth():
+    config = dataclasses.replace(CONFIG, steps=104, warmup=4, lr=1.0)
+    assert [learning_rate(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(config, 4) == 1.0
+    assert learning_rate(config, 54) == pytest.approx(0.55)
+    assert learning_rate(config, 104) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"recall_share": 1.0}, r"recall_share must be in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_configuration_is_checked(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_impossible_shapes_are_named():
+    shape = {"vocab_size": 300, "layers": 1, "intermediate": 8, "context": 8}
+    with pytest.raises(InputError, match="multiple of 2 x heads"):
+        build_llama(hidden=30, heads=4, kv_heads=2, **shape)
+    with pytest.raises(InputError, match="3 KV heads do not divide 4 heads"):
+        build_llama(hidden=32, heads=4, kv_heads=3, **shape)
+    with pytest.raises(InputError, match="bytes and special tokens need 258"):
+        train_tokenizer(["text"], 100)
