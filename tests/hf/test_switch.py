@@ -1,4 +1,4 @@
-"""Patterns in models: every result is held against the model's own attention, masked explicitly."""
+"""Patterns in models: every result is held against the model's own, masked attention."""
 
 from __future__ import annotations
 

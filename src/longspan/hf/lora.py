@@ -6,7 +6,9 @@ learn long contexts poorly unless embeddings and norms are trained with them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,8 @@ def add_lora(
         ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    with _peft_is_behind():
+        return get_peft_model(base, config)
 
 
 def attention_projections(model: nn.Module) -> list[str]:
@@ -118,7 +121,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
     if not (Path(folder) / "adapter_config.json").is_file():
         raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
     try:
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        with _peft_is_behind():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
         first = str(error).strip().splitlines()[0][:300]
         raise DataError(f"The adapter in {folder} does not fit this model: {first}") from error
@@ -141,3 +145,11 @@ def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrained
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return merged
+
+
+@contextmanager
+def _peft_is_behind() -> Iterator[None]:
+    # peft reads a property that transformers renamed; nothing a caller could do about it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Class names of modules that mix tokens, in any architecture known to transformers.
+# Class names, without the family's own name, of modules that mix tokens.
 _MIXES_TOKENS = re.compile(
-    r"Attention|Attn|Mixer|Mamba|SSM|DeltaNet|Rwkv|RWKV|Recurrent|ShortConv|Hyena|Retention"
+    r"(Attention|Attn|Mixer|Mamba|SSM|DeltaNet|RWKV|Recurrent|ShortConv|Hyena|Retention)"
+    r"(?!.*(Layer|Norm|Embedding)$)"
 )
 _KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -89,7 +90,7 @@ def inspect(model: Any) -> Report:
     modules = tuple(_modules(base))
     return Report(
         model=type(base).__name__,
-        attention=described(base.config.get_text_config()._attn_implementation),
+        attention=described(base.config._attn_implementation),
         modules=modules,
         reasons=tuple(_reasons(base, modules)),
     )
@@ -117,12 +118,17 @@ def _why_not(kind: type) -> str:
 def _modules(base: nn.Module) -> Iterator[Module]:
     paths = [path for path, _ in routed(base)]
     refused: list[str] = []
+    family = type(base).__name__.partition("For")[0]
     for path, module in base.named_modules():
         kind = type(module).__name__
         inside = any(path.startswith(f"{outer}.") for outer in (*paths, *refused))
         if path in paths:
             yield Module(path=path, kind=kind)
-        elif _MIXES_TOKENS.search(kind) and not inside and not _wraps(path, paths, module):
+        elif (
+            _MIXES_TOKENS.search(kind.removeprefix(family))
+            and not inside
+            and not _wraps(path, paths, module)
+        ):
             refused.append(path)
             yield Module(path=path, kind=kind, reason=_why_not(type(module)))
 
@@ -134,11 +140,11 @@ def _wraps(path: str, paths: list[str], module: nn.Module) -> bool:
 
 
 def _reasons(base: PreTrainedModel, modules: tuple[Module, ...]) -> Iterator[str]:
-    config = base.config.get_text_config()
     name = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         yield f"{name} is an encoder-decoder; patterns speak of one sequence"
         return
+    config = base.config.get_text_config()
     if not any(not module.reason for module in modules):
         yield f"{name} has no attention that routes through the transformers attention interface"
     for kind in dict.fromkeys(module.kind for module in modules if module.reason):

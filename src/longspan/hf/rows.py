@@ -79,6 +79,13 @@ class Rows:
         """Itself; see ``ndim``."""
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what the record does not have.
+        raise AttributeError(
+            f"{name!r}: this model computes with its attention mask instead of handing it on, "
+            "which longspan does not support; use its own attention: longspan.hf.remove(model)."
+        )
+
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
         """Take the place of a mask only with longspan's attention.
@@ -230,7 +237,8 @@ def read_mask(function: Callable[..., Any] | None) -> tuple[Pattern, Tensor | No
                 documents = held["packed_sequence_mask"]
             case "sliding_window_overlay":
                 # It bounds the past only; transformers never uses it without the causal part.
-                found.append(Window(held["sliding_window"]))
+                # Qwen2-MoE makes one of size 0 that no layer uses; a row keeps itself at least.
+                found.append(Window(max(1, held["sliding_window"])))
             case "sliding_window_bidirectional_overlay":
                 found.append(Window(2 * held["sliding_window"] + 1, causal=False))
             case "chunked_overlay":
