@@ -1,0 +1,186 @@
+"""What the layers of this package share: projections around an attention that a subclass gives.
+
+    q, k, v = x Wq, x Wk, x Wv  (by heads)        y = concat_h mix(q, k, v)_h Wo
+
+Parameter names are those of ``longspan.nn.Attention`` (``query``, ``key``, ``value``,
+``output``), so weights move between the two.
+
+Axes: B batch, N tokens, H query heads, K key heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError, Refusal
+from longspan.nn.attention import check
+from longspan.nn.rotary import rotate
+from longspan.position import Frequencies, default
+
+Count = int | Tensor
+
+
+class MechanismLayer(nn.Module):
+    """Base of the layers: x [B, N, d_model] to [B, N, d_model].
+
+    Args:
+        d_model: width of the tokens.
+        heads: query heads.
+        kv_heads: key and value heads, a divisor of ``heads``; default ``heads``.
+        head_dim: width of a head; default ``d_model / heads``.
+        rope: base of a rotary embedding such as 10000.0, or frequencies from
+            ``longspan.position``; None for no rotary embedding.
+        bias: whether the projections have a bias.
+        shared_key: keys are made from the queries; there is no ``key`` projection.
+        project_output: False leaves the heads side by side, for layers taken from models that
+            keep their output projection elsewhere.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: if the sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: float | Frequencies | None = None,
+        bias: bool = False,
+        shared_key: bool = False,
+        project_output: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        at_least_one(d_model=d_model, heads=heads, kv_heads=kv_heads)
+        if heads % kv_heads:
+            raise InputError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+        if shared_key and kv_heads != heads:
+            raise InputError(
+                "keys are the queries here, so there are as many key heads as query heads; got "
+                f"kv_heads={kv_heads} and heads={heads}: leave kv_heads out"
+            )
+        if head_dim is None:
+            if d_model % heads:
+                raise InputError(
+                    f"d_model {d_model} is not a multiple of heads {heads}: give head_dim="
+                )
+            head_dim = d_model // heads
+        self.d_model, self.heads, self.kv_heads, self.head_dim = d_model, heads, kv_heads, head_dim
+        self.place = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(d_model, heads * head_dim, bias=bias, **self.place)
+        self.key = (
+            None
+            if shared_key
+            else nn.Linear(d_model, kv_heads * head_dim, bias=bias, **self.place)
+        )
+        self.value = nn.Linear(d_model, kv_heads * head_dim, bias=bias, **self.place)
+        self.output = (
+            nn.Linear(heads * head_dim, d_model, bias=bias, **self.place)
+            if project_output
+            else nn.Identity()
+        )
+        self.rope = default(head_dim, rope) if isinstance(rope, int | float) else rope
+        if self.rope is not None:
+            # Not a buffer: model.bfloat16() would round the frequencies to eight bits.
+            self._inv_freq = torch.from_numpy(self.rope.inv_freq)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens [B, N, d_model].
+            mask: True (or 1) at tokens and False (or 0) at padding, [B, N].
+
+        Returns:
+            [B, N, d_model]. At padding the attention is 0.
+        """
+        check(x, self.d_model, mask)
+        valid = None if mask is None else mask.to(torch.bool)
+        q, k, v = self.project(x, positions(x, valid))
+        return self.join(self.mix(q, k, v, valid))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """The mechanism itself, on q [B, H, N, D], k and v [B, K, N, D] and valid [B, N]."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, D], keys and values [B, K, N, D]; rotated to ``places`` if asked."""
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        k = q if self.key is None else self.key(x).unflatten(-1, (self.kv_heads, -1))
+        k = k if self.key is None else k.transpose(1, 2)
+        if self.rope is not None:
+            factor = self.rope.attention_factor
+            q = rotate(q, places, self._inv_freq, factor)
+            k = q if self.key is None else rotate(k, places, self._inv_freq, factor)
+        return q, k, v
+
+    def join(self, out_BHND: Tensor) -> Tensor:
+        """Heads side by side, through the output projection."""
+        return self.output(out_BHND.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        kv = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
+        return f"d_model={self.d_model}, heads={self.heads}{kv}"
+
+
+def positions(x: Tensor, valid: Tensor | None, start: Count = 0) -> Tensor:
+    """Place of each token [N] or [B, N], padding not counted, after ``start`` earlier tokens."""
+    if valid is None:
+        row = torch.arange(x.shape[1], device=x.device)
+        return row + (start[:, None] if isinstance(start, Tensor) else start)
+    count = (valid.cumsum(dim=-1) - 1).clamp_min(0)
+    return count + (start[:, None] if isinstance(start, Tensor) else start)
+
+
+def seen(x: Tensor, valid: Tensor | None, start: Count = 0) -> Count:
+    """Number of tokens up to the end of ``x``, per batch row where padding makes them differ."""
+    return start + (x.shape[1] if valid is None else valid.sum(dim=-1))
+
+
+def at_least_one(**sizes: int) -> None:
+    """Refuse sizes that are no positive whole numbers.
+
+    Raises:
+        InputError: naming the size.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors that are not q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv], K a divisor of
+    H.
+
+    Raises:
+        InputError: with the shapes.
+    """
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise InputError(f"expected q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv]; got {shapes}")
+    if k.shape != (q.shape[0], k.shape[1], *q.shape[2:]) or v.shape[:3] != k.shape[:3]:
+        raise InputError(f"expected equal batch, rows and (for q and k) width; got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"the key heads must divide the query heads; got {shapes}")
+
+
+def refuse_causal(name: str, why: str) -> None:
+    """Refuse the causal form of a mechanism that has none.
+
+    Raises:
+        Refusal: always.
+    """
+    raise Refusal(
+        f"{name} has no causal form: {why}. Use causal=False (encoders), or a mechanism with a "
+        "causal form such as LinearAttention or Performer"
+    )

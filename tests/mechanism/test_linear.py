@@ -1,0 +1,206 @@
+"""Linear attention and Performer against their quadratic forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.mechanism.oracles import (
+    assert_no_leak,
+    assert_padding_is_absent,
+    assert_same_with_gradients,
+    per_head,
+    qkv,
+)
+
+from longspan.errors import InputError
+from longspan.mechanism import Laplace, LinearAttention, linear_attention
+from longspan.mechanism.feature_maps import NAMES
+
+FREQUENCIES = torch.randn(24, 8, generator=torch.Generator().manual_seed(3)).double() / 8
+
+
+def oracle_weights(name, q, k):
+    """Unnormalised weights [n, n]."""
+    if name == "elu":
+        return (torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).T
+    if name == "relu":
+        return q.relu() @ k.relu().T
+    if name == "exp":
+        return q.exp() @ k.exp().T
+    if name == "mega":
+        mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+        q, k = (0.5 * (1 + torch.erf((x - mean) / (deviation * math.sqrt(2)))) for x in (q, k))
+        return q @ k.T
+    if name == "laplace":
+        return ((q[:, None] - k[None]) @ FREQUENCIES.T).cos().mean(-1)
+    i = torch.arange(len(q), dtype=torch.float64)
+    return (q.relu() @ k.relu().T) * torch.cos(math.pi / 2 * (i[:, None] - i[None]) / 64)
+
+
+def oracle(name, causal, floor):
+    def one(q, k, v):
+        a = oracle_weights(name, q, k)
+        a = a.tril() if causal else a
+        return (a @ v) / a.sum(-1, keepdim=True).clamp_min(floor)
+
+    return one
+
+
+def map_of(name):
+    if name != "laplace":
+        return name
+    found = Laplace(8, features=24)
+    found.frequencies = FREQUENCIES
+    return found
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_quadratic_form_with_gradients(name, causal):
+    q, k, v = qkv(value_dim=5)
+    floor = {"relu": 1e-6, "cosformer": 1e-6, "laplace": 1e-3}.get(name, 0.0)
+
+    def fast(q, k, v):
+        return linear_attention(q, k, v, map_of(name), causal=causal, max_length=64, chunk=16)
+
+    assert_same_with_gradients(
+        fast, lambda q, k, v: per_head(oracle(name, causal, floor), q, k, v), (q, k, v)
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33])
+def test_chunks_and_odd_lengths_change_nothing(chunk, n):
+    for name in ("elu", "exp"):
+        q, k, v = qkv(n=n)
+        wanted = per_head(oracle(name, True, 0.0), q, k, v)
+        torch.testing.assert_close(
+            linear_attention(q, k, v, name, chunk=chunk), wanted, atol=1e-12, rtol=1e-12
+        )
+
+
+def test_rounds_join(monkeypatch):
+    monkeypatch.setattr("longspan.mechanism._linear_chunks._ROUND", 16)
+    for name in ("elu", "exp"):
+        q, k, v = qkv(n=50)
+        assert_same_with_gradients(
+            lambda q, k, v, name=name: linear_attention(q, k, v, name, chunk=8),
+            lambda q, k, v, name=name: per_head(oracle(name, True, 0.0), q, k, v),
+            (q, k, v),
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_equals_prefill(name):
+    torch.manual_seed(0)
+    layer = LinearAttention(
+        16, 4, kv_heads=2, feature_map=name, max_length=64, chunk=8, rope=1e4
+    ).double()
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[1, :5] = False
+    wanted = layer(x, mask)
+    first, state = layer(x[:, :11], mask[:, :11], return_state=True)
+    parts = [first]
+    for t in range(11, 30):
+        part, state = layer(x[:, t : t + 1], state=state, return_state=True)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-12, rtol=1e-12)
+    assert state.sum_BKRE.shape[:2] == (2, 2)
+    assert state.rows == 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_later_tokens_leave_the_past_bit_identical(name):
+    torch.manual_seed(0)
+    layer = LinearAttention(16, 2, feature_map=name, max_length=64, chunk=8)
+    assert_no_leak(layer, torch.randn(2, 40, 16), cuts=[1, 7, 8, 9, 24, 39])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_absent(name, causal):
+    torch.manual_seed(0)
+    layer = LinearAttention(
+        16, 4, kv_heads=2, feature_map=name, causal=causal, max_length=64, chunk=8
+    ).double()
+    assert_padding_is_absent(layer, torch.randn(2, 21, 16, dtype=torch.float64), 6, 9)
+
+
+def test_padding_may_hold_nan_and_gets_no_gradient():
+    q, k, v = qkv(n=12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4] = False
+    k.data[0, :, :4], v.data[0, :, :4] = torch.nan, torch.nan
+    out = linear_attention(q, k, v, "exp", mask=mask)
+    assert out.isfinite().all()
+    out.sum().backward()
+    for x in (k, v):
+        assert torch.equal(x.grad[0, :, :4], torch.zeros_like(x.grad[0, :, :4]))
+        assert x.grad.isfinite().all()
+
+
+def test_exp_features_never_overflow():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 50, 8, generator=g) for _ in range(3))
+    k[:, :, 20:] += 200
+    out = linear_attention(q, k, v, "exp", chunk=8)
+    wanted = per_head(oracle("exp", True, 0.0), q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_without_weight_gives_zero():
+    q, k, v = qkv(n=6)
+    out = linear_attention(q, -k.abs(), v, "relu")
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_laplace_features_estimate_the_kernel():
+    torch.manual_seed(0)
+    found = Laplace(8, features=200_000).double()
+    x, y = torch.randn(2, 1, 1, 5, 8, dtype=torch.float64)
+    estimate = found(x, torch.arange(5))[0] @ found(y, torch.arange(5))[0].mT
+    exact = (-(x[..., :, None, :] - y[..., None, :, :]).abs().sum(-1) / 8).exp()
+    torch.testing.assert_close(estimate, exact, atol=0.01, rtol=0)
+
+
+def test_low_precision_is_computed_in_float32():
+    q, k, v = (x.detach().bfloat16() for x in qkv(n=100))
+    exact = linear_attention(q.double(), k.double(), v.double())
+    assert (linear_attention(q, k, v).double() - exact).norm() / exact.norm() < 5e-3
+
+
+def test_compiles_in_one_graph():
+    torch.manual_seed(0)
+    layer = LinearAttention(16, 2, chunk=8, feature_map="exp")
+    x = torch.randn(1, 20, 16)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert len(seen) == 1
+
+
+def test_names_of_parameters_are_stable():
+    names = list(LinearAttention(8, 2).state_dict())
+    assert names == ["query.weight", "key.weight", "value.weight", "output.weight"]
+
+
+def test_refusals_say_what_to_do():
+    q, k, v = qkv(n=6)
+    with pytest.raises(InputError, match="must be one of cosformer, elu"):
+        linear_attention(q, k, v, "gelu")
+    with pytest.raises(InputError, match="max_length="):
+        LinearAttention(8, 2, feature_map="cosformer")
+    with pytest.raises(InputError, match="made for 4 rows, got 6"):
+        linear_attention(q, k, v, "cosformer", max_length=4)
+    with pytest.raises(InputError, match="only for causal=True"):
+        linear_attention(q, k, v, causal=False, return_state=True)
+    with pytest.raises(InputError, match="must divide"):
+        linear_attention(q[:, :3], k, v)
