@@ -2,8 +2,8 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j,   j over the keys that the pattern allows i
 
-The pattern becomes a plan (cached), the plan key ranges on the device (cached with it), a kernel
-computes each pass, and passes over disjoint keys are merged by log-sum-exp. O(pairs of the
+The pattern becomes a plan (cached), the plan tensors on the device (cached with it), a kernel
+computes each pass in its order of rows, and passes are merged by log-sum-exp. O(pairs of the
 pattern) time, O(N) extra memory.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
@@ -13,20 +13,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.ops.capability import KERNELS, choose
 from longspan.ops.merge import merge
-from longspan.ops.ranges import KeyRanges
+from longspan.ops.run import compute, load
 from longspan.pattern import Pattern, parse
-from longspan.planning import Pass, Plan, plan
-
-_ranges_of: WeakKeyDictionary[Pass, dict[torch.device, KeyRanges]] = WeakKeyDictionary()
+from longspan.planning import Plan, plan
 
 
 def attend(
@@ -78,11 +74,7 @@ def attend(
     rows = (positions, segments, key_positions, key_segments)
     laid = _plan(q, k, pattern, rows, layer)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    parts = []
-    for one in laid.passes:
-        ranges = ranges_on(one, k.shape[2], q.device)
-        parts.append(choose(impl, q, k, v, ranges).load()(q, k, v, ranges, factor))
-    out, lse = merge(parts)
+    out, lse = merge([compute(one, q, k, v, impl, factor) for one in laid.passes])
     return (out, lse) if return_lse else out
 
 
@@ -99,31 +91,17 @@ def explain(
     _check(q, k, v)
     order = ("positions", "segments", "key_positions", "key_segments")
     laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
-    ranges = ranges_on(laid.passes[0], k.shape[2], q.device)
-    chosen = choose(impl, q, k, v, ranges)
-    lines = [str(laid), f"kernel {chosen.name}: {chosen.note}"]
-    for kernel in KERNELS:
-        if kernel is not chosen:
-            why = (
-                "; ".join(kernel.reasons(q, k, v, ranges)) or "possible, comes later in the order"
-            )
-            lines.append(f"  not {kernel.name}: {why}")
+    lines = [str(laid)]
+    for index, one in enumerate(laid.passes):
+        loaded = load(one, q, k)
+        own = (*loaded.inputs(q, k, v), loaded.ranges)
+        chosen = choose(impl, *own)
+        lines.append(f"pass {index}: kernel {chosen.name}: {chosen.note}")
+        for kernel in KERNELS:
+            if kernel is not chosen:
+                why = "; ".join(kernel.reasons(*own)) or "possible, comes later in the order"
+                lines.append(f"  not {kernel.name}: {why}")
     return "\n".join(lines)
-
-
-def ranges_on(one: Pass, keys: int, device: torch.device) -> KeyRanges:
-    """Key ranges of a pass as tensors on a device; kept as long as the pass lives."""
-    per_device = _ranges_of.setdefault(one, {})
-    if device not in per_device:
-        batch, classes, n, width = one.lo.shape
-        group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
-        per_device[device] = KeyRanges(
-            torch.from_numpy(one.lo.reshape(-1, n, width)).to(device),
-            torch.from_numpy(one.hi.reshape(-1, n, width)).to(device),
-            group.to(device),
-            keys,
-        )
-    return per_device[device]
 
 
 # Plans of a plain call are kept: a training loop asks for the same one in every layer and step.

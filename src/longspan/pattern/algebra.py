@@ -8,8 +8,8 @@ and knows no kernel. Patterns combine exactly:
     a - b   pairs of a not in b
 
 They compare, hash, print and parse (``parse(str(p)) == p``). An atom says the same thing twice, on
-purpose: ``allows`` is its definition pair by pair, the oracle; ``intervals`` is its closed form,
-from which plans are built. Tests hold the two together.
+purpose: ``allows`` is its definition pair by pair, the oracle; ``intervals``, or ``progressions``
+for keys with gaps, is its closed form, from which plans are built. Tests hold the two together.
 
 Positions count from 0 inside the query's own segment (a packed document, or a sequence without its
 padding).
@@ -26,13 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import PatternError
+from longspan.pattern.lattice import END, EVERY, Lattice, Positions
 
-Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Interval = tuple[Positions, Positions]
-
-# One past the last position there can be: positions and rows are int32 in every plan.
-END = 2**31 - 1
+Interval = tuple[Any, Any]
+Progression = tuple[Lattice, Sequence[Interval]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,14 @@ class Pattern:
             Boolean array of the broadcast shape.
         """
         raise NotImplementedError
+
+    def counts(self, query: Positions, key: Positions, at: At) -> NDArray[np.int64]:
+        """How often each pair counts: once where ``allows``, unless the pattern is a mixture."""
+        return self.allows(query, key, at).astype(np.int64)
+
+    def branches(self) -> tuple[Pattern, ...]:
+        """Patterns whose sum this one is: itself, unless pairs may count more than once."""
+        return (self,)
 
     def head_class(self, at: At) -> Hashable:
         """A value that is equal for two heads only if the pattern is the same in both."""
@@ -132,6 +138,19 @@ class Atom(Pattern):
             overlap, come in any order and reach below 0 or past the end.
         """
         raise NotImplementedError
+
+    def progressions(self, query: Positions, at: At) -> Sequence[Progression]:
+        """Closed form with gaps: intervals of positions, each list with the lattice it steps on.
+
+        Args:
+            query: positions [n], int64.
+            at: head and sequence.
+
+        Returns:
+            Pairs ``(lattice, intervals)``; they may overlap. Unless a pattern says otherwise, its
+            ``intervals`` without gaps.
+        """
+        return [(EVERY, self.intervals(query, at))]
 
     def __str__(self) -> str:
         words = []

@@ -1,9 +1,11 @@
 """Plans: how a pattern lies in memory.
 
-See ``plan`` for the idea, ``ranges`` for interval lists and ``layout`` for rows and positions.
+See ``plan`` for the idea, ``ranges`` for interval lists, ``layout`` for rows and positions,
+``pieces`` for sets of keys with gaps and ``orders`` for how those lie in memory.
 """
 
-from longspan.planning.plan import Pass, Plan, plan, position_ranges
+from longspan.planning.passes import Pass
+from longspan.planning.plan import Plan, plan
 from longspan.planning.ranges import Ranges
 
-__all__ = ["Pass", "Plan", "Ranges", "plan", "position_ranges"]
+__all__ = ["Pass", "Plan", "Ranges", "plan"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from longspan.planning.passes import Pass
     from longspan.planning.plan import Plan
 
 
@@ -31,10 +32,17 @@ def explain_plan(plan: Plan, head_dim: int = 128, block: int = 128) -> str:
     for index, part in enumerate(plan.passes):
         _, classes, _, width = part.lo.shape
         lines.append(
-            f"  pass {index}   keys in their own order; ranges per query: {width}, "
+            f"  pass {index}   {_order(part)}; ranges per query: {width}, "
             f"classes of heads: {classes}, pairs: {part.pairs:,}"
         )
     return "\n".join(lines)
+
+
+def _order(part: Pass) -> str:
+    keys = "keys in their own order"
+    if part.key_order is not None:
+        keys = f"keys by remainder mod {part.step}" if part.step else "listed keys side by side"
+    return keys + ("" if part.query_order is None else ", queries too")
 
 
 def _unit(value: float, step: int = 1000) -> str:

@@ -55,20 +55,13 @@ class Layout:
         Returns:
             Ranges of key rows [n, t']; padding rows are left out, and padding queries have none.
         """
-        if self._plain:
+        if self.plain:
             end = len(self.key_position)
             return Ranges(np.minimum(positions.lo, end), np.minimum(positions.hi, end))
-        rows = np.flatnonzero(self.key_segment >= 0)
+        rows, number, own = self.numbers
         if len(rows) == 0:
             return Ranges.of([], len(self.query_position))
-        segment = self.key_segment[rows]
-        # Segments are numbered by order of appearance, so (segment, position) rises along the
-        # rows.
-        border = np.flatnonzero(np.diff(segment, prepend=segment[0] - 1))
-        number = np.repeat(np.arange(len(border)), np.diff(border, append=len(rows)))
-        known = {int(segment[at]): index for index, at in enumerate(border)}
-        own = np.array([known.get(int(s), -1) for s in np.unique(self.query_segment)], np.int64)
-        own = own[np.unique(self.query_segment, return_inverse=True)[1]]
+        # (segment, position) rises along the rows.
         key = number * (END + 1) + self.key_position[rows]
         base = own[:, None] * (END + 1)
         lo = np.searchsorted(key, base + positions.lo)
@@ -78,7 +71,24 @@ class Layout:
         return self._skip_padding(lo, hi, rows)
 
     @cached_property
-    def _plain(self) -> bool:
+    def numbers(self) -> tuple[Positions, Positions, Positions]:
+        """Segments counted in the order in which they appear.
+
+        Returns:
+            The key rows that are no padding, the number of the segment of each of them, and that
+            of each query, -1 where no key belongs to it.
+        """
+        rows = np.flatnonzero(self.key_segment >= 0)
+        segment = self.key_segment[rows]
+        border = np.flatnonzero(np.diff(segment, prepend=-1))
+        number = np.repeat(np.arange(len(border)), np.diff(border, append=len(rows)))
+        known = {int(segment[at]): index for index, at in enumerate(border)}
+        asked, place = np.unique(self.query_segment, return_inverse=True)
+        own = np.array([known.get(int(s), -1) for s in asked], np.int64)[place]
+        return rows, number, own
+
+    @cached_property
+    def plain(self) -> bool:
         """True if there is one segment, and key row j stands at position j: the common case."""
         segments = (self.query_segment, self.key_segment)
         return all((segment == self.key_segment[0]).all() for segment in segments) and bool(

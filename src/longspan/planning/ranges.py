@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longspan.pattern.algebra import END, Interval, Positions
+from longspan.pattern.lattice import Flags
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Ranges:
             return cls(np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64))
         lo = np.stack([np.broadcast_to(lo, rows) for lo, _ in intervals], axis=1)
         hi = np.stack([np.broadcast_to(hi, rows) for _, hi in intervals], axis=1)
-        return _normal(np.clip(lo, 0, END), np.clip(hi, 0, END))
+        return normal(np.clip(lo, 0, END), np.clip(hi, 0, END))
 
     @property
     def rows(self) -> int:
@@ -53,7 +54,7 @@ class Ranges:
         return (self.hi - self.lo).sum(axis=1)
 
     def __or__(self, other: Ranges) -> Ranges:
-        return _normal(
+        return normal(
             np.concatenate([self.lo, other.lo], axis=1),
             np.concatenate([self.hi, other.hi], axis=1),
         )
@@ -61,7 +62,7 @@ class Ranges:
     def __and__(self, other: Ranges) -> Ranges:
         lo = np.maximum(self.lo[:, :, None], other.lo[:, None, :])
         hi = np.minimum(self.hi[:, :, None], other.hi[:, None, :])
-        return _normal(lo.reshape(self.rows, -1), hi.reshape(self.rows, -1))
+        return normal(lo.reshape(self.rows, -1), hi.reshape(self.rows, -1))
 
     def __sub__(self, other: Ranges) -> Ranges:
         return self & other.complement()
@@ -76,11 +77,17 @@ class Ranges:
         # Behind the last used interval every place would repeat the last gap: only its first copy
         # counts.
         gap_lo[:, 1:] = np.where(used, gap_lo[:, 1:], END)
-        return _normal(gap_lo, gap_hi)
+        return normal(gap_lo, gap_hi)
 
-    def fill_empty(self, start: Positions) -> Ranges:
-        """Give each empty row the single integer ``start`` [n]."""
+    def keep(self, rows: Flags) -> Ranges:
+        """Empty all rows but those marked in ``rows`` [n]."""
+        return Ranges(self.lo * rows[:, None], self.hi * rows[:, None])
+
+    def fill_empty(self, start: Positions, rows: Flags | None = None) -> Ranges:
+        """Give each empty row, of those marked in ``rows``, the single integer ``start`` [n]."""
         empty = ~(self.lo[:, 0] < self.hi[:, 0])
+        if rows is not None:
+            empty &= rows
         if not empty.any():
             return self
         lo, hi = self.lo.copy(), self.hi.copy()
@@ -89,8 +96,8 @@ class Ranges:
         return Ranges(lo, hi)
 
 
-def _normal(lo: Positions, hi: Positions) -> Ranges:
-    """Normal form of any intervals [n, m]."""
+def normal(lo: Positions, hi: Positions) -> Ranges:
+    """Normal form of any intervals [n, m]: rows may hold empty and overlapping ones, unsorted."""
     if lo.shape[1] == 1:
         used = lo < hi
         return Ranges(np.where(used, lo, 0), np.where(used, hi, 0))

@@ -1,0 +1,108 @@
+"""Compute one pass of a plan: order the rows, call a kernel, put the results back.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspan.ops.capability import choose
+from longspan.ops.ranges import KeyRanges
+from longspan.ops.rows import Order
+from longspan.planning import Pass
+
+_loaded: WeakKeyDictionary[Pass, dict[tuple[torch.device, int, int], Loaded]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A pass as tensors.
+
+    Attributes:
+        ranges: key ranges in the order of the pass, for the heads that take part.
+        keys: order of the keys; None if they stay.
+        queries: order of the queries; None if they stay.
+        heads: query heads that take part; None for all.
+        kv_heads: their key heads; None for all.
+    """
+
+    ranges: KeyRanges
+    keys: Order | None
+    queries: Order | None
+    heads: Tensor | None
+    kv_heads: Tensor | None
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernel gets."""
+        if self.heads is not None:
+            q = q.index_select(1, self.heads)
+        if self.kv_heads is not None:
+            k, v = k.index_select(1, self.kv_heads), v.index_select(1, self.kv_heads)
+        if self.queries is not None:
+            q = self.queries.take(q)
+        return (q, k, v) if self.keys is None else (q, self.keys.take(k), self.keys.take(v))
+
+    def outputs(self, out: Tensor, lse: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """What the kernel gave, for all rows and heads."""
+        if self.queries is not None:
+            out = self.queries.put(out, 0.0)
+            lse = self.queries.put(lse[..., None], -torch.inf)[..., 0]
+        if self.heads is None:
+            return out, lse
+        batch, _, n, width = out.shape
+        return (
+            out.new_zeros(batch, heads, n, width).index_copy(1, self.heads, out),
+            lse.new_full((batch, heads, n), -torch.inf).index_copy(1, self.heads, lse),
+        )
+
+
+def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
+    """The pass as tensors on the device of ``q``; kept as long as the pass lives."""
+    device, key_heads, keys = q.device, k.shape[1], k.shape[2]
+    kept = _loaded.setdefault(one, {})
+    name = (device, key_heads, keys)
+    if name not in kept:
+        batch, classes, places, width = one.lo.shape
+        heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
+        group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+        ranges = KeyRanges(
+            torch.from_numpy(one.lo.reshape(-1, places, width)).to(device),
+            torch.from_numpy(one.hi.reshape(-1, places, width)).to(device),
+            (group if heads is None else group[:, heads]).to(device),
+            keys if one.key_order is None else one.key_order.shape[1],
+        )
+        kept[name] = Loaded(
+            ranges,
+            None if one.key_order is None else Order.of(one.key_order, keys, device),
+            None if one.query_order is None else Order.of(one.query_order, q.shape[2], device),
+            None if heads is None else torch.tensor(heads, device=device),
+            None if kv_heads is None else torch.tensor(kv_heads, device=device),
+        )
+    return kept[name]
+
+
+def compute(
+    one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, N, Dv] and log-sum-exp [B, H, N] of one pass."""
+    loaded = load(one, q, k)
+    own = loaded.inputs(q, k, v)
+    out, lse = choose(impl, *own, loaded.ranges).load()(*own, loaded.ranges, scale)
+    return loaded.outputs(out, lse, q.shape[1])
+
+
+def _taking_part(
+    one: Pass, heads: int, key_heads: int
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Query and key heads that see anything, where leaving the others out keeps equal groups."""
+    group = heads // key_heads
+    kv = sorted({h // group for h in one.heads})
+    each = {sum(h // group == own for h in one.heads) for own in kv}
+    if len(one.heads) == heads or len(each) != 1:
+        return None, None
+    return one.heads, tuple(kv) if len(kv) < key_heads else None

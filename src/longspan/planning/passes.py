@@ -1,0 +1,92 @@
+"""A pass: one run of a kernel, as key ranges per query row, in an order of keys and queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.planning.tiles import touched_tiles
+
+Rows = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One run of a kernel: key ranges for every query row.
+
+    Attributes:
+        lo: int32 [batch or 1, classes, n', m], first key place of each range.
+        hi: int32, same shape, one past the last; unused ranges are empty and come last.
+        head_class: the class of each query head.
+        key_order: int32 [batch or 1, m'], the key row at each place, where keys are reordered,
+            listed or repeated; None where place and row agree.
+        query_order: int32 [batch or 1, n'], the query row at each place, each at most once; None
+            where place and row agree. Rows that are missing see nothing in this pass.
+        step: the modulus of the residue order that the keys lie in, 1 for their own order, 0 for
+            listed keys.
+    """
+
+    lo: Rows
+    hi: Rows
+    head_class: tuple[int, ...]
+    key_order: Rows | None = None
+    query_order: Rows | None = None
+    step: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the ranges and orders, in bytes."""
+        orders = [
+            order.nbytes for order in (self.key_order, self.query_order) if order is not None
+        ]
+        return self.lo.nbytes + self.hi.nbytes + sum(orders)
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Heads that see anything in this pass."""
+        used = np.asarray((self.lo < self.hi).any(axis=(0, 2, 3)))
+        return tuple(h for h, c in enumerate(self.head_class) if used[c])
+
+    @cached_property
+    def _class_sizes(self) -> NDArray[np.int64]:
+        return np.bincount(self.head_class, minlength=self.lo.shape[1])
+
+    @cached_property
+    def pairs(self) -> int:
+        """Query-key pairs per batch row, summed over heads; the mean over batch rows."""
+        per_class = (self.hi - self.lo).sum(axis=(2, 3), dtype=np.int64)
+        return int((per_class * self._class_sizes).sum() // len(self.lo))
+
+    def tiles(self, block: int = 128) -> int:
+        """Tiles of ``block x block`` that hold a pair, per batch row, summed over heads."""
+        counts = [
+            [touched_tiles(self.lo[b, c], self.hi[b, c], block) for c in range(self.lo.shape[1])]
+            for b in range(len(self.lo))
+        ]
+        return int((np.array(counts) * self._class_sizes).sum() // len(self.lo))
+
+    def counts(self, n: int, keys: int) -> NDArray[np.int64]:
+        """Dense form [batch or 1, heads, n, keys]: how often each pair occurs; for tests."""
+        tables = (self.lo, self.key_order, self.query_order)
+        batch = max(len(table) for table in tables if table is not None)
+        dense = np.zeros((batch, len(self.head_class), n, keys), np.int64)
+        for b in range(batch):
+            lo, hi = (t[b % len(t)][list(self.head_class), ..., None] for t in (self.lo, self.hi))
+            row = rows_at(self.query_order, b, n)
+            key = rows_at(self.key_order, b, keys)
+            place = np.arange(len(key))
+            inside = np.asarray(((lo <= place) & (place < hi)).any(axis=2))
+            at = (row[:, None] * keys + key).ravel()
+            for h, used in enumerate(inside):
+                dense[b, h] = np.bincount(at, used.ravel(), n * keys).reshape(n, keys)
+        return dense
+
+
+def rows_at(order: Rows | None, batch_row: int, count: int) -> NDArray[np.int64]:
+    """The row at each place of one batch row."""
+    if order is None:
+        return np.arange(count)
+    return order[batch_row % len(order)].astype(np.int64)
