@@ -10,12 +10,11 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results; new or empty.")] = Path(
-        "longspan-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; a demo in it is continued.")
+    ] = Path("longspan-demo"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and count, do nothing.")
     ] = False,
@@ -33,10 +32,10 @@ def demo(
 
     settings = demo_settings(seed=seed, device=device)
     if dry_run:
-        show_plan(prepare(settings, out, resume=resume).summary(), as_json)
+        show_plan(prepare(settings, out, resume=True).summary(), as_json)
         return
     begin = time.perf_counter()
-    report = run_with_bars(extend, settings, out, resume=resume)
+    report = run_with_bars(extend, settings, out, resume=True)
     seconds = time.perf_counter() - begin
     if as_json:
         typer.echo((out / "report.json").read_text(encoding="utf-8"), nl=False)

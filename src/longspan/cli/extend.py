@@ -38,12 +38,6 @@ def extend(
         list[str] | None,
         typer.Option(help="Held-out text; default: the last tenth of the training text."),
     ] = None,
-    renamed_copies: Annotated[
-        int,
-        typer.Option(
-            help="Copies of each document with other identifiers.", rich_help_panel=_TRAIN
-        ),
-    ] = 0,
     recall_share: Annotated[
         float,
         typer.Option(
@@ -140,7 +134,6 @@ def extend(
         data=tuple(data or ()),
         python_stdlib=python_stdlib,
         eval_data=tuple(eval_data or ()),
-        renamed_copies=renamed_copies,
         recall_share=recall_share,
         loop=LoopConfig(
             steps=steps,

@@ -55,8 +55,9 @@ class TokenLoss:
             return _cross_entropy(logits, target_BN)
         hidden_BNE = self._hidden(ids_BN)[:, :-1]
         pieces = []
-        for start in range(0, target_BN.shape[1], self.chunk):
-            piece = slice(start, start + self.chunk)
+        step = max(1, self.chunk // ids_BN.shape[0])
+        for start in range(0, target_BN.shape[1], step):
+            piece = slice(start, start + step)
             arguments = (hidden_BNE[:, piece], target_BN[:, piece])
             if torch.is_grad_enabled():
                 pieces.append(checkpoint(self._piece, *arguments, use_reentrant=False))

@@ -11,7 +11,7 @@ Three protocols, which are not comparable with each other:
 ``new-tokens``
     YaRN (arXiv 2309.00071, its eval/perplexity.py): windows of L tokens moved by 256 inside each
     document, BOS in front, only the tokens that no window before has scored; exp of the mean of
-    the window means, so a document's first window counts as much as each later one. Cost T L / 256.
+    the window means, so a document's first window counts as much as a later one. Cost T L / 256.
 
 Axes: B windows of a batch, N tokens of a window.
 """
@@ -31,6 +31,9 @@ from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
+
+# Short windows go through the model together, up to so many tokens.
+_BATCH_TOKENS = 8192
 
 PROTOCOLS = ("blocks", "sliding", "new-tokens")
 
@@ -155,7 +158,7 @@ def perplexity(
     for length, found in by_length.items():
         missing = [w for w in found if _key(length, w) not in records]
         done += len(found) - len(missing)
-        for batch in _batches(missing, tokens=max(by_length)):
+        for batch in _batches(missing, tokens=max(*by_length, _BATCH_TOKENS)):
             for window, result in zip(
                 batch, _score(loss, texts, batch, front, length, bins), strict=True
             ):

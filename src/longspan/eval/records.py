@@ -36,7 +36,9 @@ class Records:
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self._path = path
         self._done: dict[str, dict[str, Any]] = {}
-        header = {"settings": dict(settings), "hash": fingerprint(settings)}
+        # As they read back from the file: tuples are lists.
+        plain = json.loads(json.dumps(settings, default=str))
+        header = {"settings": plain, "hash": fingerprint(plain)}
         if path is None:
             return
         if path.exists():

@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.suite import evaluate
 from longspan.hf import lora
+from longspan.hf.recompute import recompute_layers
 from longspan.hf.rope import set_rope
 from longspan.pattern import Pattern
 from longspan.train.checkpoint import Checkpoints, write_atomically
@@ -121,7 +122,7 @@ def _arm(
         embeddings_and_norms=settings.embeddings_and_norms,
     )
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     if settings.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     with _attention(model, pattern):
@@ -136,7 +137,7 @@ def _arm(
         )
         wall = time.perf_counter() - begin
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        recompute_layers(model, on=False)
     seconds = sum(step["seconds"] for step in steps)
     measured_with = pattern if settings.eval_attention == "pattern" else None
     with _attention(model, measured_with):
@@ -169,17 +170,9 @@ def _measure(job: Job, model: Any, name: str, progress: Progress) -> dict[str, A
     )
 
 
-@contextmanager
-def _attention(model: Any, pattern: Pattern | None) -> Iterator[None]:
+def _attention(model: Any, pattern: Pattern | None) -> AbstractContextManager[Any]:
     """A block in which the model attends by a pattern; None leaves the model's own attention."""
-    if pattern is None:
-        yield
-        return
-    handle = hf.apply(model, pattern)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return nullcontext() if pattern is None else hf.apply(model, pattern)
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:

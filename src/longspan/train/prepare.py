@@ -30,7 +30,6 @@ from longspan.train.data import (
     python_sources,
     read_documents,
     recall_documents,
-    rename_identifiers,
     tokenize_documents,
 )
 from longspan.train.loop import LoopConfig
@@ -52,8 +51,6 @@ class ExtendSettings:
         data: files or folders with training text.
         python_stdlib: train on this Python's standard library (modules of its own are held out).
         eval_data: held-out text; without it the last tenth of the training text is held out.
-        renamed_copies: copies of each training document with other identifiers, for code
-            (train/augment.py).
         recall_share: share of the sequences that is synthetic text in which values must be
             recalled.
         loop: how to train.
@@ -78,7 +75,6 @@ class ExtendSettings:
     data: tuple[str, ...] = ()
     python_stdlib: bool = False
     eval_data: tuple[str, ...] = ()
-    renamed_copies: int = 0
     recall_share: float = 0.0
     batch: int = 1
     rank: int = 8
@@ -98,11 +94,6 @@ class ExtendSettings:
             )
         if not 0 <= self.recall_share < 1:
             raise InputError(f"recall_share must be in [0, 1), got {self.recall_share}.")
-        if self.renamed_copies and not (self.eval_data or self.python_stdlib):
-            raise InputError(
-                "renamed_copies needs eval_data: copies of a text would be trained on while it "
-                "is held out."
-            )
         if self.eval_attention not in ("dense", "pattern"):
             raise InputError(
                 f"eval_attention must be dense or pattern, got {self.eval_attention!r}."
@@ -218,7 +209,7 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
     documents = read_text(settings.data, settings.python_stdlib, "train")
     heldout = None
     if settings.eval_data:
-        heldout = read_text(settings.eval_data)
+        heldout = read_documents(settings.eval_data)
     elif settings.python_stdlib:
         heldout = python_sources("heldout")
     model, tokenizer = hf.load_model(settings.model, dtype=settings.dtype, device=settings.device)
@@ -237,9 +228,6 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
         suite = replace(settings.suite, lengths=doubling(trained, settings.length))
         settings = replace(settings, suite=suite)
     longest = max(settings.suite.lengths)
-    documents = rename_identifiers(
-        documents, copies=settings.renamed_copies, seed=settings.loop.seed
-    )
     train_text = tokenize_documents(tokenizer, documents)
     if heldout is None:
         train_text, heldout_text = hold_out(train_text, longest)

@@ -52,7 +52,15 @@ def write(found: Views, path: Path, most: int = 8) -> None:
     handles = [Patch(color=reach_color(layer), label=f"layer {layer}") for layer in steps(found)]
     if (found.legal() & (found.reach < 0)).any():
         handles.append(Patch(color=NEVER, label="never"))
-    axes[len(tables) - 1].legend(handles=handles, fontsize=7, loc="upper right", framealpha=0.9)
+    figure.legend(
+        handles=handles,
+        fontsize=8,
+        loc="outside lower right",
+        ncols=8,
+        frameon=False,
+        title="first reached after",
+        title_fontsize=8,
+    )
     figure.suptitle(f"{found.pattern}\n{subtitle(found)}", fontsize=10)
     figure.savefig(path, dpi=160)
 

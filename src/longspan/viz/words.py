@@ -59,7 +59,7 @@ def scenes(pattern: Pattern, tokens: Sequence[str], heads: int) -> list[Scene]:
     for stage in stages:
         mask = stage.mask(len(tokens), heads)
         old = mask if before is None else before
-        for group in _alike(mask | (old << 1)):
+        for group in _alike(np.concatenate([mask, old], axis=1)):
             title = str(stage) if len(group) == heads else f"{stage}, head {_list(group)}"
             seen, earlier = mask[group[0]], old[group[0]]
             note = _note(stage, seen, tokens, heads)

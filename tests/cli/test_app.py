@@ -1,0 +1,298 @@
+"""The command line from outside: speed of help, exit codes, one paragraph per error, plain output."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from longspan import __version__
+from longspan.cli.app import main
+from longspan.cli.demo import findings
+from longspan.cli.progress import Bars
+from longspan.cli.values import numbers, whole_numbers
+from longspan.errors import InputError, LongspanError, Refusal, RunError
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        else:
+            code = 0
+        out, err = capfd.readouterr()
+        assert isinstance(code, int | None)
+        return code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["extend", "--help"], ["eval", "ppl", "--help"]]
+)
+def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys; from longspan.cli.app import main; sys.argv = ['longspan', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Time on a core, not on the clock: other processes may be at work.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+        assert "Usage" in done.stdout
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1
+
+
+def test_version(call: Callable[..., Result]) -> None:
+    assert call("--version") == (0, f"longspan {__version__}\n", "")
+
+
+def test_errors_are_one_paragraph_and_an_exit_code(
+    call: Callable[..., Result], tmp_path: Path
+) -> None:
+    code, out, err = call(
+        "extend", tmp_path / "none", "--length", 512, "--data", tmp_path, "--out", tmp_path / "o"
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("longspan: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("kind", "code"), [(RunError, 1), (InputError, 2), (Refusal, 3)])
+def test_each_error_has_its_exit_code(
+    call: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[LongspanError],
+    code: int,
+) -> None:
+    def fail() -> None:
+        raise kind("what and why")
+
+    monkeypatch.setattr("longspan.cli.app.app", fail)
+    assert call() == (code, "", "longspan: what and why\n")
+
+
+def test_wrong_usage(call: Callable[..., Result]) -> None:
+    code, _, err = call("extend")
+    assert code == 2
+    assert "Usage" in err
+
+
+@pytest.mark.parametrize("command", ["extnd", "evl"])
+def test_unknown_commands_are_named(call: Callable[..., Result], command: str) -> None:
+    code, _, err = call(command)
+    assert code == 2
+    assert command in err
+
+
+def test_doctor(call: Callable[..., Result]) -> None:
+    pytest.importorskip("transformers")
+    code, out, _ = call("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["packages"]["torch"].startswith("2.")
+    assert found["packages"]["longspan"] == __version__
+    assert found["cores"] >= 1
+    assert isinstance(found["problems"], list)
+    code, out, _ = call("doctor")
+    assert code == 0
+    assert "torch" in out
+
+
+def test_extend_dry_run_writes_nothing(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    out_folder = tmp_path / "run"
+    arguments = ["extend", tiny_model, "--length", 256, "--pattern", "window(64)", "--steps", 10]
+    arguments += ["--data", some_text, "--out", out_folder, "--passkey-trials", 0, "--dry-run"]
+    code, out, _ = call(*arguments, "--device", "cpu", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["tokens_to_see"] == 10 * 8 * 256
+    assert plan["eval_lengths"] == [64, 128, 256]
+    causal, window = 256 * 257 / 2, 64 * 65 / 2 + 192 * 64
+    assert plan["pattern_share_of_causal"] == pytest.approx(window / causal)
+    assert plan["rope"]["factor"] == 4
+    code, out, _ = call(*arguments, "--device", "cpu")
+    assert code == 0
+    assert "tokens to see" in out
+    assert not out_folder.exists()
+
+
+def test_extend_prints_and_writes_the_report(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    folder = tmp_path / "run"
+    arguments = ["extend", tiny_model, "--length", 128, "--pattern", "window(64)", "--steps", 2]
+    arguments += ["--data", some_text, "--out", folder, "--passkey-trials", 0, "--accumulate", 1]
+    arguments += ["--eval-sequences", 1, "--device", "cpu"]
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert "trained: training 2/2" in err
+    assert str(folder / "report.html") in out.replace("\n", "")
+    code, out, err = call(*arguments, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["trained"]["pattern"] == "window(64)"
+    assert "training" not in err
+
+
+def test_eval_ppl(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    records = tmp_path / "r.jsonl"
+    arguments = ["eval", "ppl", tiny_model, "--data", some_text, "--device", "cpu"]
+    code, out, _ = call(*arguments, "--lengths", "32,64", "--out", records, "--json")
+    assert code == 0
+    found = json.loads(out)
+    # Random weights know nothing: close to uniform over the vocabulary of 300.
+    assert found["lengths"][1]["perplexity"] == pytest.approx(300, rel=0.1)
+    lines = records.read_text().splitlines()
+    assert len(lines) == 1 + sum(row["windows"] for row in found["lengths"])
+    code, out, _ = call(*arguments, "--lengths", "32,64", "--out", records)
+    assert code == 0
+    assert f"{found['lengths'][0]['perplexity']:.3f}" in out
+    assert records.read_text().splitlines() == lines
+    code, _, err = call(*arguments, "--lengths", "32,64", "--rope", "linear", "--out", records)
+    assert code == 2
+    assert "rope was None, is 'linear'" in err
+
+
+def test_eval_pattern_and_rope_change_the_result(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path
+) -> None:
+    def nll(*options: object) -> float:
+        arguments = ["eval", "ppl", tiny_model, "--data", some_text, "--device", "cpu"]
+        code, out, err = call(*arguments, "--lengths", 128, "--limit", 3, "--json", *options)
+        assert code == 0, err
+        return json.loads(out)["lengths"][0]["nll"]
+
+    plain = nll()
+    assert nll("--pattern", "causal()") == pytest.approx(plain, abs=1e-6)
+    assert abs(nll("--pattern", "window(8)") - plain) > 1e-6
+    assert abs(nll("--rope", "linear") - plain) > 1e-6
+    assert abs(nll("--protocol", "sliding") - plain) > 1e-6
+
+
+def test_eval_passkey(call: Callable[..., Result], tiny_model: Path) -> None:
+    arguments = ["eval", "passkey", tiny_model, "--lengths", "256,512", "--depths", "0,1"]
+    arguments += ["--trials", 1, "--style", "code", "--device", "cpu"]
+    code, out, _ = call(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["accuracy"] == [[0.0, 0.0], [0.0, 0.0]]
+    assert all(3 < nll < 9 for row in found["nll"] for nll in row)
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "depth 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ppl", "MODEL", "--lengths", "x"], "whole numbers with commas"),
+        (["ppl", "MODEL", "--lengths", "64"], "There is no text"),
+        (["ppl", "MODEL", "--lengths", "64", "--protocol", "all"], "Unknown protocol 'all'"),
+        (["ppl", "none", "--lengths", "64", "--python-stdlib"], "none does not exist"),
+        (["passkey", "MODEL", "--lengths", "999", "--depths", "2"], "Depths go from 0"),
+        (["passkey", "MODEL", "--lengths", "999", "--pattern", "wndow(4)"], "window"),
+        (
+            ["passkey", "MODEL", "--lengths", "999", "--adapter", "none"],
+            "longspan.json is missing",
+        ),
+    ],
+)
+def test_eval_says_what_is_wrong(
+    call: Callable[..., Result], tiny_model: Path, arguments: list[str], message: str
+) -> None:
+    code, out, err = call("eval", *(tiny_model if a == "MODEL" else a for a in arguments))
+    assert code == 2
+    assert out == ""
+    assert message in err
+
+
+def test_values() -> None:
+    assert whole_numbers("512,4_096") == (512, 4096)
+    assert numbers("0,0.5") == (0.0, 0.5)
+    with pytest.raises(InputError, match="0,0.5,1"):
+        numbers("half")
+
+
+def test_plain_lines_are_few_and_bars_are_drawn_on_terminals() -> None:
+    with Bars(every=1000) as bars:
+        bars._console = Console(record=True, quiet=False, force_terminal=False, width=100)
+        for done in range(1, 51):
+            bars("training", done, 50, f"loss {done}")
+        lines = bars._console.export_text().splitlines()
+    assert lines == ["training 1/50, loss 1", "training 50/50, loss 50"]
+    shown = Bars()
+    shown._console = Console(record=True, force_terminal=True, width=100)
+    with shown as bars:
+        bars("training", 3, 50, "loss 2.5")
+        bars("training", 50, 50, "loss 1.5")
+    text = shown._console.export_text()
+    assert "50/50" in text
+    assert "loss 1.5" in text
+
+
+def report(trained: float, dense: float | None) -> dict[str, Any]:
+    def state(near: float, far: float, **more: Any) -> dict[str, Any]:
+        rows = [{"length": 512, "perplexity": near}, {"length": 4096, "perplexity": far}]
+        return {"perplexity": {"lengths": rows}, **more}
+
+    return {
+        "job": {"trained_length": 512, "length": 4096},
+        "base": state(5.0, 1234.5),
+        "trained": state(5.0, trained, pattern="scca.flow(512)", seconds=50.0),
+        "dense": dense and state(5.0, dense, seconds=100.0),
+    }
+
+
+def test_findings_say_what_came_true_and_what_did_not() -> None:
+    good = findings(report(4.0, 3.9))
+    assert "1,234 at 4,096" in good[0]
+    assert "the longer context helps" in good[1]
+    assert "+2.6%" in good[2]
+    assert "0.50 of the time" in good[2]
+    bad = findings(report(5.5, None))
+    assert "does NOT help" in bad[1]
+    assert len(bad) == 2
+
+
+def test_commands_are_complete() -> None:
+    from longspan.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    assert {"demo", "doctor", "eval", "extend", "pretrain"} <= set(group.commands)
+    assert set(group.commands["eval"].commands) == {"passkey", "ppl"}

@@ -1,0 +1,191 @@
+"""The loop: what a step does, and that an interrupted run repeats an uninterrupted one exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError, RunError
+from longspan.train.checkpoint import Checkpoints
+from longspan.train.loop import LoopConfig, train
+
+
+class Model(nn.Module):
+    """Predicts the next token from the last one, with dropout, so that random state matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(20, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 20)
+        self.dropout = nn.Dropout(0.3)
+
+
+class Loss:
+    """The interface of TokenLoss."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = torch.device("cpu")
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        m = self.model
+        logits = m.head(m.dropout(m.frozen(m.table(ids[:, :-1]))))
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def batch_at(number: int) -> Tensor:
+    return torch.randint(0, 20, (2, 9), generator=torch.Generator().manual_seed(number))
+
+
+def run(folder: Path, config: LoopConfig, stop_at: int | None = None) -> tuple[list[Any], Model]:
+    model = Model()
+
+    def stopping(number: int) -> Tensor:
+        if stop_at is not None and number >= stop_at * config.accumulate:
+            raise KeyboardInterrupt
+        return batch_at(number)
+
+    records = train(
+        Loss(model),  # type: ignore[arg-type]
+        stopping,
+        config,
+        checkpoints=Checkpoints(folder / "c"),
+        log=folder / "log.jsonl",
+    )
+    return records, model
+
+
+def losses(records: list[Any]) -> list[tuple[float, float, float]]:
+    return [(r["loss"], r["lr"], r["grad_norm"]) for r in records]
+
+
+CONFIG = LoopConfig(steps=9, lr=0.05, warmup=3, accumulate=2, save_every=4, schedule="cosine")
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, reference = run(tmp_path / "whole", CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", CONFIG, stop_at=6)
+    log = tmp_path / "cut" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 6, "steps after the checkpoint were logged"
+    torch.manual_seed(99)
+    again, model = run(tmp_path / "cut", CONFIG)
+    assert losses(again) == losses(whole)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == again
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first, _ = run(tmp_path, CONFIG)
+
+    def never(number: int) -> Tensor:
+        raise AssertionError
+
+    again = train(
+        Loss(Model()),  # type: ignore[arg-type]
+        never,
+        CONFIG,
+        checkpoints=Checkpoints(tmp_path / "c"),
+        log=tmp_path / "log.jsonl",
+    )
+    assert again == first
+
+
+def test_first_step_is_adamw_on_the_clipped_mean(tmp_path: Path) -> None:
+    config = LoopConfig(steps=1, lr=0.1, warmup=0, accumulate=2, clip=0.01, weight_decay=0.5)
+    model = Model()
+    model.dropout.p = 0.0
+    oracle = Model()
+    oracle.dropout.p = 0.0
+    trained = [p for p in oracle.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
+    mean = Loss(oracle)(torch.cat([batch_at(0), batch_at(1)])).mean()
+    mean.backward()
+    norm = nn.utils.clip_grad_norm_(trained, 0.01)
+    optimizer.step()
+
+    (record,) = train(
+        Loss(model),  # type: ignore[arg-type]
+        batch_at,
+        config,
+        checkpoints=Checkpoints(tmp_path),
+        log=tmp_path / "log.jsonl",
+    )
+    assert record["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert record["tokens"] == 36
+    for one, other in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.equal(model.head.weight, Model().head.weight)
+
+
+def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG)
+    found = Checkpoints(tmp_path / "c").load()
+    assert found is not None
+    assert set(found[1]["parameters"]) == {"table.weight", "head.weight", "head.bias"}
+
+
+def test_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG)
+    model = Model().requires_grad_(True)
+    with pytest.raises(RunError, match="other trained parameters"):
+        train(
+            Loss(model),  # type: ignore[arg-type]
+            batch_at,
+            CONFIG,
+            checkpoints=Checkpoints(tmp_path / "c"),
+            log=tmp_path / "log.jsonl",
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    model = Model()
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"loss is nan .* at step 1.*Lower the learning rate"):
+        train(
+            Loss(model),  # type: ignore[arg-type]
+            batch_at,
+            CONFIG,
+            checkpoints=Checkpoints(tmp_path),
+            log=tmp_path / "log.jsonl",
+        )
+    assert Checkpoints(tmp_path).load() is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.1]),
+    ],
+)
+def test_schedule(schedule: Any, expected: list[float]) -> None:
+    config = LoopConfig(steps=104, lr=1.0, warmup=4, schedule=schedule)
+    found = [config.lr_at(step) for step in (0, 1, 2, 3, 4, 103)]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr and clip must be positive"),
+        ({"warmup": -1}, "cannot be negative"),
+        ({"schedule": "linear"}, "Unknown schedule 'linear'"),
+    ],
+)
+def test_settings_that_make_no_sense(wrong: dict[str, Any], message: str) -> None:
+    make: Callable[..., LoopConfig] = LoopConfig
+    with pytest.raises(InputError, match=message):
+        make(**{"steps": 1, "lr": 1.0, **wrong})
