@@ -1,4 +1,4 @@
-"""Every pattern has a card, and the small example of each card is the matrix typed here by hand."""
+"""Every pattern has a card, and each card's small example is the matrix typed here by hand."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from longspan.viz import matrices, png, terminal, words
 from longspan.viz.palette import blend, reach_color
 from longspan.viz.views import Views, views
 
-SENTENCE = "The quick brown fox jumps over the lazy dog".split()
+SENTENCE = ["The", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 SWIN = "layers(chunk(4, causal=false), chunk(4, offset=2, causal=false))"
 
 
@@ -60,7 +60,8 @@ def test_long_sequences_are_sampled_and_agree():
     assert not found.exact
     for a, b in zip(found.each, exact.each, strict=True):
         np.testing.assert_array_equal(a.seen > 0, b.seen > 0)
-    np.testing.assert_array_equal(found.reach, exact.reach)
+    # Sampling cannot tell never from not yet.
+    np.testing.assert_array_equal(found.reach, np.maximum(exact.reach, 0))
 
 
 def test_layers_that_differ_are_shown_one_by_one():
@@ -128,8 +129,8 @@ def test_terminal_draws_two_rows_in_a_line():
     text = printed(views(ls.Window(2), 4, layers=2), None)
     assert [line[1:5] for line in text.split("\n")[1:3]] == ["█▄  ", " ▀█▄"]
     assert "reached after layer 1 2" in text
-    reach = [line.split("│")[3] for line in text.split("\n")[1:3]]
-    assert reach == ["1   ", "11  "]
+    reach = [line.split("│")[3].rstrip() for line in text.split("\n")[1:3]]
+    assert reach == ["1", "11"]
 
 
 def test_terminal_marks_what_is_never_reached():

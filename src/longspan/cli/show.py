@@ -1,4 +1,4 @@
-"""``longspan show``: pictures of a pattern, in the terminal, as a file, in words, or all of them."""
+"""``longspan show``: pictures of a pattern in the terminal, as a file or in words; or of all."""
 
 from __future__ import annotations
 

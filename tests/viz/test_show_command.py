@@ -1,0 +1,159 @@
+"""``longspan show`` as a user calls it, and the gallery page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import longspan as ls
+from longspan.cli.app import app
+from longspan.errors import DataError, InputError, PatternError
+from longspan.viz.cards import CARDS
+from longspan.viz.gallery import page
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["show", *arguments], catch_exceptions=False)
+
+
+def test_shows_pictures_coverage_and_plan():
+    text = call("window(4) | sink(1)", "--n", "24", "--heads", "2", "--layers", "2").output
+    for part in (
+        "every head",
+        "reached after layer 1 2",
+        "coverage of window(4) | sink(1)",
+        "plan of window(4) | sink(1)",
+        "tiles",
+        "pass 0",
+    ):
+        assert part in text
+
+
+def test_json_holds_coverage_plan_and_rectangles():
+    found = json.loads(call("chunk(4)", "--n", "8", "--heads", "2", "--json").output)
+    assert found["pictures"][0]["heads"] == [0, 1]
+    cells = {
+        (x + dx, y + dy)
+        for x, y, width, height in found["pictures"][0]["rectangles"]
+        for dx in range(width)
+        for dy in range(height)
+    }
+    assert cells == {(j, i) for i in range(8) for j in range(i + 1) if i // 4 == j // 4}
+    assert found["coverage"]["never"] == 16
+    assert found["plan"]["pairs"] == 40
+
+
+def test_writes_files(tmp_path):
+    svg, png = tmp_path / "a.svg", tmp_path / "a.png"
+    text = call("scca.flow(8)", "--n", "32", "--svg", str(svg), "--png", str(png)).output
+    assert svg.read_text().startswith("<svg ")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "a.svg" in text
+    with pytest.raises(DataError, match="cannot write"):
+        call("chunk(4)", "--svg", str(tmp_path / "no" / "a.svg"))
+
+
+def test_words_as_text_and_json():
+    sentence = ["--tokens", "a b c d", "--heads", "1"]
+    text = call("window(3, causal=false) | prefix(1)", *sentence).output
+    assert text.count("✓") == 10 + 12
+    found = json.loads(call("window(2) | sink(1)", *sentence, "--json").output)
+    assert [table["title"] for table in found["tables"]] == ["window(2)", "window(2) | sink(1)"]
+    assert found["tables"][1]["sees"]["3 d"] == ["a", "c", "d"]
+
+
+def test_asks_for_one_thing_to_show():
+    with pytest.raises(InputError, match=r"a pattern, as in .* or --all"):
+        call()
+    with pytest.raises(InputError, match="or --all"):
+        call("window(3)", "--all")
+    with pytest.raises(PatternError, match="did you mean 'window'"):
+        call("windw(3)")
+
+
+def test_needs_no_torch_and_answers_fast():
+    code = (
+        "import sys; sys.argv = ['longspan', 'show', 'window(8) | sink(1)']\n"
+        "from longspan.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    seconds = []
+    # The best of three: other tests may be running on the same cores.
+    for _ in range(3):
+        start = time.perf_counter()
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+        assert run.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 1.5
+
+
+class Reader(HTMLParser):
+    """Counts what the page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "input", "path"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "path":
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def gallery() -> str:
+    return page(tokens=512)[0]
+
+
+def test_page_holds_every_card_and_closes_every_tag(gallery):
+    reader = Reader(gallery)
+    assert reader.open == []
+    sections = [attrs for tag, attrs in reader.tags if tag == "section" and "data-words" in attrs]
+    assert [section["id"] for section in sections] == [card.name for card in CARDS]
+    assert all(section["data-family"] for section in sections)
+    rows = re.findall(r"<tr><th scope=\"row\">", gallery)
+    assert len(rows) == len(CARDS)
+
+
+def test_page_needs_nothing_from_outside(gallery):
+    reader = Reader(gallery)
+    assert not [tag for tag, attrs in reader.tags if "src" in attrs or tag in ("link", "img")]
+    assert "url(" not in gallery
+    assert "@import" not in gallery
+    outside = {attrs.get("href") or "" for tag, attrs in reader.tags if tag == "a"}
+    assert all(link.startswith(("#", "https://arxiv.org/abs/")) for link in outside)
+    assert gallery.count("http") == gallery.count("https://arxiv.org/abs/")
+
+
+def test_page_states_the_figures_of_the_plan(gallery):
+    laid = ls.plan(ls.parse("chunk(4096)"), n=512, heads=32)
+    assert f"of {laid.tiles():,} tiles" in gallery
+    assert "<p>At 512 tokens, <code>chunk(4096)</code></p>" in gallery
+
+
+def test_command_writes_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("longspan.viz.gallery.page", lambda: ("<!doctype html>", 3))
+    out = tmp_path / "g.html"
+    assert f"wrote 3 patterns to {out}" in call("--all", "--out", str(out)).output.replace(
+        "\n", ""
+    )
+    assert Path(out).read_text() == "<!doctype html>"
+    assert json.loads(call("--all", "--out", str(out), "--json").output)["patterns"] == 3
