@@ -42,7 +42,7 @@ def keys_per_query(plan: Plan) -> NDArray[np.int64]:
     found = np.zeros((plan.heads, plan.n), np.int64)
     for part in plan.passes:
         per_class = (part.hi[0] - part.lo[0]).sum(axis=-1, dtype=np.int64)
-        rows = slice(None) if getattr(part, "query_order", None) is None else part.query_order[0]
+        rows = slice(None) if part.query_order is None else part.query_order[0]
         found[:, rows] += per_class[list(part.head_class)]
     return found
 
@@ -57,8 +57,8 @@ class _Part:
         ]
         merged = reduce(Ranges.__or__, classes)
         self.lo, self.hi = merged.lo, merged.hi
-        self.queries = None if getattr(part, "query_order", None) is None else part.query_order[0]
-        self.order = None if getattr(part, "key_order", None) is None else part.key_order[0]
+        self.queries = None if part.query_order is None else part.query_order[0]
+        self.order = None if part.key_order is None else part.key_order[0]
         self.places = n if self.order is None else len(self.order)
 
     def mark(self, rows: Mask, seen: Mask) -> None:
