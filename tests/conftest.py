@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama of 20 000 random weights, trained context 64, with a byte-level tokenizer."""
+    """Folder of a Llama with 20 000 random weights and a trained context of 64."""
     pytest.importorskip("transformers")
     import torch
 

@@ -1,4 +1,4 @@
-"""The command line from outside: speed of help, exit codes, one paragraph per error, plain output."""
+"""The command line from outside: quick help, exit codes, one paragraph per error."""
 
 from __future__ import annotations
 
@@ -245,8 +245,7 @@ def test_eval_says_what_is_wrong(
 def test_values() -> None:
     assert whole_numbers("512,4_096") == (512, 4096)
     assert numbers("0,0.5") == (0.0, 0.5)
-    with pytest.raises(InputError, match="0,0.5,1"):
-        numbers("half")
+    with pytest.raises(InputError, match=r"0,0\.5,1"):
 
 
 def test_plain_lines_are_few_and_bars_are_drawn_on_terminals() -> None:

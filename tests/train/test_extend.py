@@ -1,4 +1,4 @@
-"""Extension end to end with a tiny model: results, resume after a kill, and bad input refused first."""
+"""Extension end to end with a tiny model: results, resume after a kill, bad input."""
 
 from __future__ import annotations
 

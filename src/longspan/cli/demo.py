@@ -24,11 +24,10 @@ def demo(
 
     Trains twice, with a sparse pattern and with dense attention, and says what came of it.
     """
-    from longspan.train.recipe import demo_settings
-
     from longspan.cli.extend import run_with_bars, show_plan, show_report
     from longspan.train.extend import extend
     from longspan.train.prepare import prepare
+    from longspan.train.recipe import demo_settings
 
     settings = demo_settings(seed=seed, device=device)
     if dry_run:
