@@ -246,3 +246,18 @@ def test_errors_name_what_is_wrong():
         layer(torch.randn(1, 5, 8), mask=torch.ones(5))
     with pytest.raises(InputError, match="d_model must be a whole number"):
         ls.nn.LocalAttention(0, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu_eager_and_compiled():
+    layer = ls.nn.Attention(256, 4, "scca.flow(128)", kv_heads=2, rope=1e4)
+    x = torch.randn(2, 700, 256)
+    wanted = layer(x)
+    layer, x = layer.cuda(), x.cuda()
+    compiled = torch.compile(layer, fullgraph=True)
+    for run in (layer, compiled):
+        torch.testing.assert_close(run(x).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    eager = grads(layer(x).square().sum(), *layer.parameters())
+    for a, b in zip(grads(compiled(x).square().sum(), *layer.parameters()), eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
