@@ -193,6 +193,19 @@ def whole(owner: str, field: str, value: Any, least: int) -> int:
     return number
 
 
+def wholes(owner: str, field: str, values: Any, least: int) -> tuple[int, ...]:
+    """Check several integers, as ``whole`` does; sorted, each once.
+
+    Raises:
+        PatternError: if ``values`` is no sequence of such integers, or empty.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray | range):
+        raise PatternError(f"{owner}: {field} must be a list of whole numbers, got {values!r}")
+    if len(values) == 0:
+        raise PatternError(f"{owner}: {field} must hold at least one number, got none")
+    return tuple(sorted({whole(owner, field, value, least) for value in values}))
+
+
 @dataclass(frozen=True, repr=False)
 class _Combined(Pattern):
     """Several patterns joined by one operator."""

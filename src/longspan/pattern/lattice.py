@@ -12,6 +12,7 @@ in different orders in memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,11 @@ class Listed:
         """How many positions of the list lie in each interval [n, m]; none if hi <= lo."""
         first = np.searchsorted(self.positions, lo)
         return np.maximum(0, np.searchsorted(self.positions, hi) - first)
+
+    @staticmethod
+    def of(positions: Sequence[int] | Positions) -> Listed:
+        """From numbers in any order."""
+        return Listed(np.unique(np.asarray(positions, np.int64)))
 
 
 Lattice = Residue | Listed

@@ -41,6 +41,23 @@ class Dense(Atom):
 
 
 @dataclass(frozen=True, repr=False)
+class Nothing(Atom):
+    """No pair at all."""
+
+    name: ClassVar[str] = "nothing"
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def allows(self, query: Positions, key: Positions, at: At) -> Mask:
+        return (query != query) | (key != key)
+
+    def intervals(self, query: Positions, at: At) -> Sequence[Interval]:
+        return []
+
+
+@dataclass(frozen=True, repr=False)
 class Causal(Atom):
     """Every query sees itself and all keys before it."""
 

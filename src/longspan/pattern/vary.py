@@ -11,10 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longspan.errors import PatternError
 from longspan.pattern.algebra import At, Mask, Pattern, Positions
+from longspan.pattern.local import Nothing
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -73,6 +78,16 @@ class PerHead(_Choice):
     def head_class(self, at: At) -> Hashable:
         pattern, inner = self.pick(at)
         return pattern, pattern.head_class(inner)
+
+    def counts(self, query: Positions, key: Positions, at: At) -> NDArray[np.int64]:
+        pattern, inner = self.pick(at)
+        return pattern.counts(query, key, inner)
+
+    def branches(self) -> tuple[Pattern, ...]:
+        each = [choice.branches() for choice in self.choices]
+        if max(map(len, each)) == 1:
+            return (self,)
+        return tuple(PerHead(*row) for row in zip_longest(*each, fillvalue=Nothing()))
 
     def at_layer(self, layer: int) -> Pattern:
         return PerHead(*(choice.at_layer(layer) for choice in self.choices))

@@ -80,7 +80,10 @@ def union(a: Pieces, b: Pieces) -> Pieces:
 
 
 def keep_self(sets: Sequence[Pieces], query: Positions) -> list[Pieces]:
-    """Give each query that has no key in any of the sets its own position, in the first set."""
+    """Give each query that has no key in any of the sets its own position.
+
+    It goes to the first set, with a lattice that needs no further order of the keys.
+    """
     count = sum((p.count() for pieces in sets for p in pieces), np.zeros(len(query), np.int64))
     empty = count == 0
     if not empty.any():
@@ -88,9 +91,9 @@ def keep_self(sets: Sequence[Pieces], query: Positions) -> list[Pieces]:
     first = list(sets[0])
     at = next((t for t, p in enumerate(first) if isinstance(p.lattice, Residue)), None)
     if at is None:
-        first.append(Piece(EVERY, Ranges.of([(query, query + 1)], len(query)).keep(empty)))
+        own = Listed.of(query[empty]) if first else EVERY
+        first.append(Piece(own, Ranges.of([(query, query + 1)], len(query)).keep(empty)))
     else:
-        # The query's own remainder, so that no further order of the keys is needed.
         lattice, ranges = first[at].lattice, first[at].ranges
         assert isinstance(lattice, Residue)
         own = Residue.of(lattice.step, np.where(empty, query, lattice.residue))

@@ -1,0 +1,132 @@
+"""Random keys: drawn once and for all by seed, head and query block.
+
+    RandomBlocks   a query of block a sees r blocks of b tokens, without repetition   O(N r b)
+    Random         the same with blocks of one token                                  O(N r)
+
+Paper: BigBird (Zaheer et al. 2020, arXiv 2007.14062). The draw is a pure function of (seed, head,
+block): no global generator is touched, and training, evaluation and decoding agree. Causal draws
+are made among past blocks only and do not change when the sequence grows; two-sided draws are made
+among all blocks of the sequence, so they follow its length.
+
+How ours differs: Hugging Face's BigBird draws anew in every training step, and in evaluation
+attends to its first block r more times instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, whole
+
+
+@dataclass(frozen=True, repr=False)
+class RandomBlocks(Atom):
+    """Blocks drawn at random for each block of queries and each head.
+
+    Args:
+        size: tokens b in a block.
+        count: blocks r that each query block sees; all eligible ones where there are fewer.
+        seed: chooses the draw.
+        apart: blocks nearer than this to the query's own are not drawn; 0 allows its own.
+        skip: this many blocks at the start of the sequence, and at its end if two-sided, are not
+            drawn.
+        causal: draw among past blocks, and look back only (default).
+    """
+
+    size: int
+    count: int
+    seed: int = 0
+    apart: int = 0
+    skip: int = 0
+    causal: bool = True
+    name: ClassVar[str] = "random_blocks"
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        whole(owner, "size", self.size, 1)
+        whole(owner, "count", self.count, 1)
+        for field in ("seed", "apart", "skip"):
+            whole(owner, field, getattr(self, field), 0)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.causal
+
+    def head_class(self, at: At) -> Hashable:
+        return at.head
+
+    def _drawn(self, query: Positions, at: At) -> tuple[Any, Any]:
+        """Blocks [..., r] that each query sees, and which of them there are."""
+        own = np.asarray(query) // self.size
+        # Eligible blocks are [skip, stop) but for the hole around the query's own block.
+        if self.causal:
+            stop = own - self.apart + 1
+            hole, after = stop, stop
+        else:
+            stop = np.asarray(-(-at.length // self.size)) - self.skip
+            hole = np.clip(own - self.apart + 1, self.skip, np.maximum(stop, self.skip))
+            after = np.clip(own + self.apart, hole, np.maximum(stop, hole))
+        eligible = np.maximum(0, stop - self.skip - (after - hole))
+        drawn = np.zeros((*own.shape, self.count), np.int64)
+        real = np.arange(self.count) < eligible[..., None]
+        # Floyd's sampling: the t-th draw is from one more candidate, and a repetition becomes the
+        # new candidate.
+        for t in range(self.count):
+            newest = np.maximum(eligible - self.count, 0) + t
+            number = _mix(self.seed, at.head, own, t) % (newest + 1).astype(np.uint64)
+            choice = number.astype(np.int64)
+            again = (drawn[..., :t] == choice[..., None]).any(axis=-1)
+            drawn[..., t] = np.where(again, newest, choice)
+        block = drawn + self.skip
+        return np.where(block < hole[..., None], block, block + (after - hole)[..., None]), real
+
+    def allows(self, query: Positions, key: Positions, at: At) -> Mask:
+        block, real = self._drawn(query, at)
+        met = ((np.asarray(key)[..., None] // self.size == block) & real).any(axis=-1)
+        return met & (key <= query) if self.causal else met
+
+    def intervals(self, query: Positions, at: At) -> Sequence[Interval]:
+        block, real = self._drawn(query, at)
+        lo = block * self.size
+        hi = np.where(real, lo + self.size, lo)
+        if self.causal:
+            hi = np.minimum(hi, query[:, None] + 1)
+        return [(lo[:, t], hi[:, t]) for t in range(self.count)]
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Random(RandomBlocks):
+    """Single keys drawn at random for each query and head.
+
+    Args:
+        count: keys that each query sees.
+        seed: chooses the draw.
+        causal: draw among past tokens (default), the query included.
+    """
+
+    name: ClassVar[str] = "random"
+
+    def __init__(self, count: int, seed: int = 0, causal: bool = True) -> None:
+        super().__init__(1, count, seed, causal=causal)
+
+    def __str__(self) -> str:
+        words = [str(self.count), *([f"seed={self.seed}"] if self.seed else [])]
+        return f"{self.name}({', '.join([*words, *([] if self.causal else ['causal=false'])])})"
+
+    __repr__ = __str__
+
+
+def _mix(seed: int, head: int, block: Positions, turn: int) -> Any:
+    """64 scrambled bits for each block (splitmix64 of the four numbers)."""
+    state = np.asarray(block, np.uint64)
+    with np.errstate(over="ignore"):
+        for number in (turn, head, seed):
+            state = state + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
