@@ -6,8 +6,8 @@
                 two-sided: j = i + r t, |t| <= w // 2               O(N w)
 
 Papers: Strided is the per-head pattern of Shifted Sparse Attention; with r heads or more every
-past token is seen by some head. Diagonals is the strided part of the Sparse Transformer (Child et al.
-2019, arXiv 1904.10509). Dilated is Longformer's dilated window (Beltagy et al. 2020, arXiv
+past token is seen by some head. Diagonals is the strided part of the Sparse Transformer (Child et
+al. 2019, arXiv 1904.10509). Dilated is Longformer's dilated window (Beltagy et al. 2020, arXiv
 2004.05150), where dilation may differ between heads.
 
 Keys of one remainder lie side by side once they are put in residue order; queries too where the

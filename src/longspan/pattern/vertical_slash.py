@@ -5,8 +5,8 @@
 Paper: MInference (Jiang et al. 2024, arXiv 2407.02490), which picks columns and offsets per head
 from the attention of the last queries; here they are given. Exact by default. With ``block=64``
 every offset is widened as MInference's kernel widens it: the 64 queries of a row block all see
-the keys that any of them would see at that offset, cut at the diagonal. That is a superset of the exact
-pattern whose tiles are full.
+the keys that any of them would see at that offset, cut at the diagonal. That is a superset of the
+exact pattern whose tiles are full.
 """
 
 from __future__ import annotations
