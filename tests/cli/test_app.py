@@ -246,6 +246,7 @@ def test_values() -> None:
     assert whole_numbers("512,4_096") == (512, 4096)
     assert numbers("0,0.5") == (0.0, 0.5)
     with pytest.raises(InputError, match=r"0,0\.5,1"):
+        numbers("half")
 
 
 def test_plain_lines_are_few_and_bars_are_drawn_on_terminals() -> None:
