@@ -58,7 +58,7 @@ def test_embeddings_and_norms_are_trained_on_request(model):
 def test_adapter_and_merged_folder_equal_the_trained_model(tiny, tmp_path, family, full, tied):
     ids = tiny.tokens(2, 29, seed=7)
     model = tiny.build(family, tie_word_embeddings=tied)
-    ls.hf.set_rope(model, "yarn", 128)
+    ls.hf.set_rope(model, "linear", 128)
     model.save_pretrained(tmp_path / "base")
     untouched = logits(model, ids)
     ls.hf.apply(model, PATTERN)

@@ -138,7 +138,13 @@ def test_weights_of_another_shape(folder):
 def test_no_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(DataError, match="tokenizer"):
+    with pytest.raises(DataError, match="has no tokenizer"):
+        ls.hf.load_model(folder)
+
+
+def test_a_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer in .* cannot be loaded"):
         ls.hf.load_model(folder)
 
 

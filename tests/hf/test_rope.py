@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import longspan as ls
@@ -14,6 +15,7 @@ from longspan import position
 from longspan.errors import InputError, PatternError, Refusal
 from longspan.hf.rope import KINDS, rope_parameters, set_rope, trained_length
 
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TRAINED, TARGET, WIDTH, BASE = 64, 256, 8, 10_000.0
 EXPECTED = {
     "none": position.default(WIDTH, BASE),
@@ -94,15 +96,30 @@ def test_stretching_twice_equals_stretching_once(tiny, kind):
     assert rotary(twice).attention_scaling == pytest.approx(expected.attention_scaling)
 
 
-def test_layers_with_their_own_window_keep_their_positions(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linear",
+        # Early releases look for the trained length beside the layer types and fail; set_rope
+        # then refuses.
+        pytest.param(
+            "yarn", marks=pytest.mark.skipif(RELEASE < (5, 17), reason="cannot nest yarn")
+        ),
+    ],
+)
+def test_layers_with_their_own_window_keep_their_positions(tiny, tmp_path, kind):
     model, ids = tiny.build("gemma3"), tiny.tokens(1, 40)
     before = copy.deepcopy(model.config.rope_parameters)
-    set_rope(model, "yarn", TARGET)
+    set_rope(model, kind, TARGET)
     after = model.config.rope_parameters
     assert after["sliding_attention"] == before["sliding_attention"]
     full = after["full_attention"]
-    assert (full["rope_type"], full["factor"]) == ("yarn", 4.0)
-    wanted = position.yarn(WIDTH, before["full_attention"]["rope_theta"], 4, TRAINED)
+    assert (full["rope_type"], full["factor"]) == (kind, 4.0)
+    theta = before["full_attention"]["rope_theta"]
+    wanted = {
+        "linear": position.linear(WIDTH, theta, 4),
+        "yarn": position.yarn(WIDTH, theta, 4, TRAINED),
+    }[kind]
     got = rotary(model)
     np.testing.assert_allclose(got.full_attention_inv_freq, wanted.inv_freq, rtol=2e-6)
     assert got.full_attention_attention_scaling == pytest.approx(wanted.attention_factor)

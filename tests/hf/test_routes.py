@@ -113,7 +113,7 @@ def test_gemma2_without_the_cap_takes_patterns(tiny):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Phi3", "Olmo2", "StableLm", "OPT", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["GPT2", "Phi3", "Qwen2", "StableLm", "OPT", "GPTNeoX"])
 def test_other_families_route_too(tiny, name):
     """No family is known by name: whatever asks the interface is taken."""
     config = getattr(transformers, f"{name}Config")(
@@ -127,7 +127,7 @@ def test_other_families_route_too(tiny, name):
         eos_token_id=None,
         pad_token_id=0,
         **({"ffn_dim": 48, "word_embed_proj_dim": 32} if name == "OPT" else {}),
-        **({"num_key_value_heads": 4} if name == "StableLm" else {}),
+        **({"num_key_value_heads": 4} if name in ("StableLm", "Qwen2") else {}),
     )
     torch.manual_seed(0)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"

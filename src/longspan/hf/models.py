@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "spiece*", "*.tiktoken")
 
 
 def load_model(
@@ -43,6 +44,9 @@ def load_model(
     _check_causal(folder, config)
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
+    # Some releases make an empty tokenizer where there is none.
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
+        raise DataError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}).")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

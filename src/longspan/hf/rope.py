@@ -13,7 +13,6 @@ the factor says how far the model is meant to go.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +162,8 @@ def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _rebuild(name: str, old: nn.Module, config: PreTrainedConfig) -> nn.Module:
     """A rotary module of the same class for the planned configuration, its frequencies checked."""
     kind = type(old)
-    accepted = inspect.signature(kind).parameters
-    device = next(old.buffers()).device
     try:
-        new = kind(config, **({"device": device} if "device" in accepted else {}))
+        new = kind(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise Refusal(
             f"{name} ({kind.__name__}) cannot be rebuilt for {config.rope_parameters}: {error!r}."
