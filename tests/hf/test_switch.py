@@ -284,6 +284,29 @@ def test_a_pattern_with_sinks_keeps_the_learned_sinks(tiny):
     close(logits(model, ids), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_autocast(tiny, family):
+    model, ids = tiny.build(family), tiny.tokens(2, N)
+    expected = logits(model, ids)
+    ls.hf.apply(model, ls.Causal())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = logits(model, ids)
+    assert got.dtype == torch.bfloat16
+    error = (got.float() - expected).norm() / expected.norm()
+    assert 1e-4 < error < 3e-2
+
+
+def test_beam_search(tiny):
+    """Beams reorder the cache and repeat the padding mask."""
+    model = tiny.build("llama")
+    ids, mask = tiny.tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    expected = model.generate(ids, **options)
+    ls.hf.apply(model, ls.Causal())
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
 def test_masks_of_pairs_are_refused(tiny):
     model, ids = tiny.build("llama"), tiny.tokens(1, N)
     ls.hf.apply(model, ls.Causal())

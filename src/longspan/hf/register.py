@@ -74,6 +74,7 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Te
         """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
         rows = _checked(name, module, query, key, attention_mask, dropout, kwargs)
         rows.check_positions(kwargs.get("position_ids"))
+        query, key, value = _autocast(query, key, value)
         layer = getattr(module, "layer_idx", None) or 0
         laid = rows.plan(pattern, layer, query.shape[1])
         out, lse = attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
@@ -86,6 +87,15 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Te
         return out.transpose(1, 2).contiguous(), None
 
     return longspan_attention
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch's own attention does: rotation leaves queries wider than values."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _checked(
