@@ -20,8 +20,9 @@ pytest.importorskip("peft")
 from longspan.errors import DataError, InputError, LongspanError, PatternError, Refusal, RunError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.records import read_lines
+from longspan.eval.subject import Subject
 from longspan.eval.suite import SuiteConfig
-from longspan.hf import load_adapter, load_model, set_rope
+from longspan.hf import load_model
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.extend import extend
 from longspan.train.loop import LoopConfig
@@ -110,13 +111,11 @@ def test_adapter_and_merged_model_give_the_reported_numbers(
 
     how = json.loads((out / "adapter" / "longspan.json").read_text())
     assert how == {"length": 256, "rope": "yarn", "pattern": "scca.flow(64)"}
-    base, _ = load_model(asked.model)
-    set_rope(base, how["rope"], how["length"])
-    adapted = load_adapter(base, out / "adapter")
+    subject = Subject(model=asked.model, length=256, adapter=out / "adapter")
     merged, _ = load_model(out / "merged")
     assert merged.config.max_position_embeddings == 256
-    with torch.no_grad():
-        assert TokenLoss(adapted)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
+    with torch.no_grad(), subject.open() as (loss, _):
+        assert loss(rows).mean().item() == pytest.approx(expected, abs=1e-4)
         assert TokenLoss(merged)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
 
 

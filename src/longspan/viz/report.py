@@ -90,12 +90,14 @@ def _states(report: dict[str, Any]) -> list[_State]:
 def _subtitle(report: dict[str, Any]) -> str:
     settings, loop = report["settings"], report["settings"]["loop"]
     share = report["job"]["pattern_share_of_causal"]
+    pattern = settings["eval_attention"] == "pattern"
+    measured = "the same attention" if pattern else "dense attention"
     pairs = f" ({share:.0%} of the causal pairs)" if share else ""
     return (
         f"LoRA training with {report['trained']['pattern'] or 'dense attention'}{pairs}, "
         f"{settings['rope']} positions, {loop['steps']:,} steps of "
         f"{settings['batch'] * loop['accumulate'] * settings['length']:,} tokens; "
-        f"measured with {settings['eval_attention']} attention."
+        f"after that, measured with {measured}."
     )
 
 
