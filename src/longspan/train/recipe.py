@@ -86,7 +86,7 @@ def demo_settings(
             lr=recipe.lr,
             warmup=recipe.warmup,
             schedule="cosine",
-            save_every=recipe.steps,
+            save_every=4,
             seed=seed,
         ),
         suite=SuiteConfig(
