@@ -10,22 +10,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "DualChunk": "_dual_chunk_plan",
+    "DualChunkAttention": "dual_chunk",
     "FeatureMap": "feature_maps",
     "Favor": "performer",
     "Laplace": "feature_maps",
+    "LSHAttention": "lsh",
     "LinearAttention": "linear",
+    "Linformer": "linformer",
+    "Nystromformer": "nystromformer",
     "Performer": "performer",
+    "Synthesizer": "synthesizer",
+    "dual_chunk_attention": "dual_chunk",
     "linear_attention": "linear",
+    "linformer_attention": "linformer",
+    "lsh_attention": "lsh",
+    "nystrom_attention": "nystromformer",
     "redraw": "performer",
 }
 
 __all__ = [
+    "DualChunk",
+    "DualChunkAttention",
     "Favor",
     "FeatureMap",
     "Laplace",
+    "LSHAttention",
     "LinearAttention",
+    "Linformer",
+    "Nystromformer",
     "Performer",
+    "Synthesizer",
+    "dual_chunk_attention",
     "linear_attention",
+    "linformer_attention",
+    "lsh_attention",
+    "nystrom_attention",
     "redraw",
 ]
 
@@ -43,6 +63,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from longspan.mechanism._dual_chunk_plan import DualChunk
+    from longspan.mechanism.dual_chunk import DualChunkAttention, dual_chunk_attention
     from longspan.mechanism.feature_maps import FeatureMap, Laplace
     from longspan.mechanism.linear import LinearAttention, linear_attention
+    from longspan.mechanism.linformer import Linformer, linformer_attention
+    from longspan.mechanism.lsh import LSHAttention, lsh_attention
+    from longspan.mechanism.nystromformer import Nystromformer, nystrom_attention
     from longspan.mechanism.performer import Favor, Performer, redraw
+    from longspan.mechanism.synthesizer import Synthesizer

@@ -147,6 +147,12 @@ def seen(x: Tensor, valid: Tensor | None, start: Count = 0) -> Count:
     return start + (x.shape[1] if valid is None else valid.sum(dim=-1))
 
 
+def to_front(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Order [B, N] that brings tokens before padding, and its inverse."""
+    order = (~valid).to(torch.int8).argsort(dim=-1, stable=True)
+    return order, order.argsort(dim=-1)
+
+
 def at_least_one(**sizes: int) -> None:
     """Refuse sizes that are no positive whole numbers.
 

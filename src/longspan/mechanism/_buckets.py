@@ -1,0 +1,147 @@
+"""Attention inside buckets that content decides, as key ranges over keys sorted by bucket.
+
+Axes: B batch, H query heads, K key heads, N rows, D head width, L rows of a sorted list, m ranges
+of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.ops.capability import choose
+from longspan.ops.ranges import KeyRanges
+
+# Padding sorts behind every token: it carries its row plus this.
+PADDING = 1 << 40
+
+
+# Ranges depend on the data, which a compiler cannot trace: compiled models break here.
+_uncompiled: Any = torch.compiler.disable
+
+
+@_uncompiled
+def over_ranges(
+    q: Tensor, k: Tensor, v: Tensor, lo_BHLm: Tensor, hi_BHLm: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel on ranges that differ for every batch row and head.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, K, M, D].
+        v: values [B, K, M, Dv].
+        lo_BHLm: first key row of each range; disjoint within a row, in any order.
+        hi_BHLm: one past the last; empty ranges may lie anywhere.
+        scale: factor on the logits.
+        impl: kernel name, or ``auto``.
+
+    Returns:
+        out [B, H, L, Dv] and lse [B, H, L]; 0 and -inf where a row sees no key.
+    """
+    batch, heads = q.shape[:2]
+    empty = lo_BHLm >= hi_BHLm
+    order = lo_BHLm.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
+    lo, hi = (
+        x.masked_fill(empty, 0).gather(-1, order).flatten(0, 1).to(torch.int32).contiguous()
+        for x in (lo_BHLm, hi_BHLm)
+    )
+    group = torch.arange(batch * heads, device=q.device).view(batch, heads)
+    ranges = KeyRanges(lo, hi, group, k.shape[2])
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale)
+
+
+def bucket_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bucket_q_BHN: Tensor,
+    bucket_k_BKM: Tensor,
+    window: int,
+    *,
+    scale: float,
+    include_self: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Each row attends to the last ``window`` earlier keys of its own bucket.
+
+    Strictly causal, selection included: which keys a row sees depends on buckets of earlier rows
+    alone. Sorted by bucket, then by row, those keys are one range.
+
+    Args:
+        q: queries [B, H, N, D], the last N of M rows.
+        k: keys [B, K, M, D].
+        v: values [B, K, M, Dv].
+        bucket_q_BHN: bucket of each query; negative sees nothing.
+        bucket_k_BKM: bucket of each key; negative is seen by nobody.
+        window: most keys per row.
+        scale: factor on the logits.
+        include_self: whether a row's own key counts among the earlier ones.
+        impl: kernel name, or ``auto``.
+
+    Returns:
+        out [B, H, N, Dv] and lse [B, H, N]; 0 and -inf where a row sees no key.
+    """
+    rows, keys = q.shape[2], k.shape[2]
+    row_M = torch.arange(keys, device=q.device)
+    row_N = row_M[keys - rows :]
+    code_k, order_k = (bucket_k_BKM * keys + row_M).sort(dim=-1)
+    code_q, order_q = (bucket_q_BHN * keys + row_N).sort(dim=-1)
+    bucket_q = bucket_q_BHN.gather(-1, order_q)
+    repeat = q.shape[1] // k.shape[1]
+    code_k = code_k.repeat_interleave(repeat, dim=1)
+    first, stop = (
+        torch.searchsorted(code_k.contiguous(), code.contiguous())
+        for code in (bucket_q * keys, code_q + int(include_self))
+    )
+    lo = torch.maximum(first, stop - window).masked_fill(bucket_q < 0, 0)
+    hi = stop.masked_fill(bucket_q < 0, 0)
+    out, lse = over_ranges(
+        take(q, order_q),
+        take(k, order_k),
+        take(v, order_k),
+        lo[..., None],
+        hi[..., None],
+        scale,
+        impl,
+    )
+    back = order_q.argsort(dim=-1)
+    return take(out, back), lse.gather(-1, back)
+
+
+def take(x_BHND: Tensor, rows_BHL: Tensor) -> Tensor:
+    """Rows of each head [B, H, L, D]."""
+    return x_BHND.gather(2, rows_BHL[..., None].expand(*rows_BHL.shape, x_BHND.shape[-1]))
+
+
+def chunks_at(token_BHTC: Tensor, look_BT: Tensor) -> Tensor:
+    """The chunk that each chunk looks at."""
+    return token_BHTC.gather(2, look_BT[:, None, :, None].expand_as(token_BHTC))
+
+
+def in_chunk_ranges(
+    token_BHTC: Tensor, around_BHTC: Tensor, around_BT: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Ranges of keys in one chunk for the rows of another, both sorted by token, padding last.
+
+    Args:
+        token_BHTC: token of each row, or a number from ``PADDING`` on.
+        around_BHTC: tokens of the keys that each chunk looks at.
+        around_BT: number of the chunk that each chunk looks at.
+        causal: only earlier tokens; else all but the token itself.
+
+    Returns:
+        lo, hi [B, H, T, C, 1 or 2]; two ranges where a token is cut out of the middle.
+    """
+    width = around_BHTC.shape[-1]
+    below = torch.searchsorted(around_BHTC.contiguous(), token_BHTC.contiguous())
+    base = (around_BT * width)[:, None, :, None].expand_as(below)
+    if causal:
+        return base[..., None], (base + below)[..., None]
+    present = around_BHTC.gather(-1, below.clamp_max(width - 1)) == token_BHTC
+    own = ((below < width) & present).to(below.dtype)
+    stop = (around_BHTC < PADDING).sum(dim=-1, keepdim=True).expand_as(below)
+    lo, hi = (base, base + below + own), (base + below, base + stop)
+    return torch.stack(lo, dim=-1), torch.stack(hi, dim=-1)

@@ -1,0 +1,177 @@
+"""Synthesizer: attention weights without comparing tokens.
+
+Paper: Synthesizer, Rethinking Self-Attention (Tay et al. 2020, arXiv 2005.00743). Logits B, one
+matrix per head, out = softmax(B) v:
+
+    dense             B_ij = w2_j . relu(W1 x_i + b1) + b2_j
+    random            B = R [L, L], learned or fixed
+    factorized        B = R1 R2^T, R1 and R2 [L, r]
+    factorized_dense  B_ij = a_i[j // s] b_i[j mod s], a_i and b_i from x_i as in ``dense``
+    dot_product       B_ij = q_i . k_j / sqrt(D)
+
+and a mixture is sum_t softmax(alpha)_t B_t. A sequence is at most ``max_length`` = L long. Causal
+masking is exact: row i of B depends on x_i alone. O(N^2) time for all.
+
+On top of the paper: dense, factorized and dot-product logits are inner products, of [relu(..), 1]
+with the *constant* keys [w2_j, b2_j], and so on; they and their mixtures are run as ordinary
+attention, whose kernels never hold an N x N matrix. Random and factorized_dense logits do.
+
+Axes: B batch, H heads, K value heads, N rows, L longest sequence, F hidden width, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError
+from longspan.mechanism.layer import MechanismLayer, at_least_one, positions, to_front
+from longspan.nn.attention import check
+from longspan.nn.compiled import attend
+from longspan.pattern import Causal, Dense
+
+KINDS = ("dense", "random", "factorized", "factorized_dense", "dot_product")
+
+
+class Synthesizer(MechanismLayer):
+    """Multi-head synthetic attention, x [B, N, d_model] to the same shape.
+
+    Args:
+        d_model: width of the tokens.
+        heads: heads.
+        kind: one of ``dense``, ``random``, ``factorized``, ``factorized_dense``,
+            ``dot_product``, or several of them for their mixture.
+        max_length: longest sequence L.
+        hidden: width F of the dense kinds; default the head width.
+        rank: r of ``factorized``.
+        fixed_random: R is not learned.
+        causal: row i sees tokens up to i.
+        kwargs: of ``MechanismLayer``: ``kv_heads`` (of the values, and of the keys of
+            ``dot_product``), ``head_dim``, ``rope``, ``bias``, ``device``, ``dtype``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        kind: str | Sequence[str] = "dense",
+        max_length: int = 512,
+        hidden: int | None = None,
+        rank: int = 8,
+        fixed_random: bool = False,
+        causal: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_model, heads, **kwargs)
+        self.kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise InputError(f"kind must be one or several of {', '.join(KINDS)}; got {kind!r}")
+        if len(set(self.kinds)) != len(self.kinds):
+            raise InputError(f"each kind can be mixed in once; got {kind!r}")
+        width = self.head_dim if hidden is None else hidden
+        at_least_one(max_length=max_length, hidden=width, rank=rank)
+        self.max_length, self.causal = max_length, causal
+        if "dot_product" not in self.kinds:
+            self.register_module("query", None)
+            self.register_module("key", None)
+        if "dense" in self.kinds:
+            self.dense_hidden = nn.Linear(d_model, heads * width, **self.place)
+            self.dense_key = self._parameter(heads, max_length, width)
+            self.dense_bias = nn.Parameter(torch.zeros(heads, max_length, **self.place))
+        if "random" in self.kinds:
+            random = torch.randn(heads, max_length, max_length, **self.place)
+            self.random = nn.Buffer(random) if fixed_random else nn.Parameter(random)
+        if "factorized" in self.kinds:
+            self.factor_query = self._parameter(heads, max_length, rank)
+            self.factor_key = self._parameter(heads, max_length, rank)
+        if "factorized_dense" in self.kinds:
+            self.side = -(-max_length // max(1, int(max_length**0.5)))
+            self.coarse = nn.Linear(d_model, heads * width, **self.place)
+            self.fine = nn.Linear(d_model, heads * width, **self.place)
+            self.coarse_key = self._parameter(heads, -(-max_length // self.side), width)
+            self.fine_key = self._parameter(heads, self.side, width)
+        if len(self.kinds) > 1:
+            self.mixture = nn.Parameter(torch.zeros(len(self.kinds), **self.place))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        check(x, self.d_model, mask)
+        if x.shape[1] > self.max_length:
+            raise InputError(f"the layer was made for {self.max_length} rows, got {x.shape[1]}")
+        valid = back = None
+        if mask is not None:
+            # Logits belong to positions: tokens go to the front, padding behind them.
+            order, back = to_front(mask.to(torch.bool))
+            valid = mask.to(torch.bool).gather(1, order)
+            x = x.gather(1, order[..., None].expand_as(x)).masked_fill(~valid[..., None], 0.0)
+        v = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        q, k, extra = self._logits(x, valid)
+        if extra is None:
+            segments = None if valid is None else valid.to(torch.int64) - 1
+            pattern = Causal() if self.causal else Dense()
+            out = attend(q, k, v.to(q.dtype), pattern, segments=segments, scale=1.0)
+        else:
+            out = _softmax(extra if q.shape[-1] == 0 else extra + q @ k.mT, valid, self.causal) @ v
+        if back is not None and valid is not None:
+            out = out.masked_fill(~valid[:, None, :, None], 0.0)
+            out = out.gather(2, back[:, None, :, None].expand_as(out))
+        return self.join(out)
+
+    def _logits(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys [B, H, N, R] whose product, plus a matrix if any, are the logits."""
+        batch, rows, _ = x.shape
+        shares = torch.ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
+        nothing = x.new_empty(batch, self.heads, rows, 0)
+        queries, keys, extra = [nothing], [nothing], None
+        for kind, share in zip(self.kinds, shares.to(x), strict=True):
+            if kind == "dense":
+                h = self._split(self.dense_hidden(x).relu())
+                queries += [h * share, share.expand(*h.shape[:3], 1)]
+                keys += [self.dense_key[:, :rows], self.dense_bias[:, :rows, None]]
+            elif kind == "factorized":
+                queries.append(self.factor_query[:, :rows] * share)
+                keys.append(self.factor_key[:, :rows])
+            elif kind == "dot_product":
+                q, k, _ = self.project(x, positions(x, valid))
+                queries.append(q * (share * self.head_dim**-0.5))
+                keys.append(k.repeat_interleave(self.heads // self.kv_heads, dim=1))
+            else:
+                part = self._matrix(kind, x) * share
+                extra = part if extra is None else extra + part
+        whole = (batch, self.heads, rows, -1)
+        q, k = (torch.cat([p.expand(whole) for p in parts], dim=-1) for parts in (queries, keys))
+        return q, k, extra
+
+    def _matrix(self, kind: str, x: Tensor) -> Tensor:
+        rows = x.shape[1]
+        if kind == "random":
+            return self.random[None, :, :rows, :rows]
+        a = self._split(self.coarse(x).relu()) @ self.coarse_key.mT
+        b = self._split(self.fine(x).relu()) @ self.fine_key.mT
+        return (a[..., :, None] * b[..., None, :]).flatten(-2)[..., :rows]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(*shape, **self.place) * shape[-1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kinds}, max_length={self.max_length}"
+
+
+def _softmax(logits: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        # Padding is behind the tokens, so this hides it from them too.
+        rows = logits.shape[-1]
+        later = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(later, -torch.inf)
+    elif valid is not None:
+        # A row of padding alone is computed unmasked, then zeroed.
+        usable = valid | ~valid.any(dim=-1, keepdim=True)
+        logits = logits.masked_fill(~usable[:, None, None], -torch.inf)
+    return logits.softmax(dim=-1)
