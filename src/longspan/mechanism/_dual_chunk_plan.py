@@ -1,0 +1,154 @@
+"""Sizes and passes of Dual Chunk Attention, see ``longspan.mechanism.dual_chunk``; no tensors.
+
+Axes: B batch, N query rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.errors import PatternError
+from longspan.pattern import Causal, Chunk
+from longspan.pattern.algebra import whole
+from longspan.planning import Plan, plan
+from longspan.planning.layout import layouts
+
+_RATES = {"none": 0.0, "chunkllama": 0.05, "vllm": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualChunk:
+    """The sizes of Dual Chunk Attention, in the paper's words.
+
+    Attributes:
+        chunk: s, tokens of a chunk; three quarters of the trained context in the paper.
+        local: w, distance up to which neighbours across a border stay exact; 1 <= w <= s. The
+            largest distance is ``chunk + local - 1``.
+        temperature: ``none`` as in the paper; ``chunkllama`` and ``vllm`` multiply the logits by
+            (1 + r ln(length / trained))^2 beyond the trained length, with r = 0.05 and 0.1.
+        trained: for the temperature; default ``chunk + local``.
+        length: for the temperature; default: of each query, the tokens up to it.
+    """
+
+    chunk: int
+    local: int
+    temperature: str = "none"
+    trained: int | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "local", "trained", "length"):
+            if (value := getattr(self, name)) is not None or name in ("chunk", "local"):
+                whole("DualChunk", name, value, 1)
+        if self.local > self.chunk:
+            raise PatternError(
+                f"DualChunk: local must be at most chunk, got local {self.local} and chunk "
+                f"{self.chunk}: distances to the chunk before would exceed those further back"
+            )
+        if self.temperature not in _RATES:
+            raise PatternError(
+                f"DualChunk: temperature must be one of {', '.join(_RATES)}; got "
+                f"{self.temperature!r}"
+            )
+
+    @classmethod
+    def for_length(cls, trained: int, **rest: Any) -> DualChunk:
+        """The paper's sizes for a trained context: chunks of three quarters of it."""
+        return cls(chunk=trained * 3 // 4, local=trained - trained * 3 // 4, **rest)
+
+    @classmethod
+    def from_code(cls, chunk_size: int, local_size: int, **rest: Any) -> DualChunk:
+        """From ``chunk_size`` and ``local_size`` of ChunkLlama, vLLM and Qwen's configurations.
+
+        Their chunk is ``chunk_size - local_size`` long, and their largest distance ``chunk_size``.
+        """
+        return cls(chunk=chunk_size - local_size, local=local_size + 1, **rest)
+
+    def __str__(self) -> str:
+        words = [f"chunk={self.chunk}", f"local={self.local}"]
+        if self.temperature != "none":
+            words.append(f"temperature={self.temperature}")
+            words += [
+                f"{name}={value}"
+                for name, value in (("trained", self.trained), ("length", self.length))
+                if value is not None
+            ]
+        return f"dual_chunk({', '.join(words)})"
+
+    def factor(self, query: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """What the logits of queries at these positions are multiplied by; None for 1."""
+        rate = _RATES[self.temperature]
+        if not rate:
+            return None
+        length = query + 1 if self.length is None else np.full_like(query, self.length)
+        growth = length / (self.trained or self.chunk + self.local)
+        return (1 + rate * np.log(np.maximum(growth, 1))) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class DualChunkPlan:
+    """Where the keys of each pass lie and where its queries stand.
+
+    Attributes:
+        passes: plan, and place to which queries are rotated [B or 1, N]; at most three.
+        position: of the queries inside their segment [B or 1, N].
+        factor: on the logits [B or 1, N]; None for 1.
+    """
+
+    passes: tuple[tuple[Plan, NDArray[np.int64]], ...]
+    position: NDArray[np.int64]
+    factor: NDArray[np.float64] | None
+
+
+def lay_out(
+    config: DualChunk, n: int, heads: int, *, keys: int | None = None, **rows: Any
+) -> DualChunkPlan:
+    """Plan the passes.
+
+    Args:
+        config: sizes.
+        n: query rows.
+        heads: query heads.
+        keys: key rows; default ``n``; fewer queries than keys are the last rows.
+        rows: ``positions``, ``segments``, ``key_positions``, ``key_segments`` as for
+            ``longspan.plan``.
+
+    Raises:
+        PlanError: if positions or segments do not fit.
+    """
+    found = layouts(n, n if keys is None else keys, **rows)
+    names = ("query_position", "query_segment", "key_position", "key_segment")
+    query, segments, key, key_segments = (
+        np.stack([getattr(layout, name) for layout in found]) for name in names
+    )
+    s, last = config.chunk, config.chunk + config.local - 1
+    own = query % s
+    # Keys moved on by one or two chunks meet the queries of which they lie one or two chunks back.
+    kinds = (
+        (Chunk(s), query, own),
+        (Chunk(s, causal=False), query, np.minimum(s + own, last)),
+        (Causal(), query - own + s - 1, np.full_like(own, last)),
+    )
+    passes = []
+    for back, (pattern, at, place) in enumerate(kinds):
+        laid = plan(
+            pattern,
+            n,
+            heads,
+            keys=keys,
+            positions=at,
+            segments=segments,
+            key_positions=key + back * s,
+            key_segments=key_segments,
+        )
+        if back == 0 or laid.pairs:
+            passes.append((laid, place))
+    return DualChunkPlan(tuple(passes), query, config.factor(query))
+
+
+plain_plan = lru_cache(maxsize=16)(lay_out)

@@ -1,0 +1,229 @@
+"""Dual Chunk Attention: every key, at distances that a model was trained for.
+
+Paper: Training-Free Long-Context Scaling of Large Language Models (An et al. 2024, arXiv
+2402.17463; ChunkLlama, Qwen2.5-1M). Chunks of s tokens, local window w, c = s + w. A key stands
+at j mod s for ever; a query in three places, by how many chunks its key lies back:
+
+    intra       0 back     i mod s
+    successive  1 back     min(s + i mod s, c - 1)
+    inter       2 or more  c - 1
+
+and one softmax over all j <= i. Distances stay within [0, c - 1] and are exact inside a chunk and
+up to w back; for N <= s it is plain RoPE attention. Nothing is skipped: O(N^2 D) time as in dense
+attention, O(N) memory: three passes, each with its rotation of the queries, merged by
+log-sum-exp. (``PooledChunkAttention`` is the other mechanism that goes by this name.)
+
+The authors' code names the sizes otherwise, see ``DualChunk.from_code``. On top of both: GQA
+without copies, padding and packed documents (positions count inside a segment), gradients through
+the merge. Temperature: both code bases use the length of the whole sequence for every row, so
+that decoding differs from prefill; here each query uses its own length, unless one is fixed.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
+from longspan.mechanism.layer import MechanismLayer, positions
+from longspan.nn.attention import check
+from longspan.nn.rotary import rotate
+from longspan.ops import attend, merge
+from longspan.planning.layout import layouts
+from longspan.position import Frequencies, default
+
+
+def attend_in_passes(
+    queries: Callable[[NDArray[np.int64]], Tensor],
+    k: Tensor,
+    v: Tensor,
+    laid: DualChunkPlan,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The passes of a plan, merged.
+
+    Args:
+        queries: gives the queries [B, H, N, D] rotated to places [B or 1, N].
+        k: keys [B, K, M, D], each rotated to its position modulo the chunk.
+        v: values [B, K, M, Dv].
+        laid: from ``lay_out``.
+        scale: factor on the logits; default ``D ** -0.5``.
+        impl: kernel of ``attend``.
+    """
+    parts = []
+    for one, place in laid.passes:
+        q = queries(place)
+        if laid.factor is not None:
+            q = q * torch.from_numpy(laid.factor).to(q)[:, None, :, None]
+        parts.append(attend(q, k, v, one, scale=scale, return_lse=True, impl=impl))
+    return merge(parts)[0]
+
+
+def dual_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: DualChunk,
+    *,
+    rope: float | Frequencies = 10000.0,
+    scale: float | None = None,
+    impl: str = "auto",
+    **rows: Any,
+) -> Tensor:
+    """Dual Chunk Attention of queries and keys that are *not* rotated yet.
+
+    Args:
+        q: queries [B, H, N, D].
+        k: keys [B, K, M, D]; K divides H. With N < M the queries are the last rows.
+        v: values [B, K, M, Dv].
+        config: sizes.
+        rope: base of the rotary embedding, or frequencies from ``longspan.position``.
+        scale: factor on the logits; default ``D ** -0.5``.
+        impl: kernel of ``attend``.
+        rows: ``positions``, ``segments``, ``key_positions``, ``key_segments`` as for ``attend``,
+            in numpy or lists.
+
+    Returns:
+        [B, H, N, Dv] in the dtype of ``q``.
+
+    Raises:
+        LongspanError: a child that says what does not fit.
+    """
+    turns = rope if isinstance(rope, Frequencies) else default(q.shape[-1], rope)
+    inv_freq, factor = torch.from_numpy(turns.inv_freq), turns.attention_factor
+    lay = lay_out if rows else plain_plan
+    laid = lay(config, q.shape[2], q.shape[1], keys=k.shape[2], **rows)
+    names = ("positions", "segments", "key_positions", "key_segments")
+    found = layouts(q.shape[2], k.shape[2], *(rows.get(name) for name in names))
+    key_place = np.stack([layout.key_position for layout in found]) % config.chunk
+
+    def queries(place: NDArray[np.int64]) -> Tensor:
+        return rotate(q, torch.from_numpy(place).to(q.device), inv_freq, factor)
+
+    k = rotate(k, torch.from_numpy(key_place).to(k.device), inv_freq, factor)
+    return attend_in_passes(queries, k, v, laid, scale=scale, impl=impl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualChunkState:
+    """What decoding keeps.
+
+    Attributes:
+        key_BKMD: keys so far, rotated once and for ever.
+        value_BKMD: values so far.
+        valid_BM: False at padding; None if there is none.
+    """
+
+    key_BKMD: Tensor
+    value_BKMD: Tensor
+    valid_BM: Tensor | None
+
+
+class DualChunkAttention(MechanismLayer):
+    """Multi-head Dual Chunk Attention, x [B, N, d_model] to the same shape; causal only.
+
+    Args:
+        d_model: width of the tokens.
+        heads: query heads.
+        chunk: s.
+        local: w.
+        temperature: as ``DualChunk``.
+        trained: as ``DualChunk``.
+        length: as ``DualChunk``.
+        rope: base of the rotary embedding, or frequencies from ``longspan.position``.
+        impl: kernel of ``longspan.attend``.
+        kwargs: of ``MechanismLayer``: ``kv_heads``, ``head_dim``, ``bias``, ``device``, ``dtype``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        chunk: int,
+        local: int,
+        temperature: str = "none",
+        trained: int | None = None,
+        length: int | None = None,
+        rope: float | Frequencies = 10000.0,
+        impl: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_model, heads, **kwargs)
+        # The base class would rotate queries and keys to where they stand.
+        self.frequencies = rope if isinstance(rope, Frequencies) else default(self.head_dim, rope)
+        # Not a buffer: model.bfloat16() would round the frequencies to eight bits.
+        self._inv_freq = torch.from_numpy(self.frequencies.inv_freq)
+        self.impl = impl
+        self.config = DualChunk(
+            chunk=chunk, local=local, temperature=temperature, trained=trained, length=length
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        state: DualChunkState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            x: tokens [B, N, d_model]; with a state, those after it.
+            mask: True at tokens, False at padding [B, N].
+            state: of the tokens before.
+            return_state: also return the state after ``x``.
+
+        Returns:
+            [B, N, d_model], and with ``return_state`` the state.
+        """
+        check(x, self.d_model, mask)
+        valid = None if mask is None else mask.to(torch.bool)
+        # The base class rotates nothing, so it needs no places.
+        q, k, v = self.project(x, x)
+        out, after = self._attend(q, k, v, valid, state)
+        return (self.join(out), after) if return_state else self.join(out)
+
+    # Plans are made in numpy, which a compiler cannot trace.
+    @torch.compiler.disable()
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: DualChunkState | None
+    ) -> tuple[Tensor, DualChunkState]:
+        n, before = q.shape[2], 0 if state is None else state.key_BKMD.shape[2]
+        if state is not None and (valid is not None or state.valid_BM is not None):
+            old, new = (
+                torch.ones(len(q), rows, dtype=torch.bool, device=q.device) if m is None else m
+                for m, rows in ((state.valid_BM, before), (valid, n))
+            )
+            valid = torch.cat([old, new], dim=1)
+        if valid is None:
+            count = torch.arange(before, before + n, device=q.device)
+            laid = plain_plan(self.config, n, self.heads, keys=before + n)
+        else:
+            count = positions(valid, valid)[:, before:]
+            segments = valid.cpu().numpy().astype(np.int64) - 1
+            laid = lay_out(self.config, n, self.heads, keys=before + n, key_segments=segments)
+        inv_freq, factor = self._inv_freq, self.frequencies.attention_factor
+        k = rotate(k, count % self.config.chunk, inv_freq, factor)
+        if state is not None:
+            k, v = torch.cat([state.key_BKMD, k], dim=2), torch.cat([state.value_BKMD, v], dim=2)
+
+        def queries(place: NDArray[np.int64]) -> Tensor:
+            return rotate(q, torch.from_numpy(place).to(q.device), inv_freq, factor)
+
+        out = attend_in_passes(queries, k, v, laid, impl=self.impl)
+        return out, DualChunkState(key_BKMD=k, value_BKMD=v, valid_BM=valid)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"
