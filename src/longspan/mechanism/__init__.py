@@ -20,6 +20,7 @@ _HOME = {
     "Linformer": "linformer",
     "Nystromformer": "nystromformer",
     "Performer": "performer",
+    "RoutingAttention": "routing",
     "Synthesizer": "synthesizer",
     "dual_chunk_attention": "dual_chunk",
     "linear_attention": "linear",
@@ -27,6 +28,7 @@ _HOME = {
     "lsh_attention": "lsh",
     "nystrom_attention": "nystromformer",
     "redraw": "performer",
+    "routing_attention": "routing",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Linformer",
     "Nystromformer",
     "Performer",
+    "RoutingAttention",
     "Synthesizer",
     "dual_chunk_attention",
     "linear_attention",
@@ -47,6 +50,7 @@ __all__ = [
     "lsh_attention",
     "nystrom_attention",
     "redraw",
+    "routing_attention",
 ]
 
 
@@ -71,4 +75,5 @@ if TYPE_CHECKING:
     from longspan.mechanism.lsh import LSHAttention, lsh_attention
     from longspan.mechanism.nystromformer import Nystromformer, nystrom_attention
     from longspan.mechanism.performer import Favor, Performer, redraw
+    from longspan.mechanism.routing import RoutingAttention, routing_attention
     from longspan.mechanism.synthesizer import Synthesizer

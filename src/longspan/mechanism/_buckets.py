@@ -122,26 +122,37 @@ def chunks_at(token_BHTC: Tensor, look_BT: Tensor) -> Tensor:
 
 
 def in_chunk_ranges(
-    token_BHTC: Tensor, around_BHTC: Tensor, around_BT: Tensor, causal: bool
+    token_BHTC: Tensor,
+    around_BHTU: Tensor,
+    around_BT: Tensor,
+    causal: bool,
+    include_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Ranges of keys in one chunk for the rows of another, both sorted by token, padding last.
 
     Args:
         token_BHTC: token of each row, or a number from ``PADDING`` on.
-        around_BHTC: tokens of the keys that each chunk looks at.
+        around_BHTU: tokens of the keys that each chunk looks at.
         around_BT: number of the chunk that each chunk looks at.
-        causal: only earlier tokens; else all but the token itself.
+        causal: only earlier tokens.
+        include_self: whether a token's own key counts.
 
     Returns:
-        lo, hi [B, H, T, C, 1 or 2]; two ranges where a token is cut out of the middle.
+        lo, hi [B, H, T, C, 1 or 2]; two ranges where a token is cut out of the middle; empty for
+        rows of padding.
     """
-    width = around_BHTC.shape[-1]
-    below = torch.searchsorted(around_BHTC.contiguous(), token_BHTC.contiguous())
+    width = around_BHTU.shape[-1]
+    around_BHTU, token_BHTC = around_BHTU.contiguous(), token_BHTC.contiguous()
+    below = torch.searchsorted(around_BHTU, token_BHTC + int(causal and include_self))
     base = (around_BT * width)[:, None, :, None].expand_as(below)
+    stop = base + (around_BHTU < PADDING).sum(dim=-1, keepdim=True)
     if causal:
-        return base[..., None], (base + below)[..., None]
-    present = around_BHTC.gather(-1, below.clamp_max(width - 1)) == token_BHTC
-    own = ((below < width) & present).to(below.dtype)
-    stop = (around_BHTC < PADDING).sum(dim=-1, keepdim=True).expand_as(below)
-    lo, hi = (base, base + below + own), (base + below, base + stop)
-    return torch.stack(lo, dim=-1), torch.stack(hi, dim=-1)
+        lo, hi = [base], [base + below]
+    elif include_self:
+        lo, hi = [base], [stop]
+    else:
+        found = around_BHTU.gather(-1, below.clamp_max(width - 1)) == token_BHTC
+        own = ((below < width) & found).to(below.dtype)
+        lo, hi = [base, base + below + own], [base + below, stop]
+    padded = (token_BHTC >= PADDING)[..., None]
+    return torch.stack(lo, dim=-1), torch.stack(hi, dim=-1).masked_fill(padded, 0)

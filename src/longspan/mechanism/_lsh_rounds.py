@@ -101,7 +101,6 @@ def over_chunks(
         found = [union(qk, k, v, token_BHTC, look_WBT, rounds, causal, scale)]
     else:
         sorted_q, sorted_k, sorted_v = (take(x, row_BHL) for x in (qk, k, v))
-        hidden = (token_BHTC >= PADDING).flatten(2)[..., None]
         found = []
         # In a ring too short, chunks looked at coincide, and ranges of one call must not.
         for group in (look_WBT,) if shortest >= len(looks) else look_WBT[:, None]:
@@ -110,7 +109,6 @@ def over_chunks(
                 for look in group
             ]
             lo, hi = (torch.cat(ends, dim=-1).flatten(2, 3) for ends in zip(*pairs, strict=True))
-            hi = hi.masked_fill(hidden, 0)
             found.append(over_ranges(sorted_q, sorted_k, sorted_v, lo, hi, scale, impl))
     back_BHRN, parts = row_BHL.unflatten(2, (rounds, -1)).argsort(dim=-1), []
     for out, lse in found:
