@@ -199,6 +199,27 @@ def test_local_attention_costs_what_its_window_costs():
     assert pairs[1] == pytest.approx(2 * pairs[0], rel=0.01)
 
 
+@pytest.mark.parametrize(("tokens", "places"), [(2, [0, 1]), ([0, 7, 20], [0, 7, 20]), (0, [])])
+def test_vertical_slash_attention_is_a_band_and_global_tokens(tokens, places):
+    layer = ls.nn.VerticalSlashAttention(12, 5, tokens).double()
+    plain = PlainLocal(12, 5).double()
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 21, 12, dtype=torch.float64, requires_grad=True)
+    token = torch.arange(21)
+    mask = (token[:, None] - token[None, :]).abs() <= 2
+    mask[places] = True
+    mask[:, places] = True
+    q, k, v = (project(x)[:, None] for project in (plain.query, plain.key, plain.value))
+    wanted, found = dense_heads(q, k, v, mask)[:, 0], layer(x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    toward = torch.randn_like(found)
+    torch.testing.assert_close(
+        grads((found * toward).sum(), x)[0], grads((wanted * toward).sum(), x)[0]
+    )
+    pairs = [ls.plan(layer.pattern, n=n).pairs for n in (2048, 4096)]
+    assert pairs[1] == pytest.approx(2 * pairs[0], rel=0.01)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiles_to_one_graph_with_the_same_gradients(masked):
     layer = ls.nn.Attention(16, 4, "scca.flow(4)", kv_heads=2, rope=1e4)
@@ -244,6 +265,8 @@ def test_errors_name_what_is_wrong():
         layer(torch.randn(5, 8))
     with pytest.raises(InputError, match=r"mask of shape \[1, 5\], got \[5\]"):
         layer(torch.randn(1, 5, 8), mask=torch.ones(5))
+    with pytest.raises(InputError, match="global_tokens must not be negative, got -1"):
+        ls.nn.VerticalSlashAttention(8, 3, -1)
     with pytest.raises(InputError, match="d_model must be a whole number"):
         ls.nn.LocalAttention(0, 3)
 

@@ -150,7 +150,7 @@ def test_page_states_the_figures_of_the_plan(gallery):
 
 
 def test_command_writes_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr("longspan.viz.gallery.page", lambda: ("<!doctype html>", 3))
+    monkeypatch.setattr("longspan.viz.gallery.page", lambda progress: ("<!doctype html>", 3))
     out = tmp_path / "g.html"
     assert f"wrote 3 patterns to {out}" in call("--all", "--out", str(out)).output.replace(
         "\n", ""

@@ -125,9 +125,11 @@ def _words(pattern: Pattern, sentence: str, heads: int, as_json: bool) -> None:
 
 
 def _gallery(out: Path, as_json: bool) -> None:
+    from longspan.cli.progress import Bars
     from longspan.viz.gallery import page
 
-    text, count = page()
+    with Bars() as bars:
+        text, count = page(progress=bars)
     _write(out, text)
     result = {"page": str(out), "patterns": count, "bytes": len(text.encode())}
     typer.echo(

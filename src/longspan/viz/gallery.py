@@ -5,7 +5,7 @@ Nothing external is in the page: inline SVG, one style sheet, a few lines of scr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -41,14 +41,24 @@ class _Entry:
         return self.laid.heads * (n * (n + 1) // 2 if self.covered.causal else n * n)
 
 
-def page(cards: Sequence[Card] = CARDS, *, tokens: int = FULL_TOKENS) -> tuple[str, int]:
+def page(
+    cards: Sequence[Card] = CARDS,
+    *,
+    tokens: int = FULL_TOKENS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[str, int]:
     """The page and the number of its entries.
 
     Args:
         cards: what to show.
         tokens: length for which costs are computed.
+        progress: called with a title, what is done and what there is.
     """
-    entries = [_entry(card, tokens) for card in cards]
+    entries = []
+    for done, card in enumerate(cards, start=1):
+        entries.append(_entry(card, tokens))
+        if progress is not None:
+            progress("patterns", done, len(cards))
     folder = resources.files("longspan.viz")
     style = folder.joinpath("gallery.css").read_text(encoding="utf-8")
     script = folder.joinpath("gallery.js").read_text(encoding="utf-8")
@@ -99,7 +109,7 @@ def _header(tokens: int) -> str:
 
 def _section(entry: _Entry) -> str:
     card = entry.card
-    words = " ".join([card.name, card.title, card.says, card.family, card.example])
+    words = " ".join([card.name, *card.also, card.title, card.says, card.family, card.example])
     if card.paper:
         words += f" {card.paper.text} {card.paper.arxiv}"
     equation = "<br>".join(_math(line) for line in card.equation.split("\n"))
@@ -110,7 +120,7 @@ def _section(entry: _Entry) -> str:
         f"{escape(card.title)}</a></h2><p>{escape(card.says)}</p>"
         f'<p class="equation">{equation}</p>'
         f"<dl><dt>Cost</dt><dd>{_math(card.cost)}</dd>{_paper(card)}"
-        f"<dt>Write</dt><dd><code>{escape(card.example)}</code></dd></dl>{_small(card)}</div>"
+        f"<dt>Write</dt><dd><code>{escape(card.example)}</code></dd>{_python(card)}</dl>{_small(card)}</div>"
         f'<div class="looks">{_pictures(entry)}'
         f"{_figures(entry)}</div></section>"
     )
@@ -123,6 +133,10 @@ def _paper(card: Card) -> str:
     if card.paper.arxiv:
         text = f'<a href="https://arxiv.org/abs/{card.paper.arxiv}">{text}</a>'
     return f"<dt>Paper</dt><dd>{text}</dd>"
+
+
+def _python(card: Card) -> str:
+    return f"<dt>Call</dt><dd><code>{escape(card.python)}</code></dd>" if card.python else ""
 
 
 def _figures(entry: _Entry) -> str:
@@ -226,6 +240,6 @@ def _table(entries: Sequence[_Entry], tokens: int) -> str:
 def _math(text: str) -> str:
     """ASCII to the signs of mathematics."""
     shown = escape(text)
-    for ascii_, sign in (("&lt;=", "&le;"), ("&gt;=", "&ge;"), ("N^2", "N<sup>2</sup>")):
+    for ascii_, sign in (("&lt;=", "&le;"), ("&gt;=", "&ge;"), ("^2", "<sup>2</sup>")):
         shown = shown.replace(ascii_, sign)
-    return shown.replace("n^2", "n<sup>2</sup>").replace(" - ", " &minus; ")
+    return shown.replace(" - ", " &minus; ")
