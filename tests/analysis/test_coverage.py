@@ -46,6 +46,30 @@ def test_shifted_chunk_reaches_a_chunk_then_half_a_chunk_further_per_layer():
     assert first == [56, 52, 48, 44]
 
 
+def test_longnet_reaches_what_the_published_table_says_and_then_no_more():
+    """192 tokens in segments of 12 to 192, 12 heads: shares after 1, 2, 3, 4 layers."""
+    longnet = ls.LongNet((12, 24, 48, 96, 192), (1, 2, 4, 6, 12))
+    found = ls.coverage(longnet, 192, heads=12, layers=5)
+    shares = [one.share for one in found.reach]
+    assert shares == pytest.approx([0.223, 0.842, 0.986, 0.993, 0.993], abs=5e-4)
+    assert found.never == 130
+    assert not np.linalg.matrix_power(longnet.mask(192, 12).any(axis=0).astype(float), 8)[12, 11]
+    both = ls.coverage(
+        ls.LongNet((12, 24, 48, 96, 192), (1, 2, 4, 6, 12), causal=False), 192, heads=12
+    )
+    assert [one.share for one in both.reach[:2]] == pytest.approx([0.219, 1.0], abs=5e-4)
+    few = ls.coverage(
+        ls.LongNet((8, 32, 128), (1, 4, 16), offsets="torchscale"), 128, heads=4, layers=1
+    )
+    assert 1 - few.never / (128 * 129 / 2) == pytest.approx(0.71, abs=5e-3)
+
+
+def test_mixed_heads_cross_segments_sooner():
+    """SCCA fixed in chunks of 8 takes 8 layers over 64 tokens; with SDA in other heads, 3."""
+    mixed = ls.PerHead(ls.SCCA.fixed(8), ls.SDA(32, 4))
+    assert ls.coverage(mixed, 64, heads=8).depth == 3
+
+
 def test_window_figures_by_hand():
     found = ls.coverage(ls.Window(3), 6, layers=2)
     assert found.keys_min == 1
@@ -108,6 +132,11 @@ def test_reach_equals_sets_passed_from_layer_to_layer(pattern):
         ls.SCCA.flow(32),
         ls.ShiftedChunk(32),
         ls.PerLayer(ls.Chunk(32, causal=False), ls.Chunk(32, offset=16, causal=False)),
+        ls.SSA(16, 8, anchors=(0, 40, 90, 200)),
+        ls.Dilated(9, (1, 4)),
+        ls.Neighborhood(9, dilation=4),
+        ls.LongNet((32, 128, 512), (1, 4, 8)),
+        ls.RandomBlocks(16, 2) | ls.Window(8),
     ],
     ids=str,
 )
@@ -138,9 +167,9 @@ def test_sampled_rows_follow_their_weight_and_the_error_is_honest():
 
 
 def test_large_n_needs_no_dense_mask():
-    found = ls.coverage(ls.Window(4096) | ls.Sink(4), 1_000_000, heads=32, layers=2, samples=8)
+    found = ls.coverage(ls.Window(4096) | ls.Sink(4), 400_000, heads=32, layers=2, samples=4)
     assert found.keys_max == 4100
-    assert found.samples == 8
+    assert found.samples == 4
 
 
 def test_text_and_json():
@@ -162,6 +191,9 @@ def test_errors_name_what_is_wrong():
         ls.coverage(ls.Causal(), 8, layers=0)
     with pytest.raises(PlanError, match="samples must be a whole number of at least 2, got 1"):
         ls.coverage(ls.Causal(), 8, samples=1)
+    with pytest.raises(PatternError, match="expected a pattern as text, got 3"):
+        ls.coverage(3, 8)
+    assert ls.coverage("window(3)", 8) == ls.coverage(ls.Window(3), 8)
     with pytest.raises(PlanError, match="n must be a whole number"):
         ls.coverage(ls.Causal(), 0)
     with pytest.raises(PatternError, match="evenly over 3 query heads"):

@@ -19,6 +19,8 @@ from longspan.analysis import reach as walk
 from longspan.analysis.relation import Relation, keys_per_query
 from longspan.errors import PlanError
 from longspan.pattern.algebra import At, Mask, Pattern
+from longspan.pattern.local import Dense
+from longspan.pattern.text import parse
 from longspan.planning import Plan, plan
 
 
@@ -120,7 +122,7 @@ class Coverage:
 
 
 def coverage(
-    pattern: Pattern,
+    pattern: Pattern | str,
     n: int,
     *,
     heads: int = 1,
@@ -132,7 +134,7 @@ def coverage(
     """Measure what a pattern covers.
 
     Args:
-        pattern: where each query may look.
+        pattern: where each query may look: a pattern or its text form.
         n: tokens.
         heads: query heads.
         layers: layers to follow.
@@ -141,12 +143,14 @@ def coverage(
         seed: of the sampled queries.
 
     Raises:
-        PatternError: if the pattern does not fit the number of heads.
+        PatternError: if the pattern does not parse or does not fit the number of heads.
         PlanError: if a number is too small.
     """
     for name, value, least in (("layers", layers, 1), ("samples", samples, 2)):
         if not isinstance(value, int) or value < least:
             raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if not isinstance(pattern, Pattern):
+        pattern = parse(pattern)
     plans = _plans(pattern, n, heads, layers)
     causal = all(one.pattern.is_causal for one in plans)
     if n <= exact_up_to:
@@ -155,10 +159,13 @@ def coverage(
 
 
 def _plans(pattern: Pattern, n: int, heads: int, layers: int) -> list[Plan]:
-    """One plan for each layer of a period."""
-    first = plan(pattern, n, heads)
-    count = min(layers, walk.period(pattern))
-    return [first, *(plan(pattern, n, heads, layer=layer) for layer in range(1, count))]
+    """One plan for each layer of a period, in which each pair counts once."""
+    found = []
+    for layer in range(min(layers, walk.period(pattern))):
+        own = pattern.at_layer(layer)
+        # A mixture counts pairs of several parts as often; meeting everything makes it a set.
+        found.append(plan(own if len(own.branches()) == 1 else own & Dense(), n, heads))
+    return found
 
 
 def _exact(pattern: Pattern, n: int, heads: int, layers: int, causal: bool) -> Coverage:

@@ -72,16 +72,20 @@ def closure(unions: Sequence[Mask]) -> tuple[Mask, int]:
 
 def reach_of_row(relations: Sequence[Relation], row: int, layers: int) -> list[Mask]:
     """Row ``row`` of P_1 ... P_layers, as flags [n] each."""
-    n = relations[0].n
-    found = []
+    start = np.arange(relations[0].n) == row
+    found: list[Mask] = []
+    if len(relations) == 1:
+        seen = latest = start
+        for _ in range(layers):
+            # What was known before has been followed before.
+            latest = relations[0].keys(latest) & ~seen
+            seen = seen | latest
+            found.append(seen)
+        return found
     for depth in range(1, layers + 1):
-        if len(relations) == 1 and found:
-            seen = found[-1] | relations[0].keys(found[-1])
-        else:
-            seen = np.zeros(n, bool)
-            seen[row] = True
-            for layer in reversed(range(depth)):
-                seen = seen | relations[layer % len(relations)].keys(seen)
+        seen = start
+        for layer in reversed(range(depth)):
+            seen = seen | relations[layer % len(relations)].keys(seen)
         found.append(seen)
     return found
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from longspan.pattern.algebra import Mask
 from longspan.planning import Pass, Plan, Ranges
 
-Rows = NDArray[np.int64]
+# Merging the ranges of all heads pays for chunks and windows, which touch; not for scattered ones.
+_MERGED = 64
 
 
 class Relation:
@@ -48,24 +49,25 @@ def keys_per_query(plan: Plan) -> NDArray[np.int64]:
 
 
 class _Part:
-    """One pass, all its heads merged."""
+    """One pass, its heads merged where that makes less of them."""
 
     def __init__(self, part: Pass, n: int) -> None:
-        classes = [
-            Ranges(lo.astype(np.int64), hi.astype(np.int64))
-            for lo, hi in zip(part.lo[0], part.hi[0], strict=True)
-        ]
-        merged = reduce(Ranges.__or__, classes)
-        self.lo, self.hi = merged.lo, merged.hi
+        self.classes = list(zip(part.lo[0], part.hi[0], strict=True))
+        if len(self.classes) * part.lo.shape[3] <= _MERGED:
+            each = [Ranges(lo.astype(np.int64), hi.astype(np.int64)) for lo, hi in self.classes]
+            merged = reduce(Ranges.__or__, each)
+            self.classes = [(merged.lo, merged.hi)]
         self.queries = None if part.query_order is None else part.query_order[0]
         self.order = None if part.key_order is None else part.key_order[0]
         self.places = n if self.order is None else len(self.order)
 
     def mark(self, rows: Mask, seen: Mask) -> None:
         """Set the flags of the keys that ``rows`` see."""
-        asked = rows if self.queries is None else rows[self.queries]
-        edge = np.bincount(self.lo[asked].ravel(), minlength=self.places + 1)
-        edge -= np.bincount(self.hi[asked].ravel(), minlength=self.places + 1)
+        asked = np.flatnonzero(rows if self.queries is None else rows[self.queries])
+        edge = np.zeros(self.places + 1, np.int64)
+        for lo, hi in self.classes:
+            edge += np.bincount(lo[asked].ravel(), minlength=self.places + 1)
+            edge -= np.bincount(hi[asked].ravel(), minlength=self.places + 1)
         inside = np.cumsum(edge)[: self.places] > 0
         if self.order is None:
             seen |= inside
