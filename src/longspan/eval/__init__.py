@@ -1,0 +1,1 @@
+"""Measure models at long contexts: perplexity, passkey retrieval, resumable records."""

@@ -1,0 +1,1 @@
+"""Extend and pretrain models: data, loop, checkpoints, recipes."""

@@ -1,0 +1,1 @@
+"""Pictures: charts, the report page, and what patterns look like."""
