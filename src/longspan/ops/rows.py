@@ -59,10 +59,11 @@ class Order:
 
 
 def _pick(x_BHND: Tensor, row_BP: Tensor) -> Tensor:
-    if len(row_BP) == 1:
-        return x_BHND.index_select(2, row_BP[0])
-    batch, heads, _, width = x_BHND.shape
-    return x_BHND.gather(2, row_BP[:, None, :, None].expand(batch, heads, -1, width))
+    batch, heads, rows, width = x_BHND.shape
+    # Rows of one flat table: several times faster on a CPU than selecting along an inner axis.
+    first_X = torch.arange(0, batch * heads * rows, rows, device=x_BHND.device)
+    flat = first_X.view(batch, heads, 1) + row_BP[:, None]
+    return x_BHND.reshape(-1, width).index_select(0, flat.view(-1)).view(batch, heads, -1, width)
 
 
 class _Permute(torch.autograd.Function):
