@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -81,22 +80,18 @@ def test_asks_for_one_thing_to_show():
 
 def test_needs_no_torch_and_answers_fast():
     code = (
-        "import sys; sys.argv = ['longspan', 'show', 'window(8) | sink(1)']\n"
+        "import sys, time; sys.argv = ['longspan', 'show', 'window(8) | sink(1)']\n"
         "from longspan.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])\n"
+        "print(time.process_time())"
     )
-    seconds = []
-    # The best of three: other tests may be running on the same cores.
-    for _ in range(3):
-        start = time.perf_counter()
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - start)
-        assert run.stdout.splitlines()[-1] == "[]"
-    assert min(seconds) < 1.5
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = run.stdout.splitlines()[-2:]
+    assert heavy == "[]"
+    # Time on the processor: other tests may be running on the same cores.
+    assert float(seconds) < 1.5
 
 
 class Reader(HTMLParser):
@@ -120,7 +115,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def gallery() -> str:
-    return page(tokens=512)[0]
+    return page(tokens=128)[0]
 
 
 def test_page_holds_every_card_and_closes_every_tag(gallery):
@@ -144,9 +139,9 @@ def test_page_needs_nothing_from_outside(gallery):
 
 
 def test_page_states_the_figures_of_the_plan(gallery):
-    laid = ls.plan(ls.parse("chunk(4096)"), n=512, heads=32)
+    laid = ls.plan(ls.parse("chunk(4096)"), n=128, heads=32)
     assert f"of {laid.tiles():,} tiles" in gallery
-    assert "<p>At 512 tokens, <code>chunk(4096)</code></p>" in gallery
+    assert "<p>At 128 tokens, <code>chunk(4096)</code></p>" in gallery
 
 
 def test_command_writes_the_page(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def matrices(found: Views, most: int = 8) -> list[tuple[str, str, str]]:
         title, _, body = shown[-1]
         shown[-1] = (title, f"and {len(found.each) - most} more kinds", body)
     if len(found.each) > 1:
-        shown.append(("all heads", "darker: more heads", seen_paths(found.together)))
+        shown.append(("all heads", "shade: how many", seen_paths(found.together)))
     never = found.legal() & (found.reach < 0)
     body = reach_paths(found.reach) + path(never, 'class="never"')
     shown.append(("reach", "colour: after which layer", body))
