@@ -30,6 +30,7 @@ _HOME = {
     "Diagonals": "longspan.pattern",
     "Dilated": "longspan.pattern",
     "Document": "longspan.pattern",
+    "DualChunk": "longspan.mechanism",
     "EdgeBlocks": "longspan.pattern",
     "Global": "longspan.pattern",
     "LongNet": "longspan.pattern",
@@ -58,6 +59,7 @@ _HOME = {
     "hf": "",
     "longformer": "longspan.pattern",
     "longmixed": "longspan.pattern",
+    "mechanism": "",
     "merge": "longspan.ops",
     "nn": "",
     "parse": "longspan.pattern",
@@ -78,6 +80,7 @@ __all__ = [
     "Diagonals",
     "Dilated",
     "Document",
+    "DualChunk",
     "EdgeBlocks",
     "Global",
     "LongNet",
@@ -106,6 +109,7 @@ __all__ = [
     "hf",
     "longformer",
     "longmixed",
+    "mechanism",
     "merge",
     "nn",
     "parse",
@@ -131,9 +135,10 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from longspan import hf, nn
+    from longspan import hf, mechanism, nn
     from longspan.analysis import coverage
     from longspan.errors import LongspanError
+    from longspan.mechanism import DualChunk
     from longspan.ops import attend, explain, merge
     from longspan.pattern import (
         SCCA,

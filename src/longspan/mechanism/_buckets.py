@@ -6,51 +6,13 @@ of a row.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import choose
-from longspan.ops.ranges import KeyRanges
+from longspan.mechanism._range_op import over_ranges
 
 # Padding sorts behind every token: it carries its row plus this.
 PADDING = 1 << 40
-
-
-# Ranges depend on the data, which a compiler cannot trace: compiled models break here.
-_uncompiled: Any = torch.compiler.disable
-
-
-@_uncompiled
-def over_ranges(
-    q: Tensor, k: Tensor, v: Tensor, lo_BHLm: Tensor, hi_BHLm: Tensor, scale: float, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Run a kernel on ranges that differ for every batch row and head.
-
-    Args:
-        q: queries [B, H, L, D].
-        k: keys [B, K, M, D].
-        v: values [B, K, M, Dv].
-        lo_BHLm: first key row of each range; disjoint within a row, in any order.
-        hi_BHLm: one past the last; empty ranges may lie anywhere.
-        scale: factor on the logits.
-        impl: kernel name, or ``auto``.
-
-    Returns:
-        out [B, H, L, Dv] and lse [B, H, L]; 0 and -inf where a row sees no key.
-    """
-    batch, heads = q.shape[:2]
-    empty = lo_BHLm >= hi_BHLm
-    order = lo_BHLm.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
-    lo, hi = (
-        x.masked_fill(empty, 0).gather(-1, order).flatten(0, 1).to(torch.int32).contiguous()
-        for x in (lo_BHLm, hi_BHLm)
-    )
-    group = torch.arange(batch * heads, device=q.device).view(batch, heads)
-    ranges = KeyRanges(lo, hi, group, k.shape[2])
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale)
 
 
 def bucket_window(

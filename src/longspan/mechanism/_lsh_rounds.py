@@ -15,10 +15,10 @@ from longspan.mechanism._buckets import (
     bucket_window,
     chunks_at,
     in_chunk_ranges,
-    over_ranges,
     take,
 )
 from longspan.mechanism._lsh_union import union
+from longspan.mechanism._range_op import over_ranges
 from longspan.ops.merge import merge
 
 
@@ -66,6 +66,7 @@ def over_chunks(
     looks: tuple[int, ...],
     causal: bool,
     counting: str,
+    masked: bool,
     padded_ring: bool,
     scale: float,
     impl: str,
@@ -80,6 +81,7 @@ def over_chunks(
         looks: offsets in the ring of the chunks looked at.
         causal: only earlier tokens.
         counting: ``multiset`` or ``union``.
+        masked: whether there may be padding.
         padded_ring: chunks of padding are part of the ring.
         scale: factor on the logits.
         impl: kernel name, or ``auto``.
@@ -96,7 +98,9 @@ def over_chunks(
     token = order + PADDING * absent.gather(-1, order)
     token_BHTC = token.unflatten(-1, (-1, chunk)).sort(dim=-1).values.flatten(2, 3)
     k, row_BHL = unit(qk), token_BHTC.flatten(2) % PADDING
-    look_WBT, shortest = _ring(absent[:, 0, 0], chunk, rounds, looks, padded_ring)
+    look_WBT = _ring(absent[:, 0, 0], chunk, rounds, looks, padded_ring)
+    # With padding a ring may have as few as one chunk per round.
+    shortest = rounds if masked and not padded_ring else token_BHTC.shape[2]
     if counting == "union":
         found = [union(qk, k, v, token_BHTC, look_WBT, rounds, causal, scale)]
     else:
@@ -120,8 +124,8 @@ def over_chunks(
 
 def _ring(
     absent_BN: Tensor, chunk: int, rounds: int, looks: tuple[int, ...], padded: bool
-) -> tuple[Tensor, int]:
-    """Chunks that each chunk looks at [W, B, T], and the least number of chunks in a ring."""
+) -> Tensor:
+    """Chunks that each chunk looks at [W, B, T]."""
     per_round = absent_BN.shape[1] // chunk
     used_B1 = torch.full_like(absent_BN[:, :1], per_round, dtype=torch.int64)
     if not padded:
@@ -129,8 +133,7 @@ def _ring(
     at = torch.arange(rounds * per_round, device=absent_BN.device)
     place_BT = at // per_round * used_B1 + (at % per_round).minimum(used_B1 - 1)
     to_WBT = torch.stack([(place_BT + o) % (rounds * used_B1) for o in looks])
-    look_WBT = to_WBT // used_B1 * per_round + to_WBT % used_B1
-    return look_WBT, rounds * int(used_B1.min())
+    return to_WBT // used_B1 * per_round + to_WBT % used_B1
 
 
 def _or_self(out: Tensor, lse: Tensor, v: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Elu(FeatureMap):
     """elu(x) + 1."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Features:
-        return nn.functional.elu(x) + 1, None
+        return torch.where(x > 0, x + 1, x.clamp_max(0).exp()), None
 
 
 class Relu(FeatureMap):

@@ -150,6 +150,7 @@ def lsh_attention(
             looks=looks,
             causal=causal,
             counting=counting,
+            masked=mask is not None,
             padded_ring=padded_ring,
             scale=scale,
             impl=impl,

@@ -38,9 +38,9 @@ from longspan.mechanism._buckets import (
     PADDING,
     bucket_window,
     in_chunk_ranges,
-    over_ranges,
     take,
 )
+from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import (
     Count,
     MechanismLayer,

@@ -1,0 +1,105 @@
+"""A kernel over ranges that the data decides, also as one operator inside ``torch.compile``.
+
+Kernels derive schedules from ranges in numpy, which a compiler cannot trace. In a compiled graph
+the call is therefore opaque, and its backward runs the forward again, because the graph of the
+first run is gone. Eager code calls the kernel itself.
+
+Axes: B batch, H query heads, K key heads, L query rows, M key rows, D head width, m
+ranges of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.ops.capability import choose
+from longspan.ops.ranges import KeyRanges
+
+
+def over_ranges(
+    q: Tensor, k: Tensor, v: Tensor, lo_BHLm: Tensor, hi_BHLm: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel on ranges that differ for every batch row and head.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, K, M, D].
+        v: values [B, K, M, Dv].
+        lo_BHLm: first key row of each range; disjoint within a row, in any order.
+        hi_BHLm: one past the last; empty ranges may lie anywhere.
+        scale: factor on the logits.
+        impl: kernel name, or ``auto``.
+
+    Returns:
+        out [B, H, L, Dv] and lse [B, H, L]; 0 and -inf where a row sees no key.
+    """
+    empty = lo_BHLm >= hi_BHLm
+    order = lo_BHLm.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
+    lo, hi = (
+        x.masked_fill(empty, 0).gather(-1, order).to(torch.int32).contiguous()
+        for x in (lo_BHLm, hi_BHLm)
+    )
+    run = _over_ranges if torch.compiler.is_compiling() else _now
+    return run(q.contiguous(), k.contiguous(), v.contiguous(), lo, hi, scale, impl)
+
+
+def _now(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    batch, heads = q.shape[:2]
+    group = torch.arange(batch * heads, device=q.device).view(batch, heads)
+    ranges = KeyRanges(lo.flatten(0, 1), hi.flatten(0, 1), group, k.shape[2])
+    return choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale)
+
+
+@torch.library.custom_op("longspan::over_ranges", mutates_args=())
+def _over_ranges(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    out, lse = _now(q, k, v, lo, hi, scale, impl)
+    return out.contiguous(), lse.contiguous()
+
+
+@_over_ranges.register_fake
+def _(q, k, v, lo, hi, scale, impl):
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+@torch.library.custom_op("longspan::over_ranges_backward", mutates_args=())
+def _over_ranges_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        dq, dk, dv = torch.autograd.grad(
+            _now(q, k, v, lo, hi, scale, impl), (q, k, v), (dout, dlse)
+        )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_over_ranges_backward.register_fake
+def _(dout, dlse, q, k, v, lo, hi, scale, impl):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dout, dlse):
+    grads = _over_ranges_backward(dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return *grads, None, None, None, None
+
+
+_over_ranges.register_autograd(_backward, setup_context=_keep)

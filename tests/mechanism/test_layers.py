@@ -1,0 +1,124 @@
+"""What every layer of the package promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.errors import InputError
+
+LAYERS = {
+    "LSHAttention": {"buckets": 4, "chunk": 8},
+    "LinearAttention": {},
+    "Linformer": {"max_length": 64, "rank": 5},
+    "Nystromformer": {"landmarks": 4, "conv_kernel": 3},
+    "Performer": {},
+    "RoutingAttention": {"clusters": 3, "window": 6},
+    "Synthesizer": {"max_length": 64},
+}
+GROUPED = sorted(set(LAYERS) - {"LSHAttention"})
+
+
+def build(name, **changes):
+    torch.manual_seed(0)
+    return getattr(ls.mechanism, name)(16, 4, **LAYERS[name] | changes)
+
+
+def test_the_public_surface_is_sorted_and_complete():
+    names = list(ls.mechanism.__all__)
+    assert names == sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert set(names) == set(dir(ls.mechanism)) == set(ls.mechanism._HOME)
+    for name in names:
+        assert getattr(ls.mechanism, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ls.mechanism.nothing
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_drops_in_and_trains(name):
+    layer = build(name, bias=True)
+    x = torch.randn(2, 21, 16, requires_grad=True)
+    out = layer(x)
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    out.square().mean().backward()
+    assert x.grad.isfinite().all()
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_heads_equal_repeated_ones(name):
+    grouped, whole = build(name, kv_heads=2).double(), build(name).double()
+    state = grouped.state_dict()
+    for key, value in whole.state_dict().items():
+        own = state[key]
+        # Whatever belongs to a key head is given to each query head that reads it.
+        if own.shape != value.shape:
+            split = own.unflatten(0, (2, -1)).repeat_interleave(2, dim=0)
+            own = split.flatten(0, 1)
+        value.copy_(own)
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    torch.testing.assert_close(grouped.eval()(x), whole.eval()(x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_saving_and_loading_gives_the_same_layer(name):
+    first, second = build(name), build(name)
+    for p in [*second.parameters(), *second.buffers()]:
+        p.data += 1
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 21, 16)
+    assert torch.equal(first.eval()(x), second.eval()(x))
+    assert torch.equal(copy.deepcopy(first)(x), first(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_compiles_to_one_graph_with_its_gradients(name):
+    # Small graphs compile fast. Only operators of our own need the slower backend, which checks
+    # what they say about shapes.
+    small = {"LSHAttention": {"rounds": 1}, "Nystromformer": {"iterations": 1}}
+    own = name in ("LSHAttention", "RoutingAttention")
+    layer = build(name, **small.get(name, {}))
+    x = torch.randn(2, 21, 16, requires_grad=True)
+    mask = torch.arange(21) >= torch.tensor([[0], [4]])
+    compiled = torch.compile(layer, backend="aot_eager" if own else "eager", fullgraph=True)
+    found, wanted = compiled(x, mask), layer(x, mask)
+    torch.testing.assert_close(found, wanted)
+    inputs = [x, layer.value.weight]
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(wanted.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bfloat16_is_close_to_float64(name):
+    exact = build(name).double().eval()
+    low = copy.deepcopy(exact).bfloat16()
+    # Rounded weights and tokens on both sides: what is compared is the computation.
+    exact.load_state_dict(low.state_dict())
+    x = torch.randn(2, 21, 16).bfloat16()
+    out = low(x)
+    assert out.dtype == torch.bfloat16
+    if name not in ("LSHAttention", "RoutingAttention"):
+        # Rounding changes what those select.
+        wanted = exact(x.double())
+        assert (out.double() - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrong_sizes_are_named(name):
+    with pytest.raises(InputError, match=r"expected x of shape \[batch, tokens, 16\]"):
+        build(name)(torch.randn(2, 21, 15))
+    with pytest.raises(InputError, match="padding mask of shape"):
+        build(name)(torch.randn(2, 21, 16), torch.ones(2, 20))
+    with pytest.raises(InputError, match="give head_dim="):
+        getattr(ls.mechanism, name)(10, 4, **LAYERS[name])
