@@ -28,7 +28,9 @@ PREFIX = "longspan."
 # Arguments by which some models change the logits in ways that no kernel computes.
 _CHANGES_LOGITS = ("softcap", "position_bias", "head_mask", "indices", "block_indices", "sinks")
 
-_patterns: dict[str, tuple[Pattern, str]] = {}
+Attention = Callable[..., tuple[Tensor, None]]
+
+_known: dict[str, tuple[Any, str]] = {}
 
 
 def register(pattern: Pattern, impl: str) -> str:
@@ -41,26 +43,48 @@ def register(pattern: Pattern, impl: str) -> str:
     Returns:
         The name to use as ``attn_implementation``.
     """
+    return enlist(pattern, impl, _attention)
+
+
+def enlist(what: Any, impl: str, make: Callable[[str, Any, str], Attention]) -> str:
+    """Register an attention function and the mask function that belongs to it.
+
+    Args:
+        what: what it computes; its text makes the name.
+        impl: kernel name or ``"auto"``.
+        make: gives the function for (name, what, impl).
+
+    Returns:
+        The name to use as ``attn_implementation``.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    digest = hashlib.sha256(f"{pattern} {impl}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{what} {impl}".encode()).hexdigest()[:16]
     name = PREFIX + digest
-    if name not in _patterns:
-        AttentionInterface.register(name, _attention(name, pattern, impl))
-        AttentionMaskInterface.register(name, partial(rows_mask, name))
-        _patterns[name] = (pattern, impl)
+    if name not in _known:
+        # A compiler around the model steps out here: plans are made by numpy, and the kernels that
+        # are compiled do that themselves.
+        whole = torch.compiler.disable
+        AttentionInterface.register(name, whole(make(name, what, impl)))
+        AttentionMaskInterface.register(name, whole(partial(rows_mask, name)))
+        _known[name] = (what, impl)
     return name
+
+
+def registered(name: str | None) -> Any:
+    """What an attention implementation computes; None if it is not longspan's."""
+    return _known[name][0] if name in _known else None
 
 
 def described(name: str | None) -> str:
     """An attention implementation in words: a longspan name with its pattern."""
-    if name not in _patterns:
+    if name not in _known:
         return str(name)
-    pattern, impl = _patterns[name]
-    return f"{name} = {pattern} (impl {impl})"
+    what, impl = _known[name]
+    return f"{name} = {what} (impl {impl})"
 
 
-def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Tensor, None]]:
+def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
     def longspan_attention(
         module: nn.Module,
         query: Tensor,
@@ -72,9 +96,9 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Te
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
-        rows = _checked(name, module, query, key, attention_mask, dropout, kwargs)
+        rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
         rows.check_positions(kwargs.get("position_ids"))
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         layer = getattr(module, "layer_idx", None) or 0
         laid = rows.plan(pattern, layer, query.shape[1])
         out, lse = attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
@@ -89,7 +113,7 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Callable[..., tuple[Te
     return longspan_attention
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch's own attention does: rotation leaves queries wider than values."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -98,7 +122,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _checked(
+def checked_rows(
     name: str,
     module: nn.Module,
     query: Tensor,

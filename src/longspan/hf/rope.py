@@ -104,7 +104,7 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
     planned.rope_parameters = rope_parameters(config, kind, length)
     if kind != "dynamic":
         planned.max_position_embeddings = length
-    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in _rotary_modules(base)]
+    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary_modules(base)]
     if not rebuilt:
         raise Refusal(
             f"{type(base).__name__} has no rotary module with inverse frequencies that can be "
@@ -152,7 +152,8 @@ def _rotary_width(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
     return int(head * entry.get("partial_rotary_factor", 1.0))
 
 
-def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every rotary embedding."""
     for name, module in model.named_modules():
         buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
         if any(buffer.endswith("inv_freq") for buffer in buffers) and hasattr(module, "config"):

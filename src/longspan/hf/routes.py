@@ -26,6 +26,8 @@ _MIXES_TOKENS = re.compile(
     r"(Attention|Attn|Mixer|Mamba|SSM|DeltaNet|RWKV|Recurrent|ShortConv|Hyena|Retention)"
     r"(?!.*(Layer|Norm|Embedding)$)"
 )
+# On the model: what was done to it beside its attention, in words, and the handle to undo it.
+CHANGES = "_longspan_changes"
 _KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -53,12 +55,14 @@ class Report:
         attention: how it attends at present.
         modules: every module that mixes tokens.
         reasons: why the model is refused; empty if it is not.
+        changes: what was changed beside the attention function.
     """
 
     model: str
     attention: str
     modules: tuple[Module, ...]
     reasons: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
     @property
     def routes(self) -> bool:
@@ -73,6 +77,7 @@ class Report:
         verdict = "routes" if self.routes else "is refused"
         lines = [f"{self.model} {verdict}; attention now: {self.attention}"]
         lines += [f"  because {reason}" for reason in self.reasons]
+        lines += [f"  {change}" for change in self.changes]
         lines += [f"  {path} ({kind}): {state}" for path, kind, state in self.rows()]
         return "\n".join(lines)
 
@@ -93,6 +98,7 @@ def inspect(model: Any) -> Report:
         attention=described(base.config._attn_implementation),
         modules=modules,
         reasons=tuple(_reasons(base, modules)),
+        changes=tuple(change for change, _ in getattr(base, CHANGES, ())),
     )
 
 

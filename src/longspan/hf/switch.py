@@ -11,10 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import PatternError, Refusal
+from longspan.hf.dual_chunk import register_dual_chunk, settle, why_not
 from longspan.hf.register import PREFIX, register
 from longspan.hf.rope import set_rope
 from longspan.hf.routes import inspect
 from longspan.hf.unwrap import base_model
+from longspan.mechanism import DualChunk
 from longspan.ops.capability import KERNELS
 from longspan.pattern import Pattern, parse
 
@@ -31,13 +33,13 @@ class Applied:
 
     Attributes:
         model: the transformers model.
-        pattern: its pattern.
+        pattern: its pattern, or the sizes of its Dual Chunk Attention.
         name: its attention implementation.
         before: the implementation that ``remove`` restores.
     """
 
     model: PreTrainedModel
-    pattern: Pattern
+    pattern: Pattern | DualChunk
     name: str
     before: str
 
@@ -59,7 +61,7 @@ class Applied:
         self.remove()
 
 
-def apply(model: Any, pattern: Pattern | str, impl: str = "auto") -> Applied:
+def apply(model: Any, pattern: Pattern | DualChunk | str, impl: str = "auto") -> Applied:
     """Let every attention layer of a model look only where the pattern allows.
 
     Layers keep their own bounds: a causal model stays causal, and a layer with a sliding window
@@ -67,7 +69,8 @@ def apply(model: Any, pattern: Pattern | str, impl: str = "auto") -> Applied:
 
     Args:
         model: a Hugging Face model, or a PEFT model around one.
-        pattern: a pattern or its text form.
+        pattern: a pattern or its text form; or ``longspan.DualChunk``, which also changes where
+            queries and keys are rotated to.
         impl: kernel name or ``"auto"``, as for ``longspan.attend``.
 
     Returns:
@@ -80,19 +83,24 @@ def apply(model: Any, pattern: Pattern | str, impl: str = "auto") -> Applied:
     """
     base = base_model(model)
     wanted = parse(pattern) if isinstance(pattern, str) else pattern
-    if not isinstance(wanted, Pattern):
+    if not isinstance(wanted, Pattern | DualChunk):
         raise PatternError(f"Expected a pattern or its text, got {type(pattern).__name__}.")
     kernels = ("auto", *(kernel.name for kernel in KERNELS))
     if impl not in kernels:
         raise Refusal(f"Unknown impl {impl!r}; choose one of {', '.join(kernels)}.")
     report = inspect(base)
-    if not report.routes:
-        raise Refusal("; ".join(report.reasons) + ". The model was not changed.")
+    reasons = list(report.reasons)
+    if not reasons and isinstance(wanted, DualChunk):
+        reasons += why_not(base)
+    if reasons:
+        raise Refusal("; ".join(reasons) + ". The model was not changed.")
     config = base.config.get_text_config()
-    for layer in range(config.num_hidden_layers):
-        wanted.at_layer(layer).check(config.num_attention_heads)
+    if isinstance(wanted, Pattern):
+        for layer in range(config.num_hidden_layers):
+            wanted.at_layer(layer).check(config.num_attention_heads)
     before = str(config._attn_implementation)
-    name = register(wanted, impl)
+    dual = isinstance(wanted, DualChunk)
+    name = register_dual_chunk(wanted, impl) if dual else register(wanted, impl)
     if not before.startswith(PREFIX):
         setattr(base, _BEFORE, before)
     _switch(base, name)
@@ -142,3 +150,4 @@ def extend(model: Any, length: int, pattern: Pattern | str, rope: str = "yarn") 
 
 def _switch(base: PreTrainedModel, name: str) -> None:
     base.set_attn_implementation(name)
+    settle(base)

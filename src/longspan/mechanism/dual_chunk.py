@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
@@ -42,7 +41,7 @@ from longspan.position import Frequencies, default
 
 
 def attend_in_passes(
-    queries: Callable[[NDArray[np.int64]], Tensor],
+    queries: Callable[[int], Tensor],
     k: Tensor,
     v: Tensor,
     laid: DualChunkPlan,
@@ -53,7 +52,7 @@ def attend_in_passes(
     """The passes of a plan, merged.
 
     Args:
-        queries: gives the queries [B, H, N, D] rotated to places [B or 1, N].
+        queries: gives the queries [B, H, N, D] rotated for the pass of a number.
         k: keys [B, K, M, D], each rotated to its position modulo the chunk.
         v: values [B, K, M, Dv].
         laid: from ``lay_out``.
@@ -61,8 +60,8 @@ def attend_in_passes(
         impl: kernel of ``attend``.
     """
     parts = []
-    for one, place in laid.passes:
-        q = queries(place)
+    for index, (one, _) in enumerate(laid.passes):
+        q = queries(index)
         if laid.factor is not None:
             q = q * torch.from_numpy(laid.factor).to(q)[:, None, :, None]
         parts.append(attend(q, k, v, one, scale=scale, return_lse=True, impl=impl))
@@ -107,8 +106,8 @@ def dual_chunk_attention(
     found = layouts(q.shape[2], k.shape[2], *(rows.get(name) for name in names))
     key_place = np.stack([layout.key_position for layout in found]) % config.chunk
 
-    def queries(place: NDArray[np.int64]) -> Tensor:
-        return rotate(q, torch.from_numpy(place).to(q.device), inv_freq, factor)
+    def queries(index: int) -> Tensor:
+        return rotate(q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor)
 
     k = rotate(k, torch.from_numpy(key_place).to(k.device), inv_freq, factor)
     return attend_in_passes(queries, k, v, laid, scale=scale, impl=impl)
@@ -219,8 +218,8 @@ class DualChunkAttention(MechanismLayer):
         if state is not None:
             k, v = torch.cat([state.key_BKMD, k], dim=2), torch.cat([state.value_BKMD, v], dim=2)
 
-        def queries(place: NDArray[np.int64]) -> Tensor:
-            return rotate(q, torch.from_numpy(place).to(q.device), inv_freq, factor)
+        def queries(index: int) -> Tensor:
+            return rotate(q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor)
 
         out = attend_in_passes(queries, k, v, laid, impl=self.impl)
         return out, DualChunkState(key_BKMD=k, value_BKMD=v, valid_BM=valid)
