@@ -10,6 +10,8 @@ import longspan as ls
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    # The compiler of the kernel there raises warnings of its own.
+    pytest.mark.filterwarnings("default"),
 ]
 PATTERN = ls.Window(40) | ls.Sink(4)
 N = 301

@@ -307,6 +307,42 @@ def test_beam_search(tiny):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+@pytest.mark.filterwarnings("default")
+def test_gradients_of_a_compiled_model(tiny):
+    """The compiler steps out at the attention; its own warnings are not ours."""
+    model, ids = tiny.build("llama").train(), tiny.tokens(2, N)
+    ls.hf.apply(model, PATTERNS[2])
+
+    def gradients(run):
+        model.zero_grad()
+        run(ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(model)
+    for got, wanted in zip(
+        gradients(torch.compile(model, backend="eager")), expected, strict=True
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("default")
+def test_generate_compiles_with_a_static_cache(tiny):
+    """On accelerators transformers compiles the forward of a static cache by itself."""
+    from transformers import CompileConfig
+
+    model, ids = tiny.build("llama"), tiny.tokens(1, 20)
+    ls.hf.apply(model, PATTERNS[2])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **options)
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    got = model.generate(ids, cache_implementation="static", compile_config=compiled, **options)
+    assert torch.equal(got, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+
+
 def test_masks_of_pairs_are_refused(tiny):
     model, ids = tiny.build("llama"), tiny.tokens(1, N)
     ls.hf.apply(model, ls.Causal())
