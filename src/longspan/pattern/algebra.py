@@ -59,6 +59,11 @@ class Pattern:
         """True if no allowed pair has its key after its query, whatever the length."""
         raise NotImplementedError
 
+    @property
+    def needs_length(self) -> bool:
+        """True if pairs depend on the length of the sequence, as clamped edges do."""
+        return False
+
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:
         """Definition of the pattern, pair by pair.
 
@@ -91,13 +96,27 @@ class Pattern:
     def check(self, heads: int) -> None:
         """Raise ``PatternError`` if the pattern cannot be used with this number of query heads."""
 
+    def require(self, heads: int) -> None:
+        """Raise ``PatternError`` if the whole pattern cannot be used.
+
+        That is if it does not fit the query heads, or is causal only because a part was cut at
+        the diagonal that looks at the length: it would change as the sequence grows, and decoding
+        would differ from prefill.
+        """
+        self.check(heads)
+        if self.is_causal and self.needs_length:
+            raise PatternError(
+                f"{self} is causal, but a two-sided part of it depends on the length of the "
+                "sequence and would change with every new token; use the causal form of that part"
+            )
+
     def mask(self, n: int, heads: int = 1, layer: int = 0) -> Mask:
         """Dense mask [heads, n, n] of a sequence of ``n`` tokens: the oracle, O(heads n n) memory.
 
         A causal pattern that leaves a query without any key keeps the query's own position.
         """
         pattern = self.at_layer(layer)
-        pattern.check(heads)
+        pattern.require(heads)
         token = np.arange(n)
         rows = [
             pattern.allows(token[:, None], token[None, :], At(head=h, heads=heads, length=n))
@@ -193,15 +212,17 @@ def whole(owner: str, field: str, value: Any, least: int) -> int:
     return number
 
 
-def wholes(owner: str, field: str, values: Any, least: int) -> tuple[int, ...]:
+def wholes(
+    owner: str, field: str, values: Any, least: int, *, may_be_empty: bool = False
+) -> tuple[int, ...]:
     """Check several integers, as ``whole`` does; sorted, each once.
 
     Raises:
-        PatternError: if ``values`` is no sequence of such integers, or empty.
+        PatternError: if ``values`` is no sequence of such integers, or empty where it may not be.
     """
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray | range):
         raise PatternError(f"{owner}: {field} must be a list of whole numbers, got {values!r}")
-    if len(values) == 0:
+    if len(values) == 0 and not may_be_empty:
         raise PatternError(f"{owner}: {field} must hold at least one number, got none")
     return tuple(sorted({whole(owner, field, value, least) for value in values}))
 
@@ -223,6 +244,10 @@ class _Combined(Pattern):
             flat.extend(part.parts if isinstance(part, cls) else [part])
         unique = tuple(dict.fromkeys(flat))
         return unique[0] if len(unique) == 1 else cls(unique)
+
+    @property
+    def needs_length(self) -> bool:
+        return any(part.needs_length for part in self.parts)
 
     def head_class(self, at: At) -> Hashable:
         return tuple(part.head_class(at) for part in self.parts)
@@ -285,6 +310,10 @@ class Sub(Pattern):
     @property
     def is_causal(self) -> bool:
         return self.left.is_causal
+
+    @property
+    def needs_length(self) -> bool:
+        return self.left.needs_length or self.right.needs_length
 
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:
         return self.left.allows(query, key, at) & ~self.right.allows(query, key, at)

@@ -56,8 +56,8 @@ class Blocks(Atom):
                 "Blocks: map must hold a list of key blocks for each query block, such as "
                 f"[[0], [0, 1]]; got {self.map!r} (a matrix: Blocks.of(matrix, size))"
             )
-        rows = (wholes("Blocks", "map", row, 0) if len(row) else () for row in self.map)
-        object.__setattr__(self, "map", tuple(rows))
+        rows = tuple(wholes("Blocks", "map", row, 0, may_be_empty=True) for row in self.map)
+        object.__setattr__(self, "map", rows)
 
     @classmethod
     def of(cls, matrix: Any, size: int, causal: bool = False) -> Blocks:
@@ -160,6 +160,10 @@ class EdgeBlocks(Atom):
     @property
     def is_causal(self) -> bool:
         return False
+
+    @property
+    def needs_length(self) -> bool:
+        return self.last > 0
 
     def _edges(self, at: At) -> tuple[int, Any]:
         """Tokens before the first are global, and so are those from the second on."""

@@ -43,6 +43,10 @@ class Mixture(Pattern):
     def is_causal(self) -> bool:
         return all(part.is_causal for part in self.parts)
 
+    @property
+    def needs_length(self) -> bool:
+        return any(part.needs_length for part in self.parts)
+
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:
         return self.counts(query, key, at) > 0
 

@@ -57,6 +57,10 @@ class Neighborhood(Atom):
     def is_causal(self) -> bool:
         return self.causal
 
+    @property
+    def needs_length(self) -> bool:
+        return not self.causal
+
     def _places(self, query: Positions, at: At) -> tuple[Any, Any]:
         """First place of the group that each query sees, and one past the last."""
         place = query // self.dilation

@@ -53,11 +53,11 @@ def bigbird(
         seed: chooses the random blocks.
         causal: see above.
     """
-    local = BandBlocks(block, ahead=0 if causal else 1)
-    known = EdgeBlocks(block, first=edges, last=0 if causal else edges)
-    drawn = RandomBlocks(block, random, seed, apart=2, skip=edges, causal=causal)
-    whole_pattern = local | known | drawn if random else local | known
-    return whole_pattern & Causal() if causal else whole_pattern
+    parts = BandBlocks(block, ahead=0 if causal else 1)
+    parts = parts | EdgeBlocks(block, first=edges, last=0 if causal else edges)
+    if random:
+        parts = parts | RandomBlocks(block, random, seed, apart=2, skip=edges, causal=causal)
+    return parts & Causal() if causal else parts
 
 
 def etc(radius: int = 84, tokens: int = 16) -> Pattern:

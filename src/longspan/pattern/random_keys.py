@@ -56,6 +56,10 @@ class RandomBlocks(Atom):
     def is_causal(self) -> bool:
         return self.causal
 
+    @property
+    def needs_length(self) -> bool:
+        return not self.causal
+
     def head_class(self, at: At) -> Hashable:
         return at.head
 

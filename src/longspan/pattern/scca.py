@@ -100,6 +100,10 @@ class SCCAFlow(Atom):
     def is_causal(self) -> bool:
         return self.causal
 
+    @property
+    def needs_length(self) -> bool:
+        return not self.causal
+
     def _source(self, query: Positions, at: At) -> Positions:
         """Chunk that each query reads; negative where there is none."""
         own = query // self.chunk

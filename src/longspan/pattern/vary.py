@@ -39,6 +39,10 @@ class _Choice(Pattern):
     def is_causal(self) -> bool:
         return all(choice.is_causal for choice in self.choices)
 
+    @property
+    def needs_length(self) -> bool:
+        return any(choice.needs_length for choice in self.choices)
+
     def check(self, heads: int) -> None:
         for choice in self.choices:
             choice.check(heads)

@@ -43,8 +43,7 @@ class VerticalSlash(Atom):
         whole("VerticalSlash", "block", self.block, 1)
         for field in ("columns", "offsets"):
             value = getattr(self, field)
-            empty = isinstance(value, list | tuple) and not value
-            numbers = () if empty else wholes("VerticalSlash", field, value, 0)
+            numbers = wholes("VerticalSlash", field, value, 0, may_be_empty=True)
             object.__setattr__(self, field, numbers)
         if not self.columns and not self.offsets:
             raise PatternError("VerticalSlash: expected columns or offsets, got neither")

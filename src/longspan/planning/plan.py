@@ -127,7 +127,7 @@ def plan(
             raise PlanError(f"{name} must be a whole number of at least 1, got {value!r}")
     keys = n if keys is None else keys
     own = pattern.at_layer(layer)
-    own.check(heads)
+    own.require(heads)
     rows = layouts(n, keys, positions, segments, key_positions, key_segments)
     passes = passes_of(own, rows, heads)
     return Plan(own, n, keys, heads, len(rows), passes)
