@@ -237,7 +237,7 @@ def test_compiled_operator_passes_torch_opcheck():
     q = torch.randn(1, 4, 7, 8, requires_grad=True)
     k = torch.randn(1, 2, 7, 8, requires_grad=True)
     v = torch.randn(1, 2, 7, 6, requires_grad=True)
-    arguments = (q, k, v, "window(3)", None, None, 0.3, "auto", 0)
+    arguments = (q, k, v, "window(3)", None, None, None, None, 0.3, "auto", 0)
     torch.library.opcheck(torch.ops.longspan.attend.default, arguments)
 
 

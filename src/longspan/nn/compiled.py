@@ -30,15 +30,20 @@ def attend(
     *,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_segments: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
     layer: int = 0,
-) -> Tensor:
+) -> Any:
     """``longspan.attend``, also inside ``torch.compile``; see there for the arguments."""
     if torch.compiler.is_compiling():
         factor = q_BHND.shape[-1] ** -0.5 if scale is None else scale
         text = str(pattern)
-        return _attend(q_BHND, k_BKND, v_BKND, text, positions, segments, factor, impl, layer)
+        rows = (positions, segments, key_positions, key_segments)
+        found = _attend(q_BHND, k_BKND, v_BKND, text, *rows, factor, impl, layer)
+        return found if return_lse else found[0]
     return attend_now(
         q_BHND,
         k_BKND,
@@ -46,7 +51,10 @@ def attend(
         pattern,
         positions=positions,
         segments=segments,
+        key_positions=key_positions,
+        key_segments=key_segments,
         scale=scale,
+        return_lse=return_lse,
         impl=impl,
         layer=layer,
     )
@@ -60,54 +68,69 @@ def _attend(
     pattern: str,
     positions: Tensor | None,
     segments: Tensor | None,
+    key_positions: Tensor | None,
+    key_segments: Tensor | None,
     scale: float,
     impl: str,
     layer: int,
-) -> Tensor:
-    rest: dict[str, Any] = {"positions": positions, "segments": segments, "scale": scale}
-    return attend_now(q, k, v, _parsed(pattern), impl=impl, layer=layer, **rest).contiguous()
+) -> tuple[Tensor, Tensor]:
+    rows = (positions, segments, key_positions, key_segments)
+    out, lse = _now(q, k, v, pattern, rows, scale, impl, layer)
+    return out.contiguous(), lse.contiguous()
 
 
 @_attend.register_fake
-def _(q, k, v, pattern, positions, segments, scale, impl, layer):
-    return q.new_empty(*q.shape[:3], v.shape[3])
+def _(q, k, v, *_):
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
 @torch.library.custom_op("longspan::attend_backward", mutates_args=())
 def _attend_backward(
-    grad: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pattern: str,
     positions: Tensor | None,
     segments: Tensor | None,
+    key_positions: Tensor | None,
+    key_segments: Tensor | None,
     scale: float,
     impl: str,
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rest: dict[str, Any] = {"positions": positions, "segments": segments, "scale": scale}
+    rows = (positions, segments, key_positions, key_segments)
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = attend_now(q, k, v, _parsed(pattern), impl=impl, layer=layer, **rest)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+        found = _now(q, k, v, pattern, rows, scale, impl, layer)
+        dq, dk, dv = torch.autograd.grad(found, (q, k, v), (dout, dlse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_attend_backward.register_fake
-def _(grad, q, k, v, pattern, positions, segments, scale, impl, layer):
+def _(dout, dlse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _now(q, k, v, pattern, rows, scale, impl, layer) -> tuple[Tensor, Tensor]:
+    names = ("positions", "segments", "key_positions", "key_segments")
+    given: dict[str, Any] = dict(zip(names, rows, strict=True))
+    how: dict[str, Any] = {"scale": scale, "impl": impl, "layer": layer, "return_lse": True}
+    return attend_now(q, k, v, _parsed(pattern), **given, **how)
+
+
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, ctx.pattern, positions, segments, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, positions, segments)
+    q, k, v, ctx.pattern, *rows, scale, impl, layer = inputs
+    ctx.save_for_backward(q, k, v, *rows)
+    ctx.how = (scale, impl, layer)
 
 
-def _backward(ctx, grad):
-    q, k, v, positions, segments = ctx.saved_tensors
-    grads = _attend_backward(grad, q, k, v, ctx.pattern, positions, segments, *ctx.rest)
-    return *grads, None, None, None, None, None, None
+def _backward(ctx, dout, dlse):
+    q, k, v, *rows = ctx.saved_tensors
+    grads = _attend_backward(dout, dlse, q, k, v, ctx.pattern, *rows, *ctx.how)
+    return *grads, *(None for _ in range(8))
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
