@@ -290,6 +290,14 @@ def test_findings_say_what_came_true_and_what_did_not() -> None:
     assert len(bad) == 2
 
 
+def test_long_patterns_are_not_repeated_in_sentences() -> None:
+    found = report(4.0, 3.9)
+    found["trained"]["pattern"] = "window(512) | sink(4) | prefix(16)"
+    text = " ".join(findings(found))
+    assert "After training with the pattern: 5.00 at 512, 4.00 at 4,096" in text
+    assert "prefix" not in text
+
+
 def test_commands_are_complete() -> None:
     from longspan.cli.app import app
 

@@ -56,9 +56,10 @@ def findings(report: dict[str, Any]) -> list[str]:
     base_near, base_far = at("base", near), at("base", far)
     near_after, far_after = at("trained", near), at("trained", far)
     pattern = report["trained"]["pattern"]
+    name = pattern if len(pattern) <= 24 else "the pattern"
     said = [
         f"Before: perplexity {base_near:.2f} at {near:,} tokens, {base_far:,.0f} at {far:,}.",
-        f"After training with {pattern}: {near_after:.2f} at {near:,}, {far_after:.2f} at "
+        f"After training with {name}: {near_after:.2f} at {near:,}, {far_after:.2f} at "
         f"{far:,}: "
         + (
             "the longer context helps."
@@ -72,7 +73,7 @@ def findings(report: dict[str, Any]) -> list[str]:
         said.append(
             f"The same recipe with dense attention: {dense:.2f} at {far:,} "
             f"({far_after / dense - 1:+.1%} "
-            f"for {pattern}), in {report['dense']['seconds']:.0f} s against "
+            f"for {name}), in {report['dense']['seconds']:.0f} s against "
             f"{report['trained']['seconds']:.0f} s ({ratio:.2f} of the time)."
         )
     return said

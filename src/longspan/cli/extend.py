@@ -203,7 +203,7 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     titles = {
         "base": "before",
         "scaled": "positions scaled",
-        "trained": "trained, " + (report["trained"]["pattern"] or "dense"),
+        "trained": "trained, " + brief(report["trained"]["pattern"]),
         "dense": "trained, dense",
     }
     table = Table(title="Perplexity on held-out text", title_justify="left")
@@ -225,8 +225,17 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     )
     console = Console()
     console.print(table)
+    if report["trained"]["pattern"]:
+        console.print(f"Pattern: {report['trained']['pattern']}", highlight=False, markup=False)
     console.print(f"Adapter: {out / 'adapter'}", highlight=False, soft_wrap=True)
     console.print(f"Report:  {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def brief(pattern: str | None) -> str:
+    """A pattern in a place where there is no room for a long one."""
+    if pattern is None:
+        return "dense"
+    return pattern if len(pattern) <= 24 else "with the pattern"
 
 
 def _mean(values: list[float | None]) -> float:

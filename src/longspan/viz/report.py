@@ -74,7 +74,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _states(report: dict[str, Any]) -> list[_State]:
-    trained = report["trained"]["pattern"] or "dense attention"
+    trained = _brief(report["trained"]["pattern"])
     found = [
         _State("before", 1, report["base"], dashed=True),
         _State(
@@ -85,6 +85,13 @@ def _states(report: dict[str, Any]) -> list[_State]:
     if report.get("dense"):
         found.append(_State("trained with dense attention", 4, report["dense"]))
     return found
+
+
+def _brief(pattern: str | None) -> str:
+    # Legends have no room for long ones; the head of the page names them in full.
+    if pattern is None:
+        return "dense attention"
+    return pattern if len(pattern) <= 32 else "the pattern"
 
 
 def _subtitle(report: dict[str, Any]) -> str:
@@ -184,7 +191,7 @@ def _by_length(states: Sequence[_State], trained_length: int) -> str:
 
 
 def _losses(report: dict[str, Any]) -> tuple[str, str]:
-    arms = [("trained", 3, report["trained"]["pattern"] or "dense attention")]
+    arms = [("trained", 3, _brief(report["trained"]["pattern"]))]
     if report.get("dense"):
         arms.append(("dense", 4, "dense attention"))
     faint, smooth = [], []
