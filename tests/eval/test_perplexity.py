@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -62,6 +62,7 @@ def yarn(documents: list[Tensor], length: int, stride: int, bos: int | None) -> 
     return math.exp(torch.stack(means).mean())
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     size=st.integers(40, 200),
     length=st.integers(4, 30),
@@ -76,6 +77,7 @@ def test_sliding_is_longlora(size: int, length: int, stride: int, seed: int) -> 
     assert found["lengths"][0]["perplexity"] == pytest.approx(longlora(data, length, stride))
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     sizes=st.lists(st.integers(2, 90), min_size=1, max_size=3),
     length=st.integers(4, 30),
