@@ -31,6 +31,25 @@ _GAP = 64
 # A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs: key
 # gradients of overlapping spans are added slice by slice.
 _OVERLAP = 32
+# Query rows of a job at most, bundled heads counted.
+_TALLEST = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mask:
+    """What hides keys from the rows of a job; one object for all jobs that look alike.
+
+    Attributes:
+        lo_Tm, hi_Tm: ranges of each row, in columns of the job.
+        span: columns of the job.
+        left, right: every row sees every column from ``left`` up to ``right``.
+    """
+
+    lo_Tm: NDArray[np.int32]
+    hi_Tm: NDArray[np.int32]
+    span: int
+    left: int
+    right: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +63,7 @@ class Run:
         count: number of jobs.
         rows: query rows T of a job.
         span: key rows of a job.
-        left: columns before this one may be hidden from some row,
-        right: and so may this one and those after it; between them every row sees every key.
+        mask: None where every row sees every key.
     """
 
     wave: int
@@ -56,8 +74,7 @@ class Run:
     row_step: int
     key: int
     key_step: int
-    left: int
-    right: int
+    mask: Mask | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +92,26 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Jobs of one run computed in one call: along the run in one lane, or one of its jobs in
-    many lanes."""
+    """A grid of equal jobs computed in one call: ``lanes`` bundles of heads by ``count`` jobs of
+    a run.
+
+    Attributes:
+        group: range group of all its heads.
+        run: the run, for what its jobs have in common.
+        heads: query heads of a bundle.
+        row, key: first row and first key of the first job.
+        lane_steps, steps: rows and keys from one lane, and from one job of the run, to the next.
+    """
 
     group: int
     run: Run
     heads: int
+    lanes: int
     count: int
     row: int
-    row_step: int
     key: int
-    key_step: int
+    lane_steps: tuple[int, int]
+    steps: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -102,33 +128,34 @@ class Schedule:
     parts: list[list[list[Lanes]]]
     area: int
 
-    def batches(self, part: int) -> Iterator[Batch]:
-        """Everything to compute in one part, in order."""
+    def batches(self, part: int, *, grid: bool) -> Iterator[Batch]:
+        """Everything to compute in one part, in order; unless ``grid``, along one step at a
+        time."""
         for group, (runs, lanes) in enumerate(zip(self.runs, self.parts[part], strict=True)):
             for run in runs:
                 for lane in lanes:
-                    yield from self._split(group, run, lane)
+                    yield from self._cut(group, run, lane, grid)
 
-    def _split(self, group: int, run: Run, lanes: Lanes) -> Iterator[Batch]:
+    def _cut(self, group: int, run: Run, lanes: Lanes, grid: bool) -> Iterator[Batch]:
         limit = max(1, self.area // (lanes.heads * run.rows * run.span))
-        along_run = (run.count, run.row_step, run.key_step)
-        along_lanes = (lanes.count, lanes.row_step, lanes.key_step)
-        inner, outer = (
-            (along_run, along_lanes) if run.count >= lanes.count else (along_lanes, along_run)
-        )
-        for i in range(outer[0]):
-            row = run.row + lanes.row + i * outer[1]
-            key = run.key + lanes.key + i * outer[2]
-            for j in range(0, inner[0], limit):
+        if run.count >= lanes.count:
+            width = min(run.count, limit)
+            height = min(lanes.count, limit // width) if grid else 1
+        else:
+            height = min(lanes.count, limit)
+            width = min(run.count, limit // height) if grid else 1
+        for i in range(0, lanes.count, height):
+            for j in range(0, run.count, width):
                 yield Batch(
                     group=group,
                     run=run,
                     heads=lanes.heads,
-                    count=min(limit, inner[0] - j),
-                    row=row + j * inner[1],
-                    row_step=inner[1],
-                    key=key + j * inner[2],
-                    key_step=inner[2],
+                    lanes=min(height, lanes.count - i),
+                    count=min(width, run.count - j),
+                    row=lanes.row + i * lanes.row_step + run.row + j * run.row_step,
+                    key=lanes.key + i * lanes.key_step + run.key + j * run.key_step,
+                    lane_steps=(lanes.row_step, lanes.key_step),
+                    steps=(run.row_step, run.key_step),
                 )
 
 
@@ -140,6 +167,7 @@ def build_schedule(
     keys: int,
     key_heads: int,
     tile: int,
+    span: int,
     area: int,
     parts: int,
 ) -> Schedule:
@@ -151,7 +179,8 @@ def build_schedule(
         group_BH: range group of each query head, for every batch row.
         keys: key rows M.
         key_heads: key heads K of each batch row.
-        tile: query rows of a job.
+        tile: query rows of a job; those that share all their keys make a taller one.
+        span: most keys of a job.
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
 
@@ -163,17 +192,21 @@ def build_schedule(
     cuts = [len(bundles) * i // parts for i in range(parts + 1)]
     lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
     heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
-    span = max(16 * _ALIGN, area // (heads * tile) // _ALIGN * _ALIGN)
+    span = -(-span // _ALIGN) * _ALIGN
+    tallest = max(1, min(area // span, _TALLEST) // (heads * tile))
     whole = queries // tile * tile
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]
+    masks: dict[bytes, Mask] = {}
     for group in used:
         for first, stop, rows in ((0, whole, tile), (whole, queries, queries - whole)):
             if first < stop:
                 shape = (-1, rows, lo_GNm.shape[2])
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
-                runs[group] += _runs(_jobs(lo_tTm, hi_tTm, keys, span), rows, first)
+                runs[group] += _runs(
+                    _jobs(lo_tTm, hi_tTm, keys, span, tallest), rows, first, masks
+                )
     return Schedule(runs=runs, parts=lanes, area=max(area, heads * tile * span))
 
 
@@ -238,14 +271,14 @@ class _Jobs:
 
     tile_J: Ints
     key_J: Ints
-    # wave, span, left, right
-    shape_J4: Ints
+    # wave, height in tiles, span, left, right
+    shape_J5: Ints
     # Ranges of the rows relative to the job's first key, cut to its span; zero where the job
     # needs no mask.
     bounds_JX: NDArray[np.int32]
 
 
-def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int) -> _Jobs:
+def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int, tallest: int) -> _Jobs:
     tile_S, start_S, stop_S, left_S, right_S = _segments(lo_tTm, hi_tTm)
     start_S = start_S // _ALIGN * _ALIGN
     stop_S = np.minimum(-(-stop_S // _ALIGN) * _ALIGN, keys)
@@ -261,14 +294,41 @@ def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int) -> _Jobs:
     right_J = np.clip(right_S[segment_J] - key_J, left_J, span_J)
     wave_J = np.arange(len(tile_J)) - np.searchsorted(tile_J, tile_J)
 
+    masked_J = (left_J > 0) | (right_J < span_J)
+    first_J, height_J = _stack(tile_J, wave_J, key_J, span_J, ~masked_J, tallest)
+    shape_J5 = np.stack([wave_J, np.ones_like(wave_J), span_J, left_J, right_J], axis=1)[first_J]
+    shape_J5[:, 1] = height_J
+    tile_J, key_J, masked_J = tile_J[first_J], key_J[first_J], masked_J[first_J]
+
     bounds_JX = np.zeros((len(tile_J), 2 * lo_tTm[0].size), dtype=np.int32)
-    masked = np.flatnonzero((left_J > 0) | (right_J < span_J))
-    first, last = key_J[masked, None, None], span_J[masked, None, None]
+    masked = np.flatnonzero(masked_J)
+    first, last = key_J[masked, None, None], shape_J5[masked, 2, None, None]
     lo_JTm = np.clip(lo_tTm[tile_J[masked]] - first, 0, last)
     hi_JTm = np.clip(hi_tTm[tile_J[masked]] - first, lo_JTm, last)
     bounds_J2Tm = np.stack([lo_JTm, hi_JTm], axis=1) * (lo_JTm < hi_JTm)[:, None]
     bounds_JX[masked] = bounds_J2Tm.reshape(len(masked), bounds_JX.shape[1])
-    return _Jobs(tile_J, key_J, np.stack([wave_J, span_J, left_J, right_J], axis=1), bounds_JX)
+    return _Jobs(tile_J, key_J, shape_J5, bounds_JX)
+
+
+def _stack(
+    tile_J: Ints, wave_J: Ints, key_J: Ints, span_J: Ints, open_J: NDArray[np.bool_], tallest: int
+) -> tuple[Ints, Ints]:
+    """Put open (unmasked) jobs of neighbouring tiles on the same keys on top of each other.
+
+    Returns:
+        The jobs to keep, which are the first of each stack, and how many tiles high each now is.
+    """
+    order_J = np.lexsort((tile_J, span_J, key_J, wave_J))
+    joins = open_J[order_J[1:]] & open_J[order_J[:-1]] & (np.diff(tile_J[order_J]) == 1)
+    for x_J in (wave_J, key_J, span_J):
+        joins &= np.diff(x_J[order_J]) == 0
+    starts = np.flatnonzero(np.concatenate([[True], ~joins])) if len(order_J) else order_J
+    # Stacks that are too tall are cut into equal ones and a rest.
+    length = np.diff(np.append(starts, len(order_J)))
+    cuts = -(-length // tallest)
+    piece = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    height_J = np.minimum(np.repeat(length, cuts) - piece * tallest, tallest)
+    return order_J[np.repeat(starts, cuts) + piece * tallest], height_J
 
 
 def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
@@ -314,8 +374,9 @@ def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]
     )
 
 
-def _runs(jobs: _Jobs, rows: int, base: int) -> list[Run]:
-    """Sort equal jobs together and cut them into runs of constant steps."""
+def _runs(jobs: _Jobs, rows: int, base: int, masks: dict[bytes, Mask]) -> list[Run]:
+    """Sort equal jobs together and cut them into runs of constant steps; share masks seen
+    before."""
     if not len(jobs.tile_J):
         return []
     # The hash only brings equal masks together; whether neighbours are equal is decided on the
@@ -323,30 +384,34 @@ def _runs(jobs: _Jobs, rows: int, base: int) -> list[Run]:
     odd_X = np.random.default_rng(0).integers(1 << 62, size=jobs.bounds_JX.shape[1]) * 2 + 1
     with np.errstate(over="ignore"):
         hash_J = (jobs.bounds_JX * odd_X).sum(axis=1)
-    order_J = np.lexsort((jobs.tile_J, hash_J, *jobs.shape_J4.T[::-1]))
-    tile_J, key_J, shape_J4 = jobs.tile_J[order_J], jobs.key_J[order_J], jobs.shape_J4[order_J]
+    order_J = np.lexsort((jobs.tile_J, hash_J, *jobs.shape_J5.T[::-1]))
+    tile_J, key_J, shape_J5 = jobs.tile_J[order_J], jobs.key_J[order_J], jobs.shape_J5[order_J]
     bounds_JX = jobs.bounds_JX[order_J]
-    equal = (shape_J4[1:] == shape_J4[:-1]).all(axis=1)
+    equal = (shape_J5[1:] == shape_J5[:-1]).all(axis=1)
     equal &= (bounds_JX[1:] == bounds_JX[:-1]).all(axis=1)
     step_J2 = np.stack([np.diff(tile_J) * rows, np.diff(key_J)], axis=1)
     # Steps that a strided view cannot take, or that overlap too much.
-    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J4[1:, 1])
+    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J5[1:, 2])
     runs: list[Run] = []
     for first, count in _progressions(equal, step_J2):
-        wave, span, left, right = shape_J4[first].tolist()
+        wave, height, span, left, right = shape_J5[first].tolist()
         row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
+        mask = None
+        if left > 0 or right < span:
+            lo_Tm, hi_Tm = bounds_JX[first].reshape(2, rows, -1)
+            name = shape_J5[first, 2:].tobytes() + bounds_JX[first].tobytes()
+            mask = masks.setdefault(name, Mask(lo_Tm, hi_Tm, span, left, right))
         runs.append(
             Run(
                 wave=wave,
                 count=count,
-                rows=rows,
+                rows=height * rows,
                 span=span,
                 row=base + int(tile_J[first]) * rows,
                 row_step=row_step,
                 key=int(key_J[first]),
                 key_step=key_step,
-                left=left,
-                right=right,
+                mask=mask,
             )
         )
     return runs

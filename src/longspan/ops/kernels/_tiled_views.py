@@ -1,98 +1,97 @@
-"""The batches of a schedule as strided views, their logits and their masks.
+"""Batches of a schedule as strided views: nothing is gathered, nothing copied.
 
-Axes: C jobs of a batch, H heads of a bundle, T query rows (of all heads of a bundle where there
-is no H), S keys of a job, R and L all query and key rows laid end to end, D head width, m ranges
-per query.
+Axes: A lanes and C jobs of a batch, H heads of a bundle, T query rows of a job, S its keys, D
+width; R and L all query and all key rows laid end to end; m ranges per query.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from longspan.ops.kernels._tiled_schedule import Batch, Run
-from longspan.ops.ranges import KeyRanges
+from longspan.ops.kernels._tiled_schedule import Batch, Mask
+
+# Numbers that the masks of one schedule may keep.
+_ROOM = 1 << 22
 
 
 def query_rows(x_RD: Tensor, batch: Batch, queries: int) -> Tensor:
-    """View of the batch's rows [C, H, T, D]; heads lie ``queries`` rows apart."""
+    """The batch's rows [A, C, H, T, D]; heads lie ``queries`` rows apart."""
     width = x_RD.shape[1]
     return x_RD.as_strided(
-        (batch.count, batch.heads, batch.run.rows, width),
-        (batch.row_step * width, queries * width, width, 1),
+        (batch.lanes, batch.count, batch.heads, batch.run.rows, width),
+        (batch.lane_steps[0] * width, batch.steps[0] * width, queries * width, width, 1),
         x_RD.storage_offset() + batch.row * width,
     )
 
 
 def key_rows(x_LD: Tensor, batch: Batch, start: int = 0, stop: int | None = None) -> Tensor:
-    """View [C, stop - start, D] of each job's keys (or values) from ``start`` to ``stop`` of its
-    span.
+    """The batch's keys or values [A, C, S, D], or those from ``start`` to ``stop`` of each span.
 
     Jobs may overlap: only write where they do not.
     """
     width = x_LD.shape[1]
     stop = batch.run.span if stop is None else stop
     return x_LD.as_strided(
-        (batch.count, stop - start, width),
-        (batch.key_step * width, width, 1),
+        (batch.lanes, batch.count, stop - start, width),
+        (batch.lane_steps[1] * width, batch.steps[1] * width, width, 1),
         x_LD.storage_offset() + (batch.key + start) * width,
     )
 
 
-def add_to_key_rows(
-    grad_LD: Tensor, w_CTS: Tensor, x_CTD: Tensor, batch: Batch, alpha: float
-) -> None:
-    """Add alpha w^T x to the rows of the batch's keys, whose spans may overlap."""
-    span, step = batch.run.span, batch.key_step
-    if batch.count > 1 and step == 0:
-        # All jobs share their keys: they are one taller job.
-        w_1TS, x_1TD = w_CTS.flatten(0, 1)[None], x_CTD.flatten(0, 1)[None]
-        key_rows(grad_LD, batch)[:1].baddbmm_(w_1TS.transpose(1, 2), x_1TD, alpha=alpha)
-        return
-    # Slices no wider than a step fall on disjoint rows, whichever jobs they belong to.
-    width = span if batch.count == 1 else min(step, span)
-    for start in range(0, span, width):
-        stop = min(start + width, span)
-        w_CST = w_CTS[..., start:stop].transpose(1, 2)
-        key_rows(grad_LD, batch, start, stop).baddbmm_(w_CST, x_CTD, alpha=alpha)
+class Biases:
+    """What masks add to logits, 0 or -inf; kept from call to call as far as they are small.
+
+    A regular pattern has a handful of masks. Irregular ranges have one for every job, which are
+    then made again each time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._room = _ROOM
+
+    def edges(self, mask: Mask, like: Tensor) -> tuple[Tensor, ...]:
+        """Bias [T, left] on the first columns and [T, span - right] on the last."""
+        return self._keep(
+            (mask, like.dtype, like.device),
+            lambda: (_bias(mask, 0, mask.left, like), _bias(mask, mask.right, mask.span, like)),
+        )
+
+    def whole(self, mask: Mask, heads: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Bias [H T, S], and -inf for the rows [H T] that see nothing, if there are any."""
+        return self._keep(
+            (mask, heads, like.dtype, like.device), lambda: _whole(mask, heads, like)
+        )
+
+    def _keep(
+        self, name: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        found = self._kept.get(name)
+        if found is None:
+            found = make()
+            size = sum(x.numel() for x in found)
+            if size <= self._room:
+                self._room -= size
+                self._kept[name] = found
+        return found
 
 
-class Logits:
-    """Masked logits of one batch after another, in a work buffer; masks are kept while a run
-    lasts."""
+def _whole(mask: Mask, heads: int, like: Tensor) -> tuple[Tensor, ...]:
+    bias_TS = like.new_zeros(len(mask.lo_Tm), mask.span)
+    bias_TS[:, : mask.left] = _bias(mask, 0, mask.left, like)
+    bias_TS[:, mask.right :] = _bias(mask, mask.right, mask.span, like)
+    bias_TS = bias_TS.repeat(heads, 1)
+    if mask.left < mask.right:
+        return (bias_TS,)
+    return bias_TS, bias_TS.amax(-1)
 
-    def __init__(self, ranges: KeyRanges, area: int, factor: float, like: Tensor) -> None:
-        """Logits are ``factor`` q k; ``area`` is the most of them in any batch."""
-        self._ranges = ranges
-        self._factor = factor
-        self._buffer = like.new_empty(area)
-        self._run: Run | None = None
-        self._biases: list[tuple[slice, Tensor]] = []
 
-    def __call__(self, q_CTD: Tensor, k_CSD: Tensor, batch: Batch) -> Tensor:
-        """Logits [C, T, S], -inf where a row does not see a key."""
-        shape = (batch.count, q_CTD.shape[1], batch.run.span)
-        s_CTS = self._buffer[: math.prod(shape)].view(shape)
-        k_CDS = k_CSD.transpose(1, 2)
-        torch.baddbmm(s_CTS, q_CTD, k_CDS, beta=0, alpha=self._factor, out=s_CTS)
-        if self._run is not batch.run:
-            self._run, self._biases = batch.run, self._masks(batch.run, batch.group)
-        s_CHTS = s_CTS.unflatten(1, (batch.heads, batch.run.rows))
-        for columns, bias_TS in self._biases:
-            s_CHTS[..., columns].add_(bias_TS)
-        return s_CTS
-
-    def _masks(self, run: Run, group: int) -> list[tuple[slice, Tensor]]:
-        rows = slice(run.row, run.row + run.rows)
-        lo_Tm1 = self._ranges.lo_GNm[group, rows, :, None] - run.key
-        hi_Tm1 = self._ranges.hi_GNm[group, rows, :, None] - run.key
-        masks: list[tuple[slice, Tensor]] = []
-        for start, stop in ((0, run.left), (run.right, run.span)):
-            if start < stop:
-                column_S = torch.arange(start, stop, dtype=torch.int32, device=lo_Tm1.device)
-                visible_TS = ((lo_Tm1 <= column_S) & (column_S < hi_Tm1)).any(1)
-                bias_TS = self._buffer.new_zeros(visible_TS.shape)
-                masks.append((slice(start, stop), bias_TS.masked_fill_(~visible_TS, -torch.inf)))
-        return masks
+def _bias(mask: Mask, start: int, stop: int, like: Tensor) -> Tensor:
+    lo_Tm1, hi_Tm1 = (
+        torch.from_numpy(x).to(like.device)[..., None] for x in (mask.lo_Tm, mask.hi_Tm)
+    )
+    column_S = torch.arange(start, stop, dtype=torch.int32, device=like.device)
+    visible_TS = ((lo_Tm1 <= column_S) & (column_S < hi_Tm1)).any(1)
+    return like.new_zeros(visible_TS.shape).masked_fill_(~visible_TS, -torch.inf)

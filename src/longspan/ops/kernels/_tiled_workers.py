@@ -4,8 +4,8 @@ them.
 An operation that all cores share ends with all of them waiting for the slowest. A tile takes a
 dozen short operations, so that waiting is what a small or busy machine would mostly do. Key
 heads are
-independent: given one thread each, they wait only once. Results do not depend on the number of
-threads that run parts, because every part is computed alone and in order.
+independent: given one thread each, they wait only once. Which thread takes which part changes no
+bit, because parts share no output and each is computed in order.
 """
 
 from __future__ import annotations
