@@ -82,6 +82,25 @@ def test_several_threads_compute_the_same_every_time(
     assert_same(once, run(reference, qkv, ranges), 1e-10)
 
 
+def test_several_threads_work_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_module, "_WORTH_THREADS", 0)
+    torch.set_num_threads(2)
+    case = BY_NAME["gqa-4"]
+    qkv, ranges = make_qkv(case), case.ranges()
+    with torch.inference_mode():
+        out, _ = tiled(*[x + 0 for x in qkv], ranges, 0.25)
+    assert_same({"out": out}, {"out": reference(*qkv, ranges, 0.25)[0]}, 1e-10)
+
+
+def test_autocast_rounds_nothing() -> None:
+    case = BY_NAME["window"]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    plain = run(tiled, qkv, ranges)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(tiled, qkv, ranges)
+    assert_same(found, plain, 1e-6)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_equals_reference_on_random_ranges(seed: int) -> None:
     rng = np.random.default_rng(seed)

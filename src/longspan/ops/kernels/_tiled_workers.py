@@ -1,11 +1,9 @@
-"""Threads that each compute whole key heads, with the operations' own threads shared out among
-them.
+"""Threads that each compute whole key heads, the operations' own threads shared out among them.
 
 An operation that all cores share ends with all of them waiting for the slowest. A tile takes a
-dozen short operations, so that waiting is what a small or busy machine would mostly do. Key
-heads are
-independent: given one thread each, they wait only once. Which thread takes which part changes no
-bit, because parts share no output and each is computed in order.
+dozen short operations, so that waiting is what a small or busy machine would mostly do. Key heads
+are independent: given one thread each, they wait only once. Which thread takes which part changes
+no bit, because parts share no output and each is computed in order.
 """
 
 from __future__ import annotations
@@ -26,7 +24,10 @@ def run_parts(part: Callable[[int], None], parts: int) -> None:
         for i in range(parts):
             part(i)
         return
-    for _ in _pool(workers, torch.get_num_threads()).map(part, range(parts)):
+    # Modes belong to threads, and a tensor made in inference mode is written only there.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    pool = _pool(workers, torch.get_num_threads())
+    for _ in pool.map(mode()(part), range(parts)):
         pass
 
 
@@ -44,8 +45,6 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
         # Asking first makes torch initialise this thread, which would otherwise undo the setting.
         torch.get_num_threads()
         torch.set_num_threads(max(1, threads // workers))
-        # Gradients are recorded per thread; a kernel's own operations never are.
-        torch.set_grad_enabled(False)
         ready.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="longspan-tiled", initializer=prepare)
