@@ -228,19 +228,22 @@ def test_scaled_frequencies_and_low_precision():
     assert (half.double() - exact).norm() / exact.norm() < 0.01
 
 
-# Torch looks at gradients of what crosses a break between graphs, and means to hide the warning.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_compiles():
-    one = layer()
-    x = torch.randn(1, 20, 16, dtype=torch.float64)
-    compiled = torch.compile(one, backend="eager")
-    torch.testing.assert_close(compiled(x), one(x))
-    assert list(one.state_dict()) == [
-        "query.weight",
-        "key.weight",
-        "value.weight",
-        "output.weight",
-    ]
+@pytest.mark.parametrize("temperature", ["none", "vllm"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_to_one_graph(temperature, masked):
+    one = layer(temperature=temperature)
+    x = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(20) >= torch.tensor([[0], [4]]) if masked else None
+    found = torch.compile(one, backend="aot_eager", fullgraph=True)(x, mask)
+    wanted = one(x, mask)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), [x, one.key.weight]),
+        torch.autograd.grad(wanted.square().sum(), [x, one.key.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    torch.compiler.reset()
 
 
 def test_refusals_say_what_to_do():

@@ -11,11 +11,14 @@ import longspan as ls
 from longspan.errors import InputError
 
 LAYERS = {
+    "DualChunkAttention": {"chunk": 6, "local": 4},
+    "HierarchicalAttention": {"chunk": 6},
     "LSHAttention": {"buckets": 4, "chunk": 8},
     "LinearAttention": {},
     "Linformer": {"max_length": 64, "rank": 5},
     "Nystromformer": {"landmarks": 4, "conv_kernel": 3},
     "Performer": {},
+    "PooledChunkAttention": {"chunk": 6, "pool": "learned"},
     "RoutingAttention": {"clusters": 3, "window": 6},
     "Synthesizer": {"max_length": 64},
 }

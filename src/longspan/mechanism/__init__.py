@@ -14,19 +14,23 @@ _HOME = {
     "DualChunkAttention": "dual_chunk",
     "FeatureMap": "feature_maps",
     "Favor": "performer",
+    "HierarchicalAttention": "hierarchical",
     "LSHAttention": "lsh",
     "Laplace": "feature_maps",
     "LinearAttention": "linear",
     "Linformer": "linformer",
     "Nystromformer": "nystromformer",
     "Performer": "performer",
+    "PooledChunkAttention": "pooled",
     "RoutingAttention": "routing",
     "Synthesizer": "synthesizer",
     "dual_chunk_attention": "dual_chunk",
+    "hierarchical_attention": "hierarchical",
     "linear_attention": "linear",
     "linformer_attention": "linformer",
     "lsh_attention": "lsh",
     "nystrom_attention": "nystromformer",
+    "pooled_chunk_attention": "pooled",
     "redraw": "performer",
     "routing_attention": "routing",
 }
@@ -36,19 +40,23 @@ __all__ = [
     "DualChunkAttention",
     "Favor",
     "FeatureMap",
+    "HierarchicalAttention",
     "LSHAttention",
     "Laplace",
     "LinearAttention",
     "Linformer",
     "Nystromformer",
     "Performer",
+    "PooledChunkAttention",
     "RoutingAttention",
     "Synthesizer",
     "dual_chunk_attention",
+    "hierarchical_attention",
     "linear_attention",
     "linformer_attention",
     "lsh_attention",
     "nystrom_attention",
+    "pooled_chunk_attention",
     "redraw",
     "routing_attention",
 ]
@@ -70,10 +78,12 @@ if TYPE_CHECKING:
     from longspan.mechanism._dual_chunk_plan import DualChunk
     from longspan.mechanism.dual_chunk import DualChunkAttention, dual_chunk_attention
     from longspan.mechanism.feature_maps import FeatureMap, Laplace
+    from longspan.mechanism.hierarchical import HierarchicalAttention, hierarchical_attention
     from longspan.mechanism.linear import LinearAttention, linear_attention
     from longspan.mechanism.linformer import Linformer, linformer_attention
     from longspan.mechanism.lsh import LSHAttention, lsh_attention
     from longspan.mechanism.nystromformer import Nystromformer, nystrom_attention
     from longspan.mechanism.performer import Favor, Performer, redraw
+    from longspan.mechanism.pooled import PooledChunkAttention, pooled_chunk_attention
     from longspan.mechanism.routing import RoutingAttention, routing_attention
     from longspan.mechanism.synthesizer import Synthesizer

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import PatternError
-from longspan.pattern import Causal, Chunk
+from longspan.pattern import parse
 from longspan.pattern.algebra import whole
 from longspan.planning import Plan, plan
 from longspan.planning.layout import layouts
@@ -80,14 +80,29 @@ class DualChunk:
             ]
         return f"dual_chunk({', '.join(words)})"
 
-    def factor(self, query: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """What the logits of queries at these positions are multiplied by; None for 1."""
-        rate = _RATES[self.temperature]
-        if not rate:
-            return None
-        length = query + 1 if self.length is None else np.full_like(query, self.length)
-        growth = length / (self.trained or self.chunk + self.local)
-        return (1 + rate * np.log(np.maximum(growth, 1))) ** 2
+    def growth(self, query: Any) -> Any:
+        """Length over trained length, at least 1, for queries at these positions."""
+        length = query + 1 if self.length is None else query * 0 + self.length
+        return (length / (self.trained or self.chunk + self.local)).clip(min=1)
+
+    @property
+    def rate(self) -> float:
+        """Logits are multiplied by (1 + rate ln(growth))^2."""
+        return _RATES[self.temperature]
+
+    def passes(self, query: Any) -> tuple[tuple[str, Any, Any], ...]:
+        """What queries at these positions (numpy or torch) see 0, 1 and 2 or more chunks back.
+
+        Returns:
+            For each, a pattern, the positions for which to ask it, with keys moved on by that many
+            chunks, and the places that queries are rotated to.
+        """
+        s, last, own = self.chunk, self.chunk + self.local - 1, query % self.chunk
+        return (
+            (f"chunk({s})", query, own),
+            (f"chunk({s}, causal=false)", query, (own + s).clip(max=last)),
+            ("causal()", query - own + (s - 1), own * 0 + last),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,29 +141,23 @@ def lay_out(
     query, segments, key, key_segments = (
         np.stack([getattr(layout, name) for layout in found]) for name in names
     )
-    s, last = config.chunk, config.chunk + config.local - 1
-    own = query % s
-    # Keys moved on by one or two chunks meet the queries of which they lie one or two chunks back.
-    kinds = (
-        (Chunk(s), query, own),
-        (Chunk(s, causal=False), query, np.minimum(s + own, last)),
-        (Causal(), query - own + s - 1, np.full_like(own, last)),
-    )
     passes = []
-    for back, (pattern, at, place) in enumerate(kinds):
+    for back, (pattern, at, place) in enumerate(config.passes(query)):
         laid = plan(
-            pattern,
+            parse(pattern),
             n,
             heads,
             keys=keys,
             positions=at,
             segments=segments,
-            key_positions=key + back * s,
+            key_positions=key + back * config.chunk,
             key_segments=key_segments,
         )
         if back == 0 or laid.pairs:
             passes.append((laid, place))
-    return DualChunkPlan(tuple(passes), query, config.factor(query))
+    rate = config.rate
+    factor = (1 + rate * np.log(config.growth(query))) ** 2 if rate else None
+    return DualChunkPlan(tuple(passes), query, factor)
 
 
 plain_plan = lru_cache(maxsize=16)(lay_out)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism.layer import MechanismLayer, positions
+from longspan.nn import compiled
 from longspan.nn.attention import check
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
@@ -191,6 +192,8 @@ class DualChunkAttention(MechanismLayer):
         valid = None if mask is None else mask.to(torch.bool)
         # The base class rotates nothing, so it needs no places.
         q, k, v = self.project(x, x)
+        if torch.compiler.is_compiling() and state is None and not return_state:
+            return self.join(self._attend_compiled(q, k, v, valid))
         out, after = self._attend(q, k, v, valid, state)
         return (self.join(out), after) if return_state else self.join(out)
 
@@ -219,10 +222,39 @@ class DualChunkAttention(MechanismLayer):
             k, v = torch.cat([state.key_BKMD, k], dim=2), torch.cat([state.value_BKMD, v], dim=2)
 
         def queries(index: int) -> Tensor:
-            return rotate(q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor)
+            return rotate(
+                q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor
+            )
 
         out = attend_in_passes(queries, k, v, laid, impl=self.impl)
         return out, DualChunkState(key_BKMD=k, value_BKMD=v, valid_BM=valid)
+
+    def _attend_compiled(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """The same without plans made ahead, which a compiler would trace."""
+        place = positions(k[:, 0], valid)
+        segments = None if valid is None else valid.to(torch.int64) - 1
+        inv_freq, factor = self._inv_freq, self.frequencies.attention_factor
+        k = rotate(k, place % self.config.chunk, inv_freq, factor)
+        if self.config.rate:
+            growth = self.config.growth(place).to(q.dtype)
+            heat = (1 + self.config.rate * growth.log()) ** 2
+            q = q * (heat[:, None, :, None] if valid is not None else heat[:, None])
+        parts = [
+            compiled.attend(
+                rotate(q, target, inv_freq, factor),
+                k,
+                v,
+                pattern,
+                positions=at,
+                segments=segments,
+                key_positions=place + back * self.config.chunk,
+                key_segments=segments,
+                return_lse=True,
+                impl=self.impl,
+            )
+            for back, (pattern, at, target) in enumerate(self.config.passes(place))
+        ]
+        return merge(parts)[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"

@@ -26,7 +26,7 @@ def attend(
     q_BHND: Tensor,
     k_BKND: Tensor,
     v_BKND: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
@@ -37,10 +37,13 @@ def attend(
     impl: str = "auto",
     layer: int = 0,
 ) -> Any:
-    """``longspan.attend``, also inside ``torch.compile``; see there for the arguments."""
+    """``longspan.attend``, also inside ``torch.compile``; see there for the arguments.
+
+    Patterns made inside what is compiled must be in text form.
+    """
     if torch.compiler.is_compiling():
         factor = q_BHND.shape[-1] ** -0.5 if scale is None else scale
-        text = str(pattern)
+        text = pattern if isinstance(pattern, str) else str(pattern)
         rows = (positions, segments, key_positions, key_segments)
         found = _attend(q_BHND, k_BKND, v_BKND, text, *rows, factor, impl, layer)
         return found if return_lse else found[0]
@@ -48,7 +51,7 @@ def attend(
         q_BHND,
         k_BKND,
         v_BKND,
-        pattern,
+        _parsed(pattern) if isinstance(pattern, str) else pattern,
         positions=positions,
         segments=segments,
         key_positions=key_positions,
