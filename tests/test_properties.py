@@ -115,10 +115,13 @@ def counts(pattern, n):
     return found
 
 
+ORDERS = st.sampled_from(["auto", "apart", 1, 6])
+
+
 @cases
-@given(PATTERNS, st.integers(1, N))
-def test_plan_equals_predicate(pattern, n):
-    plan = ls.plan(pattern, n, HEADS)
+@given(PATTERNS, st.integers(1, N), ORDERS)
+def test_plan_equals_predicate(pattern, n, orders):
+    plan = ls.plan(pattern, n, HEADS, orders=orders)
     expected = counts(pattern, n)
     np.testing.assert_array_equal(plan.counts()[0], expected)
     np.testing.assert_array_equal(pattern.mask(n, HEADS), expected > 0)
@@ -140,20 +143,27 @@ def test_a_prefix_never_changes_and_nothing_leaks(pattern, n):
 
 
 @cases
-@given(CAUSAL, st.integers(1, 3), st.integers(3, N))
-def test_decoding_equals_prefill(pattern, last, n):
+@given(CAUSAL, st.integers(1, 3), st.integers(3, N), ORDERS)
+def test_decoding_equals_prefill(pattern, last, n, orders):
     whole = ls.plan(pattern, n, HEADS).counts()[0]
-    found = ls.plan(pattern, last, HEADS, keys=n).counts()[0]
+    found = ls.plan(pattern, last, HEADS, keys=n, orders=orders).counts()[0]
     np.testing.assert_array_equal(found, whole[:, n - last :])
 
 
 @cases
-@given(PATTERNS, st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(0, 3), flag)
-def test_padding_and_packing_equal_separate_runs(pattern, lengths, padding, left):
+@given(
+    PATTERNS,
+    st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    st.integers(0, 3),
+    flag,
+    ORDERS,
+)
+def test_padding_and_packing_equal_separate_runs(pattern, lengths, padding, left, orders):
     named = [np.full(n, 2 * s + 1) for s, n in enumerate(lengths)]
     blank = [np.full(padding, -1)]
     segments = np.concatenate(blank + named if left else named + blank)
-    found = ls.plan(pattern, len(segments), HEADS, segments=segments).counts()[0]
+    found = ls.plan(pattern, len(segments), HEADS, segments=segments, orders=orders)
+    found = found.counts()[0]
     rows = np.flatnonzero(segments >= 0)
     expected = np.zeros_like(found)
     for segment, n in zip(np.unique(segments[rows]), lengths, strict=True):
@@ -163,20 +173,31 @@ def test_padding_and_packing_equal_separate_runs(pattern, lengths, padding, left
 
 
 @cases
-@given(PATTERNS, st.sets(st.integers(0, N - 1), min_size=1), st.randoms(use_true_random=False))
-def test_a_cache_with_holes_is_other_positions(pattern, kept, rng):
+@given(
+    PATTERNS,
+    st.sets(st.integers(0, N - 1), min_size=1),
+    st.sets(st.integers(0, N - 1), min_size=1),
+    ORDERS,
+)
+def test_a_cache_with_holes_is_other_positions(pattern, kept, asked, orders):
     # Two-sided patterns may look at the length, which is where the last key stands.
     kept = sorted(kept | {N - 1})
-    asked = sorted(rng.sample(range(N), rng.randint(1, N)))
+    asked = sorted(asked)
     found = ls.plan(
-        pattern, len(asked), HEADS, keys=len(kept), positions=asked, key_positions=kept
+        pattern,
+        len(asked),
+        HEADS,
+        keys=len(kept),
+        positions=asked,
+        key_positions=kept,
+        orders=orders,
     ).counts()[0]
     np.testing.assert_array_equal(found, counts(pattern, N)[:, asked][:, :, kept])
 
 
 @cases
-@given(PATTERNS, st.sampled_from([1, 2, 4]), st.integers(0, 99))
-def test_kernels_equal_the_counted_softmax(pattern, kv_heads, seed):
+@given(PATTERNS, st.sampled_from([1, 2, 4]), st.integers(0, 99), ORDERS)
+def test_kernels_equal_the_counted_softmax(pattern, kv_heads, seed, orders):
     make = torch.Generator().manual_seed(seed)
     q, k, v = (
         torch.randn(1, heads, N, 4, generator=make, dtype=torch.float64, requires_grad=True)
@@ -191,8 +212,9 @@ def test_kernels_equal_the_counted_softmax(pattern, kv_heads, seed):
     d_out = torch.randn(expected.shape, generator=make, dtype=expected.dtype)
     d_lse = torch.where(seen, torch.randn(seen.shape, generator=make, dtype=expected.dtype), 0.0)
     grads = torch.autograd.grad((expected, total.log()), (q, k, v), (d_out, d_lse))
+    plan = ls.plan(pattern, N, HEADS, orders=orders)
     for impl in ("reference", "tiled"):
-        out, lse = ls.attend(q, k, v, pattern, return_lse=True, impl=impl)
+        out, lse = ls.attend(q, k, v, plan, return_lse=True, impl=impl)
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(lse[seen], total.log()[seen], rtol=1e-9, atol=1e-9)
         assert torch.isneginf(lse[~seen]).all()

@@ -143,3 +143,27 @@ def test_errors(make, words):
         make()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_orders_can_be_chosen_and_are_seen_in_the_plan():
+    pattern = ls.Window(64) | ls.Strided(8)
+    apart = ls.plan(pattern, 4096, HEADS, orders="apart")
+    assert [one.step for one in apart.passes] == [1, 8]
+    assert apart.passes[1].key_order.shape == (1, 4096)
+    assert "keys by remainder mod 8" in str(apart)
+    one = ls.plan(pattern, 4096, HEADS, orders=8)
+    assert [part.step for part in one.passes] == [8]
+    assert one.pairs == apart.pairs == ls.plan(pattern, 4096, HEADS, orders=1).pairs
+    assert apart.tiles() < ls.plan(pattern, 4096, HEADS, orders=1).tiles() / 3
+    own = ls.plan(ls.Diagonals(64), 4096, orders="apart")
+    assert own.passes[0].query_order is not None
+    assert "queries too" in str(own)
+    with pytest.raises(ls.LongspanError, match="orders"):
+        ls.plan(pattern, 64, HEADS, orders="mine")
+
+
+def test_a_union_counts_shared_pairs_once():
+    window, strided = ls.Window(9).mask(64, 4), ls.Strided(3).mask(64, 4)
+    plan = ls.plan(ls.Window(9) | ls.Strided(3), 64, 4, orders="apart")
+    assert plan.pairs == (window | strided).sum()
+    assert plan.counts().max() == 1

@@ -1,28 +1,36 @@
 """From a pattern to passes: evaluate its closed form, and lay each piece out in its order.
 
-Every distinct order of keys becomes one pass; heads of equal ranges share them. Where remainders
-change from query to query (dilated neighbourhoods, LongNet) the queries of the pass are put in
-residue order too, so that a tile of queries sees one stretch of keys.
+Every distinct order of keys becomes one pass, unless the cost model finds one pass for all of them
+cheaper; heads of equal ranges share them. Where remainders change from query to query (dilated
+neighbourhoods, LongNet) the queries of the pass are put in residue order too, so that a tile of
+queries sees one stretch of keys.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import reduce
 
-import numpy as np
-
 from longspan.errors import PatternError
 from longspan.pattern.algebra import And, At, Atom, Or, Pattern, Positions, Sub
+from longspan.pattern.lattice import EVERY
 from longspan.pattern.vary import PerHead
+from longspan.planning.builder import PassBuilder
 from longspan.planning.layout import Layout
-from longspan.planning.orders import Order, order_key, order_of, query_rows
-from longspan.planning.passes import Pass, Rows
-from longspan.planning.pieces import Piece, Pieces, difference, intersection, keep_self, union
+from longspan.planning.orders import Order, order_key, order_of
+from longspan.planning.passes import Pass
+from longspan.planning.pieces import (
+    Piece,
+    Pieces,
+    classes_of,
+    difference,
+    intersection,
+    keep_self,
+    single_keys,
+    union,
+)
 from longspan.planning.ranges import Ranges
-from longspan.planning.tiles import touched_tiles
 
 
 def pieces_of(pattern: Pattern, query: Positions, at: At) -> Pieces:
@@ -53,13 +61,16 @@ def pieces_of(pattern: Pattern, query: Positions, at: At) -> Pieces:
     raise PatternError(f"cannot plan {pattern}: {type(pattern).__name__} has no closed form")
 
 
-def passes_of(pattern: Pattern, rows: Sequence[Layout], heads: int) -> tuple[Pass, ...]:
+def passes_of(
+    pattern: Pattern, rows: Sequence[Layout], heads: int, together: int | None = None
+) -> tuple[Pass, ...]:
     """Lay out a pattern for batch rows and heads.
 
     Args:
         pattern: of one layer, checked.
         rows: one layout, or one per batch row.
         heads: query heads.
+        together: put all keys into this one order (1: their own) rather than each into its own.
     """
     every = [At(head=h, heads=heads) for h in range(heads)]
     # Heads whose class is equal share their ranges: 32 heads of a shifted pattern need two sets
@@ -67,92 +78,49 @@ def passes_of(pattern: Pattern, rows: Sequence[Layout], heads: int) -> tuple[Pas
     classes: dict[Hashable, list[int]] = {}
     for at in every:
         classes.setdefault(pattern.head_class(at), []).append(at.head)
-    branches = pattern.branches()
-    builders: dict[tuple[int, int], _Builder] = {}
+    builders: dict[tuple[int, int], PassBuilder] = {}
     for b, layout in enumerate(rows):
         orders: dict[int, Order] = {}
+        end = int(layout.key_position.max()) + 1
         for members in classes.values():
             at = replace(every[members[0]], length=layout.query_lengths)
-            sets = [pieces_of(branch, layout.query_position, at) for branch in branches]
-            if pattern.is_causal:
-                sets = keep_self(sets, layout.query_position)
-            for index, pieces in enumerate(sets):
+            for index, pieces in enumerate(sets_of(pattern, layout.query_position, at)):
                 found: dict[int, Ranges] = {}
-                for piece in pieces:
+                for piece in gathered(pieces, together, end):
                     key = order_key(piece)
                     if key not in orders:
                         orders[key] = order_of(layout, key)
                     places = orders[key].find(piece)
                     found[key] = found[key] | places if key in found else places
                 for key, places in found.items():
-                    builder = builders.setdefault((index, key), _Builder(len(rows), heads))
-                    builder.put(b, members, places)
+                    name = (index, key)
+                    if name not in builders:
+                        builders[name] = PassBuilder(len(rows), heads, key)
+                    builders[name].put(b, members, places)
         for (_, key), builder in builders.items():
             if key in orders:
                 builder.orders[b] = orders[key].rows
     if not builders:
-        builders[0, 1] = _Builder(len(rows), heads)
-    return tuple(builder.build(rows, key) for (_, key), builder in sorted(builders.items()))
+        builders[0, 1] = PassBuilder(len(rows), heads, 1)
+    return tuple(one for _, builder in sorted(builders.items()) for one in builder.build(rows))
 
 
-class _Builder:
-    """Collects the ranges of one pass; equal ones are kept once."""
-
-    def __init__(self, batch: int, heads: int) -> None:
-        self.orders: list[Rows | None] = [None] * batch
-        self._kept: dict[bytes, int] = {}
-        self._ranges: list[tuple[Rows, Rows]] = []
-        self._which = np.full((heads, batch), -1)
-
-    def put(self, batch_row: int, heads: Sequence[int], places: Ranges) -> None:
-        lo, hi = places.lo.astype(np.int32), places.hi.astype(np.int32)
-        name = hashlib.blake2b(lo.tobytes() + hi.tobytes(), digest_size=16).digest()
-        if name not in self._kept:
-            self._kept[name] = len(self._ranges)
-            self._ranges.append((lo, hi))
-        self._which[heads, batch_row] = self._kept[name]
-
-    def build(self, rows: Sequence[Layout], step: int) -> Pass:
-        """The pass; heads that agree in every batch row form a class."""
-        n = len(rows[0].query_position)
-        named = {
-            tuple(row): c for c, row in enumerate(dict.fromkeys(map(tuple, self._which.tolist())))
-        }
-        width = max((lo.shape[1] for lo, _ in self._ranges), default=1)
-        lo = np.zeros((len(rows), len(named), n, width), np.int32)
-        hi = np.zeros_like(lo)
-        for row, c in named.items():
-            for b, index in enumerate(row):
-                if index >= 0:
-                    own_lo, own_hi = self._ranges[index]
-                    lo[b, c, :, : own_lo.shape[1]] = own_lo
-                    hi[b, c, :, : own_hi.shape[1]] = own_hi
-        self._ranges.clear()
-        head_class = tuple(named[tuple(row)] for row in self._which.tolist())
-        key_order = None if step == 1 else _stack(self.orders)
-        if step > 1 and _scattered(lo, hi, rows[0], step):
-            order = np.stack([query_rows(layout, step) for layout in rows])
-            lo, hi = (np.take_along_axis(t, order[:, None, :, None], axis=2) for t in (lo, hi))
-            return Pass(lo, hi, head_class, key_order, order, step)
-        return Pass(lo, hi, head_class, key_order, None, step)
+def sets_of(pattern: Pattern, query: Positions, at: At) -> list[Pieces]:
+    """Keys of each branch of a whole pattern; causal queries without any keep themselves."""
+    sets = [pieces_of(branch, query, at) for branch in pattern.branches()]
+    return keep_self(sets, query) if pattern.is_causal else sets
 
 
-def _stack(orders: Sequence[Rows | None]) -> Rows:
-    """One order per batch row; short ones are filled up with row 0, which no range covers."""
-    found = [np.zeros(1, np.int32) if order is None else order for order in orders]
-    length = max(map(len, found))
-    return np.stack([np.pad(order, (0, length - len(order))) for order in found])
-
-
-def _scattered(lo: Rows, hi: Rows, layout: Layout, step: int) -> bool:
-    """Whether queries in residue order touch fewer tiles than in their own; judged on some."""
-    n, sample = lo.shape[2], max(2048, 64 * step)
-    first = max(0, n // 2 - sample // 2)
-    order = query_rows(layout, step)
-    order = order[(order >= first) & (order < first + sample)]
-    own = np.sort(order)
-    for c in range(min(4, lo.shape[1])):
-        now, then = (touched_tiles(lo[0, c, rows], hi[0, c, rows], 64) for rows in (own, order))
-        if now != then:
-            return then < now
-    return False
+def gathered(pieces: Pieces, together: int | None, end: int) -> Pieces:
+    """The same keys before ``end`` in one order: all by single keys (1), or by remainders."""
+    if together is None:
+        return pieces
+    if together == 1:
+        n = pieces[0].ranges.rows if pieces else 0
+        known = Ranges.of([(0, end)], n)
+        alone = [single_keys(Piece(p.lattice, p.ranges & known)) for p in pieces]
+        return (Piece(EVERY, reduce(Ranges.__or__, alone)),) if alone else ()
+    found: list[Piece] = []
+    for piece in pieces:
+        found.extend(classes_of(piece, together) or (piece,))
+    return tuple(found)

@@ -32,17 +32,20 @@ def explain_plan(plan: Plan, head_dim: int = 128, block: int = 128) -> str:
     for index, part in enumerate(plan.passes):
         _, classes, _, width = part.lo.shape
         lines.append(
-            f"  pass {index}   {_order(part)}; ranges per query: {width}, "
+            f"  pass {index}   {_order(part, plan.n)}; ranges per query: {width}, "
             f"classes of heads: {classes}, pairs: {part.pairs:,}"
         )
     return "\n".join(lines)
 
 
-def _order(part: Pass) -> str:
-    keys = "keys in their own order"
+def _order(part: Pass, n: int) -> str:
+    words = "keys in their own order"
     if part.key_order is not None:
-        keys = f"keys by remainder mod {part.step}" if part.step else "listed keys side by side"
-    return keys + ("" if part.query_order is None else ", queries too")
+        words = f"keys by remainder mod {part.step}" if part.step else "listed keys side by side"
+    if part.query_order is None:
+        return words
+    taken = part.query_order.shape[1]
+    return words + (", queries too" if taken == n else f", {taken:,} of the queries")
 
 
 def _unit(value: float, step: int = 1000) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from longspan.errors import PatternError, PlanError
 from longspan.pattern.algebra import Pattern
+from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
 from longspan.planning.layout import layouts
 from longspan.planning.passes import Pass
@@ -96,6 +97,7 @@ def plan(
     segments: ArrayLike | None = None,
     key_positions: ArrayLike | None = None,
     key_segments: ArrayLike | None = None,
+    orders: str | int = "auto",
 ) -> Plan:
     """Lay a pattern out for given lengths and heads.
 
@@ -109,6 +111,9 @@ def plan(
         segments: query segments, same shape; negative is padding.
         key_positions: key positions, [keys] or [batch, keys].
         key_segments: key segments, same shape.
+        orders: ``"auto"`` lets the cost model choose; ``"apart"`` gives each order of the keys a
+            pass; a number r puts all keys in one pass by their remainder mod r, 1 in their own
+            order (which takes a range for each strided key).
 
     Returns:
         The plan. A causal pattern that leaves a query without keys keeps the query's own position.
@@ -129,5 +134,11 @@ def plan(
     own = pattern.at_layer(layer)
     own.require(heads)
     rows = layouts(n, keys, positions, segments, key_positions, key_segments)
-    passes = passes_of(own, rows, heads)
+    if orders not in ("auto", "apart") and not (isinstance(orders, int) and orders >= 1):
+        raise PlanError(f'orders must be "auto", "apart" or a number from 1, got {orders!r}')
+    if orders == "auto":
+        together = choose(own, rows[0], heads)
+    else:
+        together = orders if isinstance(orders, int) else None
+    passes = passes_of(own, rows, heads, together)
     return Plan(own, n, keys, heads, len(rows), passes)

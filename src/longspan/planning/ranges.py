@@ -98,9 +98,30 @@ class Ranges:
 
 def normal(lo: Positions, hi: Positions) -> Ranges:
     """Normal form of any intervals [n, m]: rows may hold empty and overlapping ones, unsorted."""
-    if lo.shape[1] == 1:
-        used = lo < hi
-        return Ranges(np.where(used, lo, 0), np.where(used, hi, 0))
+    used = lo < hi
+    if lo.shape[1] > 1:
+        # Columns in the order of the last row: for most patterns that sorts nearly all rows.
+        column = np.argsort(np.where(used[-1], lo[-1], END), kind="stable")
+        if (np.diff(column) < 0).any():
+            lo, hi, used = lo[:, column], hi[:, column], used[:, column]
+    lo, hi = np.where(used, lo, 0), np.where(used, hi, 0)
+    # Sorted and apart, unused ones last: nothing is left to do for such rows.
+    ready = ((hi[:, :-1] < lo[:, 1:]) | ~used[:, 1:]).all(axis=1)
+    ready &= (used[:, :-1] | ~used[:, 1:]).all(axis=1)
+    if not ready.all():
+        rest = ~ready
+        own_lo, own_hi = _merged(lo[rest], hi[rest])
+        width = own_lo.shape[1]
+        lo[rest, :width], hi[rest, :width] = own_lo, own_hi
+        lo[rest, width:], hi[rest, width:] = 0, 0
+    width = lo.shape[1]
+    while width > 1 and not hi[:, width - 1].any():
+        width -= 1
+    return Ranges(lo[:, :width], hi[:, :width])
+
+
+def _merged(lo: Positions, hi: Positions) -> tuple[Positions, Positions]:
+    """Sort rows of intervals and join those that touch; empty ones are 0 and come in any order."""
     # Empty intervals sort behind all others.
     lo = np.where(lo < hi, lo, END)
     order = np.argsort(lo, axis=1, kind="stable")
@@ -111,13 +132,11 @@ def normal(lo: Positions, hi: Positions) -> Ranges:
     opens = lo < END
     opens[:, 1:] &= lo[:, 1:] > reach[:, :-1]
     place = np.cumsum(opens, axis=1) - 1
-    width = max(1, int(place[:, -1].max(initial=0)) + 1)
-    out_lo = np.zeros((lo.shape[0], width), np.int64)
-    out_hi = np.zeros_like(out_lo)
+    out_lo, out_hi = np.zeros_like(lo), np.zeros_like(lo)
     for column in range(lo.shape[1]):
         row = np.flatnonzero(lo[:, column] < END)
         target = place[row, column]
         first = opens[row, column]
         out_lo[row[first], target[first]] = lo[row[first], column]
         out_hi[row, target] = reach[row, column]
-    return Ranges(out_lo, out_hi)
+    return out_lo, out_hi

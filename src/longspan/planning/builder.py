@@ -1,0 +1,111 @@
+"""Collect the ranges of one order of keys and make passes of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.planning.layout import Layout
+from longspan.planning.orders import query_rows
+from longspan.planning.passes import Pass, Rows
+from longspan.planning.ranges import Ranges
+from longspan.planning.tiles import touched_tiles
+
+# Rows of a tile, as kernels see them when nothing else is known.
+TILE = 64
+# A further pass costs about as much as this many pairs for every row, to join its results.
+JOIN = 40
+
+
+class PassBuilder:
+    """Ranges of all heads and batch rows in one order of keys; equal ones are kept once.
+
+    Args:
+        batch: number of layouts.
+        heads: query heads.
+        step: what ``order_key`` says of the order.
+    """
+
+    def __init__(self, batch: int, heads: int, step: int) -> None:
+        self.orders: list[Rows | None] = [None] * batch
+        self._step = step
+        self._kept: dict[bytes, int] = {}
+        self._ranges: list[tuple[Rows, Rows]] = []
+        self._which = np.full((heads, batch), -1)
+
+    def put(self, batch_row: int, heads: Sequence[int], places: Ranges) -> None:
+        """Set the ranges of some heads in one batch row."""
+        lo, hi = places.lo.astype(np.int32), places.hi.astype(np.int32)
+        name = hashlib.blake2b(lo.tobytes() + hi.tobytes(), digest_size=16).digest()
+        if name not in self._kept:
+            self._kept[name] = len(self._ranges)
+            self._ranges.append((lo, hi))
+        self._which[heads, batch_row] = self._kept[name]
+
+    def build(self, rows: Sequence[Layout]) -> list[Pass]:
+        """One pass, or two where a few rows see far more than the others."""
+        lo, hi, head_class = self._tables(len(rows[0].query_position), len(rows))
+        key_order = None if self._step == 1 else _stack(self.orders)
+        if self._step > 1 and _scattered(lo, hi, rows[0], self._step):
+            order = np.stack([query_rows(layout, self._step) for layout in rows])
+            lo, hi = (np.take_along_axis(t, order[:, None, :, None], axis=2) for t in (lo, hi))
+            return [Pass(lo, hi, head_class, key_order, order, self._step)]
+        wide = _wide(lo, hi) if self._step == 1 else np.array([], np.int64)
+        if len(wide) == 0:
+            return [Pass(lo, hi, head_class, key_order, None, self._step)]
+        order = wide[None].astype(np.int32)
+        apart = Pass(lo[:, :, wide], hi[:, :, wide], head_class, key_order, order, self._step)
+        lo[:, :, wide], hi[:, :, wide] = 0, 0
+        return [Pass(lo, hi, head_class, key_order, None, self._step), apart]
+
+    def _tables(self, n: int, batch: int) -> tuple[Rows, Rows, tuple[int, ...]]:
+        """Ranges [batch, classes, n, m]; heads that agree in every batch row form a class."""
+        each = [tuple(row) for row in self._which.tolist()]
+        named = {row: c for c, row in enumerate(dict.fromkeys(each))}
+        width = max((lo.shape[1] for lo, _ in self._ranges), default=1)
+        lo = np.zeros((batch, len(named), n, width), np.int32)
+        hi = np.zeros_like(lo)
+        for row, c in named.items():
+            for b, index in enumerate(row):
+                if index >= 0:
+                    own_lo, own_hi = self._ranges[index]
+                    lo[b, c, :, : own_lo.shape[1]] = own_lo
+                    hi[b, c, :, : own_hi.shape[1]] = own_hi
+        self._ranges.clear()
+        return lo, hi, tuple(named[row] for row in each)
+
+
+def _stack(orders: Sequence[Rows | None]) -> Rows:
+    """One order per batch row; short ones are filled up with row 0, which no range covers."""
+    found = [np.zeros(1, np.int32) if order is None else order for order in orders]
+    length = max(map(len, found))
+    return np.stack([np.pad(order, (0, length - len(order))) for order in found])
+
+
+def _scattered(lo: Rows, hi: Rows, layout: Layout, step: int) -> bool:
+    """Whether queries in residue order touch fewer tiles than in their own; judged on some."""
+    n, sample = lo.shape[2], max(2048, TILE * step)
+    first = max(0, n // 2 - sample // 2)
+    order = query_rows(layout, step)
+    order = order[(order >= first) & (order < first + sample)]
+    own = np.sort(order)
+    for c in range(min(4, lo.shape[1])):
+        now, then = (touched_tiles(lo[0, c, rows], hi[0, c, rows], TILE) for rows in (own, order))
+        if now != then:
+            return then < now
+    return False
+
+
+def _wide(lo: Rows, hi: Rows) -> NDArray[np.int64]:
+    """Scattered rows that see far more than their neighbours, such as global tokens.
+
+    In a pass of their own they fill tiles; among others each drags a tile of rows along.
+    """
+    keys = (hi - lo).sum(axis=3, dtype=np.int64).mean(axis=1).max(axis=0)
+    row = np.flatnonzero(keys > 4 * np.median(keys) + TILE)
+    tiles = len(np.unique(row // TILE)) - -(-len(row) // TILE)
+    saved = tiles * TILE * keys[row].mean() if tiles else 0
+    return row if saved > JOIN * len(keys) else row[:0]
