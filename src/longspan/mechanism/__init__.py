@@ -19,6 +19,8 @@ _HOME = {
     "Laplace": "feature_maps",
     "LinearAttention": "linear",
     "Linformer": "linformer",
+    "MoBA": "moba",
+    "NSA": "nsa",
     "Nystromformer": "nystromformer",
     "Performer": "performer",
     "PooledChunkAttention": "pooled",
@@ -29,6 +31,7 @@ _HOME = {
     "linear_attention": "linear",
     "linformer_attention": "linformer",
     "lsh_attention": "lsh",
+    "moba_attention": "moba",
     "nystrom_attention": "nystromformer",
     "pooled_chunk_attention": "pooled",
     "redraw": "performer",
@@ -36,6 +39,7 @@ _HOME = {
 }
 
 __all__ = [
+    "NSA",
     "DualChunk",
     "DualChunkAttention",
     "Favor",
@@ -45,6 +49,7 @@ __all__ = [
     "Laplace",
     "LinearAttention",
     "Linformer",
+    "MoBA",
     "Nystromformer",
     "Performer",
     "PooledChunkAttention",
@@ -55,6 +60,7 @@ __all__ = [
     "linear_attention",
     "linformer_attention",
     "lsh_attention",
+    "moba_attention",
     "nystrom_attention",
     "pooled_chunk_attention",
     "redraw",
@@ -82,6 +88,8 @@ if TYPE_CHECKING:
     from longspan.mechanism.linear import LinearAttention, linear_attention
     from longspan.mechanism.linformer import Linformer, linformer_attention
     from longspan.mechanism.lsh import LSHAttention, lsh_attention
+    from longspan.mechanism.moba import MoBA, moba_attention
+    from longspan.mechanism.nsa import NSA
     from longspan.mechanism.nystromformer import Nystromformer, nystrom_attention
     from longspan.mechanism.performer import Favor, Performer, redraw
     from longspan.mechanism.pooled import PooledChunkAttention, pooled_chunk_attention

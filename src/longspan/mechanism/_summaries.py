@@ -104,7 +104,7 @@ class Summaries:
         pooled = v
         if state is not None:
             k, v = torch.cat([state.open_key, k], dim=2), torch.cat([state.open_value, v], dim=2)
-            valid = _join(state.open_valid, valid, len(k), (k.shape[2] - n, n), k.device)
+            valid = join_masks(state.open_valid, valid, len(k), (k.shape[2] - n, n), k.device)
         new = slice(k.shape[2] - n, None)
         base = closed * size
         place = positions(k[:, 0], valid, base)
@@ -136,7 +136,7 @@ class Summaries:
         if state is not None:
             before = torch.arange(state.key.shape[2], device=k.device)
             number = torch.cat([before.expand(*number.shape[:-1], -1), number], dim=-1)
-            real = _join(state.valid, real, len(k), (len(before), keys.shape[2]), k.device)
+            real = join_masks(state.valid, real, len(k), (len(before), keys.shape[2]), k.device)
             keys = torch.cat([state.key, keys], dim=2)
             values = torch.cat([state.value, values], dim=2)
         groups: list[tuple[Tensor | None, float | Tensor]] = [(real, size)]
@@ -268,7 +268,7 @@ def _rows(x: Tensor, row_BN: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
-def _join(
+def join_masks(
     old: Tensor | None,
     new: Tensor | None,
     batch: int,

@@ -35,8 +35,11 @@ def forward(
         output [R, Dv] in the dtype of q, and lse [R, 1] in at least float32.
     """
     work = torch.promote_types(q_RD.dtype, torch.float32)
-    out_RD = q_RD.new_zeros(len(q_RD), v_LD.shape[1], dtype=work)
-    lse_R1 = q_RD.new_full((len(q_RD), 1), -torch.inf, dtype=work)
+    out_RD = q_RD.new_empty(len(q_RD), v_LD.shape[1], dtype=work)
+    lse_R1 = q_RD.new_empty(len(q_RD), 1, dtype=work)
+    if not schedule.covers:
+        out_RD.zero_()
+        lse_R1.fill_(-torch.inf)
     attend = _fused if q_RD.device.type == "cpu" else _written_out
 
     def part(i: int) -> None:

@@ -14,7 +14,7 @@ Axes: G range groups, N query rows, m ranges per query, J jobs, T rows of a tile
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -121,12 +121,14 @@ class Schedule:
     Attributes:
         runs: for each group its runs, waves ascending.
         parts: for each part and group the heads that follow it; no two parts share a key head.
-        area: most scores (rows times keys) wanted in one batch; a single job may not exceed it.
+        area: most scores (rows times keys) in one batch.
+        covers: whether every query tile has a job, so that results need no initial value.
     """
 
     runs: list[list[Run]]
     parts: list[list[list[Lanes]]]
     area: int
+    covers: bool
 
     def batches(self, part: int, *, grid: bool) -> Iterator[Batch]:
         """Everything to compute in one part, in order; unless ``grid``, along one step at a
@@ -170,6 +172,7 @@ def build_schedule(
     span: int,
     area: int,
     parts: int,
+    block: int,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -183,6 +186,7 @@ def build_schedule(
         span: most keys of a job.
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
+        block: neighbouring tiles to look for common keys in.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
@@ -193,7 +197,10 @@ def build_schedule(
     lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
     heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
     span = -(-span // _ALIGN) * _ALIGN
-    tallest = max(1, min(area // span, _TALLEST) // (heads * tile))
+
+    def tallest(span_J: Ints) -> Ints:
+        return np.maximum(1, np.minimum(area // span_J, _TALLEST) // (heads * tile))
+
     whole = queries // tile * tile
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]
@@ -205,9 +212,13 @@ def build_schedule(
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
                 runs[group] += _runs(
-                    _jobs(lo_tTm, hi_tTm, keys, span, tallest), rows, first, masks
+                    _jobs(lo_tTm, hi_tTm, keys, span, tallest, block), rows, first, masks
                 )
-    return Schedule(runs=runs, parts=lanes, area=max(area, heads * tile * span))
+    covers = all(
+        queries == sum(run.rows * run.count for run in runs[group] if run.wave == 0)
+        for group in used
+    )
+    return Schedule(runs=runs, parts=lanes, area=max(area, heads * tile * span), covers=covers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,24 +289,37 @@ class _Jobs:
     bounds_JX: NDArray[np.int32]
 
 
-def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int, tallest: int) -> _Jobs:
+def _jobs(
+    lo_tTm: Ints,
+    hi_tTm: Ints,
+    keys: int,
+    max_span: int,
+    tallest: Callable[[Ints], Ints],
+    block: int,
+) -> _Jobs:
     tile_S, start_S, stop_S, left_S, right_S = _segments(lo_tTm, hi_tTm)
     start_S = start_S // _ALIGN * _ALIGN
     stop_S = np.minimum(-(-stop_S // _ALIGN) * _ALIGN, keys)
 
-    # Long segments are cut into jobs of at most max_span keys.
-    pieces_S = -(-(stop_S - start_S) // max_span)
-    segment_J = np.repeat(np.arange(len(tile_S)), pieces_S)
-    piece_J = np.arange(len(segment_J)) - np.repeat(np.cumsum(pieces_S) - pieces_S, pieces_S)
+    # What neighbouring tiles all see goes first, then what is left of it and right of it.
+    body_S, rest_S = _bodies(tile_S, start_S, stop_S, left_S, right_S, block)
+    first_P = np.stack([body_S, start_S, rest_S], axis=1).ravel()
+    length_P = np.stack([rest_S, body_S, stop_S], axis=1).ravel() - first_P
+
+    # Long pieces are cut into jobs of at most max_span keys.
+    cuts_P = -(-length_P // max_span)
+    piece_J = np.repeat(np.arange(len(first_P)), cuts_P)
+    cut_J = np.arange(len(piece_J)) - np.repeat(np.cumsum(cuts_P) - cuts_P, cuts_P)
+    segment_J = piece_J // 3
     tile_J = tile_S[segment_J]
-    key_J = start_S[segment_J] + piece_J * max_span
-    span_J = np.minimum(stop_S[segment_J] - key_J, max_span)
+    key_J = first_P[piece_J] + cut_J * max_span
+    span_J = np.minimum(length_P[piece_J] - cut_J * max_span, max_span)
     left_J = np.clip(left_S[segment_J] - key_J, 0, span_J)
     right_J = np.clip(right_S[segment_J] - key_J, left_J, span_J)
     wave_J = np.arange(len(tile_J)) - np.searchsorted(tile_J, tile_J)
 
     masked_J = (left_J > 0) | (right_J < span_J)
-    first_J, height_J = _stack(tile_J, wave_J, key_J, span_J, ~masked_J, tallest)
+    first_J, height_J = _stack(tile_J, wave_J, key_J, span_J, ~masked_J, tallest(span_J))
     shape_J5 = np.stack([wave_J, np.ones_like(wave_J), span_J, left_J, right_J], axis=1)[first_J]
     shape_J5[:, 1] = height_J
     tile_J, key_J, masked_J = tile_J[first_J], key_J[first_J], masked_J[first_J]
@@ -310,8 +334,39 @@ def _jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, max_span: int, tallest: int) ->
     return _Jobs(tile_J, key_J, shape_J5, bounds_JX)
 
 
+def _bodies(
+    tile_S: Ints, start_S: Ints, stop_S: Ints, left_S: Ints, right_S: Ints, block: int
+) -> tuple[Ints, Ints]:
+    """Keys that all rows of ``block`` neighbouring tiles see, where they are most of what each sees.
+
+    Returns:
+        First of these keys and one past their last for each segment; the whole segment if none.
+    """
+    ordinal_S = np.arange(len(tile_S)) - np.searchsorted(tile_S, tile_S)
+    order_S = np.lexsort((tile_S, ordinal_S, tile_S // block))
+    whose_S2 = np.stack([tile_S // block, ordinal_S], axis=1)[order_S]
+    heads = np.flatnonzero(np.r_[True, (whose_S2[1:] != whose_S2[:-1]).any(axis=1)][: len(tile_S)])
+    if not len(heads):
+        return start_S, stop_S
+    size = np.diff(np.append(heads, len(tile_S)))
+    first = -(-np.maximum.reduceat(left_S[order_S], heads) // _ALIGN) * _ALIGN
+    last = np.minimum.reduceat(right_S[order_S], heads) // _ALIGN * _ALIGN
+    longest = np.maximum.reduceat((stop_S - start_S)[order_S], heads)
+    good = (size == block) & (block > 1) & (2 * (last - first) >= longest)
+    body_S, rest_S = start_S.copy(), stop_S.copy()
+    chosen = order_S[np.repeat(good, size)]
+    body_S[chosen] = np.repeat(first, size)[np.repeat(good, size)]
+    rest_S[chosen] = np.repeat(last, size)[np.repeat(good, size)]
+    return body_S, rest_S
+
+
 def _stack(
-    tile_J: Ints, wave_J: Ints, key_J: Ints, span_J: Ints, open_J: NDArray[np.bool_], tallest: int
+    tile_J: Ints,
+    wave_J: Ints,
+    key_J: Ints,
+    span_J: Ints,
+    open_J: NDArray[np.bool_],
+    tallest_J: Ints,
 ) -> tuple[Ints, Ints]:
     """Put open (unmasked) jobs of neighbouring tiles on the same keys on top of each other.
 
@@ -325,8 +380,10 @@ def _stack(
     starts = np.flatnonzero(np.concatenate([[True], ~joins])) if len(order_J) else order_J
     # Stacks that are too tall are cut into equal ones and a rest.
     length = np.diff(np.append(starts, len(order_J)))
+    tallest = tallest_J[order_J[starts]]
     cuts = -(-length // tallest)
     piece = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    tallest = np.repeat(tallest, cuts)
     height_J = np.minimum(np.repeat(length, cuts) - piece * tallest, tallest)
     return order_J[np.repeat(starts, cuts) + piece * tallest], height_J
 

@@ -47,6 +47,8 @@ _BACKWARD_AREA = 1 << 18
 _WORTH_THREADS = 1 << 27
 # Parts for each thread, so that none waits long for the last.
 _PARTS = 2
+_BLOCK = 4
+_BLOCK_B = 1
 
 _plans: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
@@ -166,6 +168,7 @@ def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int) -> tuple
             span=max(256, _JOB // (tile * heads // key_heads)),
             area=area // min(parts, threads),
             parts=parts,
+            block=_BLOCK if area == _FORWARD_AREA else _BLOCK_B,
         )
         plans[name] = schedule, Biases()
     return plans[name]

@@ -1,0 +1,167 @@
+"""MoBA: each query attends to its own block and to the past blocks whose mean key fits it best.
+
+Paper: MoBA, Mixture of Block Attention for Long-Context LLMs (Lu et al. 2025, arXiv 2502.13189).
+
+    score_ib = q_i . mean(k_j : j in block b)        b < i // S
+    out_i    = softmax(q_i . k_j / sqrt(D)) v_j      j <= i in the own block and the best top - 1
+
+O(N^2 / S D + N top S D) time. No parameters beyond the projections; no gradient passes through
+the selection, which trains through the attention to what was selected. Only blocks that have ended
+are scored, so nothing leaks. Blocks of 512 with top 3 for small models, 4096 with top 12 for large
+ones in the paper.
+
+On top of the paper: grouped queries, padding (blocks count tokens), odd lengths, decoding with the
+tokens so far as its state, and selected blocks go to any kernel as key ranges. Equal scores are
+taken as ``torch.topk`` orders them.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, S block size,
+T blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.mechanism._blocks import (
+    TokenState,
+    best_blocks,
+    extended,
+    over_blocks,
+    places,
+    slices,
+    tokens_first,
+    valid_so_far,
+)
+from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
+from longspan.nn.attention import check
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int,
+    top: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention to the own block and the best past ones.
+
+    Args:
+        q: queries [B, H, N, D], rotated if at all.
+        k: keys [B, K, N, D]; K divides H; each query head selects for itself.
+        v: values [B, K, N, Dv].
+        block: tokens of a block S.
+        top: blocks a row sees, its own included.
+        mask: True at tokens, False at padding [B, N].
+        scale: factor on the logits; default ``D ** -0.5``.
+        impl: kernel of ``attend``.
+
+    Returns:
+        out [B, H, N, Dv] in the dtype of ``q``; 0 at padding.
+
+    Raises:
+        InputError: if shapes or sizes do not fit.
+    """
+    check_heads(q, k, v)
+    at_least_one(block=block, top=top)
+    valid = None if mask is None else mask.to(torch.bool)
+    return _attend(q, k, v, valid, block, top, scale, impl)
+
+
+class MoBA(MechanismLayer):
+    """Multi-head mixture of block attention, x [B, N, d_model] to the same shape; causal only.
+
+    Args:
+        d_model: width of the tokens.
+        heads: query heads.
+        block: tokens of a block S.
+        top: blocks a row sees, its own included.
+        impl: kernel of ``longspan.attend``.
+        kwargs: of ``MechanismLayer``: ``kv_heads``, ``head_dim``, ``rope``, ``bias``, ``device``,
+            ``dtype``. As in the paper's code, scores compare rotated queries with means of rotated
+            keys.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        block: int = 512,
+        top: int = 3,
+        impl: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_model, heads, **kwargs)
+        at_least_one(block=block, top=top)
+        self.block, self.top, self.impl = block, top, impl
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        state: TokenState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            x: tokens [B, N, d_model]; with a state, those after it.
+            mask: True at tokens, False at padding [B, N].
+            state: of the tokens before.
+            return_state: also return the state after ``x``.
+
+        Returns:
+            [B, N, d_model], and with ``return_state`` the state.
+        """
+        check(x, self.d_model, mask)
+        valid = valid_so_far(x, mask, state)
+        total = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
+        q, k, v = self.project(x, places(x.shape[1], valid, total, x.device))
+        k, v = extended(state, k, v)
+        out = self.join(_attend(q, k, v, valid, self.block, self.top, None, self.impl))
+        return (out, TokenState(kept=(k, v), valid=valid)) if return_state else out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block={self.block}, top={self.top}"
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    size: int,
+    top: int,
+    scale: float | None,
+    impl: str,
+) -> Tensor:
+    place = places(q.shape[2], valid, k.shape[2], q.device)
+    k, v = tokens_first(valid, k, v)
+    chosen, counts = _select(q.detach(), k.detach(), place, size, top)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return over_blocks(q, k, v, chosen, counts, place, size, factor, impl)
+
+
+def _select(q: Tensor, k: Tensor, place: Tensor, size: int, top: int) -> tuple[Tensor, Tensor]:
+    work = torch.promote_types(q.dtype, torch.float32)
+    # A block that has not ended is never scored: it may be left short.
+    mean = torch.nn.functional.pad(k.to(work), (0, 0, 0, -k.shape[2] % size))
+    mean = mean.unflatten(2, (-1, size)).mean(dim=3)
+    mean = mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    own = place.div(size, rounding_mode="floor")
+    number = torch.arange(mean.shape[2], device=q.device)
+    found = []
+    for rows in slices(q.shape[2], q.shape[0] * q.shape[1] * mean.shape[2]):
+        score = q[:, :, rows].to(work) @ mean.mT
+        forced = number == own[:, rows, None]
+        found.append(best_blocks(score, own[:, rows], top, forced))
+    block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+    return block, counts
