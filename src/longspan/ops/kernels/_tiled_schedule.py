@@ -337,7 +337,8 @@ def _jobs(
 def _bodies(
     tile_S: Ints, start_S: Ints, stop_S: Ints, left_S: Ints, right_S: Ints, block: int
 ) -> tuple[Ints, Ints]:
-    """Keys that all rows of ``block`` neighbouring tiles see, where they are most of what each sees.
+    """Keys that all rows of ``block`` neighbouring tiles see, where they are most of what each
+    sees.
 
     Returns:
         First of these keys and one past their last for each segment; the whole segment if none.
