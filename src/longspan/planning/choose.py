@@ -17,7 +17,7 @@ from longspan.pattern.algebra import At, Pattern
 from longspan.planning.builder import JOIN, TILE
 from longspan.planning.compiler import passes_of, sets_of
 from longspan.planning.layout import Layout
-from longspan.planning.orders import LISTED, order_key
+from longspan.planning.orders import order_key
 from longspan.planning.passes import Pass
 
 # Most ranges per query that one masked pass may have; masks are built range by range.
@@ -56,7 +56,9 @@ def choose(pattern: Pattern, layout: Layout, heads: int, costs: Costs | None = N
         return None
     largest = max(seen)
     options: list[int | None] = [None]
-    if all(key != LISTED and largest % key == 0 for key in seen) and len(seen) > 1:
+    # A piece of a smaller step becomes a range for each of its remainders.
+    classes = largest // max(1, min(seen))
+    if len(seen) > 1 and classes <= _MOST_RANGES and all(k and largest % k == 0 for k in seen):
         options.append(largest)
     if _most_keys(pattern, layout, heads) <= _MOST_RANGES:
         options.append(1)
