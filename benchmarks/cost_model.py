@@ -30,7 +30,7 @@ from longspan.planning.layout import layouts
 
 HEADS, WIDTH = 4, 64
 # More ranges per query than this are not timed: masks are built range by range.
-MOST_RANGES = 64
+MOST_RANGES = 48
 RESULTS = Path(__file__).parent / "results"
 PATTERNS = {
     "dilated(8, 2)": (2,),

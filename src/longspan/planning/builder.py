@@ -17,7 +17,7 @@ from longspan.planning.tiles import touched_tiles
 # Rows of a tile, as kernels see them when nothing else is known.
 TILE = 64
 # A further pass costs about as much as this many pairs for every row, to join its results.
-JOIN = 40
+JOIN = 80
 
 
 class PassBuilder:

@@ -35,8 +35,8 @@ class Costs:
         join: of joining the results of a further pass, per row.
     """
 
-    mask: float = 0.05
-    move: float = 8.0
+    mask: float = 0.01
+    move: float = 16.0
     join: float = JOIN
 
 

@@ -14,25 +14,18 @@ Axes: G range groups, N query rows, m ranges per query, J jobs, T rows of a tile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from longspan.ops.kernels._tiled_jobs import ALIGN, Ints, Jobs, Limits, find_jobs
 
-# Spans begin and end at multiples of this where they can: whole vector registers, and equal
-# shapes more often.
-_ALIGN = 16
-# Keys that nobody in the tile sees are computed rather than skipped when they are fewer than this.
-_GAP = 64
 # A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs: key
 # gradients of overlapping spans are added slice by slice.
 _OVERLAP = 32
-# Query rows of a job at most, bundled heads counted.
-_TALLEST = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +47,12 @@ class Mask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Equal jobs at constant steps: job ``c`` has rows from ``row + c * row_step`` and keys from
-    ``key + c * key_step``.
+    """Equal jobs at constant steps.
+
+    Job ``c`` has rows from ``row + c * row_step`` and keys from ``key + c * key_step``.
 
     Attributes:
-        wave: ordinal of the jobs among those of their query tile; 0 starts a tile, others add to
-        it.
+        wave: 0 where the jobs are the first of their query tiles, more where they add to others.
         count: number of jobs.
         rows: query rows T of a job.
         span: key rows of a job.
@@ -79,8 +72,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """Bundles of ``heads`` neighbouring query heads on one key head, ``count`` of them at
-    constant steps (in rows)."""
+    """Bundles of ``heads`` neighbouring query heads on one key head, at constant steps in rows."""
 
     count: int
     heads: int
@@ -92,8 +84,7 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A grid of equal jobs computed in one call: ``lanes`` bundles of heads by ``count`` jobs of
-    a run.
+    """A grid of equal jobs for one call: ``lanes`` bundles of heads by ``count`` jobs of a run.
 
     Attributes:
         group: range group of all its heads.
@@ -131,8 +122,7 @@ class Schedule:
     covers: bool
 
     def batches(self, part: int, *, grid: bool) -> Iterator[Batch]:
-        """Everything to compute in one part, in order; unless ``grid``, along one step at a
-        time."""
+        """Everything to compute in one part, in order; without ``grid``, in single file."""
         for group, (runs, lanes) in enumerate(zip(self.runs, self.parts[part], strict=True)):
             for run in runs:
                 for lane in lanes:
@@ -196,11 +186,8 @@ def build_schedule(
     cuts = [len(bundles) * i // parts for i in range(parts + 1)]
     lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
     heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
-    span = -(-span // _ALIGN) * _ALIGN
-
-    def tallest(span_J: Ints) -> Ints:
-        return np.maximum(1, np.minimum(area // span_J, _TALLEST) // (heads * tile))
-
+    span = -(-span // ALIGN) * ALIGN
+    limits = Limits(span=span, area=area, lines=heads * tile, block=block)
     whole = queries // tile * tile
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]
@@ -211,9 +198,8 @@ def build_schedule(
                 shape = (-1, rows, lo_GNm.shape[2])
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
-                runs[group] += _runs(
-                    _jobs(lo_tTm, hi_tTm, keys, span, tallest, block), rows, first, masks
-                )
+                jobs = find_jobs(lo_tTm, hi_tTm, keys, limits)
+                runs[group] += _runs(jobs, rows, first, masks)
     covers = all(
         queries == sum(run.rows * run.count for run in runs[group] if run.wave == 0)
         for group in used
@@ -275,166 +261,8 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
     return lanes
 
 
-@dataclass(frozen=True, slots=True)
-class _Jobs:
-    """Jobs of tiles of equal height, unordered; what the columns of ``shape`` say is what a run
-    must share."""
-
-    tile_J: Ints
-    key_J: Ints
-    # wave, height in tiles, span, left, right
-    shape_J5: Ints
-    # Ranges of the rows relative to the job's first key, cut to its span; zero where the job
-    # needs no mask.
-    bounds_JX: NDArray[np.int32]
-
-
-def _jobs(
-    lo_tTm: Ints,
-    hi_tTm: Ints,
-    keys: int,
-    max_span: int,
-    tallest: Callable[[Ints], Ints],
-    block: int,
-) -> _Jobs:
-    tile_S, start_S, stop_S, left_S, right_S = _segments(lo_tTm, hi_tTm)
-    start_S = start_S // _ALIGN * _ALIGN
-    stop_S = np.minimum(-(-stop_S // _ALIGN) * _ALIGN, keys)
-
-    # What neighbouring tiles all see goes first, then what is left of it and right of it.
-    body_S, rest_S = _bodies(tile_S, start_S, stop_S, left_S, right_S, block)
-    first_P = np.stack([body_S, start_S, rest_S], axis=1).ravel()
-    length_P = np.stack([rest_S, body_S, stop_S], axis=1).ravel() - first_P
-
-    # Long pieces are cut into jobs of at most max_span keys.
-    cuts_P = -(-length_P // max_span)
-    piece_J = np.repeat(np.arange(len(first_P)), cuts_P)
-    cut_J = np.arange(len(piece_J)) - np.repeat(np.cumsum(cuts_P) - cuts_P, cuts_P)
-    segment_J = piece_J // 3
-    tile_J = tile_S[segment_J]
-    key_J = first_P[piece_J] + cut_J * max_span
-    span_J = np.minimum(length_P[piece_J] - cut_J * max_span, max_span)
-    left_J = np.clip(left_S[segment_J] - key_J, 0, span_J)
-    right_J = np.clip(right_S[segment_J] - key_J, left_J, span_J)
-    wave_J = np.arange(len(tile_J)) - np.searchsorted(tile_J, tile_J)
-
-    masked_J = (left_J > 0) | (right_J < span_J)
-    first_J, height_J = _stack(tile_J, wave_J, key_J, span_J, ~masked_J, tallest(span_J))
-    shape_J5 = np.stack([wave_J, np.ones_like(wave_J), span_J, left_J, right_J], axis=1)[first_J]
-    shape_J5[:, 1] = height_J
-    tile_J, key_J, masked_J = tile_J[first_J], key_J[first_J], masked_J[first_J]
-
-    bounds_JX = np.zeros((len(tile_J), 2 * lo_tTm[0].size), dtype=np.int32)
-    masked = np.flatnonzero(masked_J)
-    first, last = key_J[masked, None, None], shape_J5[masked, 2, None, None]
-    lo_JTm = np.clip(lo_tTm[tile_J[masked]] - first, 0, last)
-    hi_JTm = np.clip(hi_tTm[tile_J[masked]] - first, lo_JTm, last)
-    bounds_J2Tm = np.stack([lo_JTm, hi_JTm], axis=1) * (lo_JTm < hi_JTm)[:, None]
-    bounds_JX[masked] = bounds_J2Tm.reshape(len(masked), bounds_JX.shape[1])
-    return _Jobs(tile_J, key_J, shape_J5, bounds_JX)
-
-
-def _bodies(
-    tile_S: Ints, start_S: Ints, stop_S: Ints, left_S: Ints, right_S: Ints, block: int
-) -> tuple[Ints, Ints]:
-    """Keys that all rows of ``block`` neighbouring tiles see, where they are most of what each
-    sees.
-
-    Returns:
-        First of these keys and one past their last for each segment; the whole segment if none.
-    """
-    ordinal_S = np.arange(len(tile_S)) - np.searchsorted(tile_S, tile_S)
-    order_S = np.lexsort((tile_S, ordinal_S, tile_S // block))
-    whose_S2 = np.stack([tile_S // block, ordinal_S], axis=1)[order_S]
-    heads = np.flatnonzero(np.r_[True, (whose_S2[1:] != whose_S2[:-1]).any(axis=1)][: len(tile_S)])
-    if not len(heads):
-        return start_S, stop_S
-    size = np.diff(np.append(heads, len(tile_S)))
-    first = -(-np.maximum.reduceat(left_S[order_S], heads) // _ALIGN) * _ALIGN
-    last = np.minimum.reduceat(right_S[order_S], heads) // _ALIGN * _ALIGN
-    longest = np.maximum.reduceat((stop_S - start_S)[order_S], heads)
-    good = (size == block) & (block > 1) & (2 * (last - first) >= longest)
-    body_S, rest_S = start_S.copy(), stop_S.copy()
-    chosen = order_S[np.repeat(good, size)]
-    body_S[chosen] = np.repeat(first, size)[np.repeat(good, size)]
-    rest_S[chosen] = np.repeat(last, size)[np.repeat(good, size)]
-    return body_S, rest_S
-
-
-def _stack(
-    tile_J: Ints,
-    wave_J: Ints,
-    key_J: Ints,
-    span_J: Ints,
-    open_J: NDArray[np.bool_],
-    tallest_J: Ints,
-) -> tuple[Ints, Ints]:
-    """Put open (unmasked) jobs of neighbouring tiles on the same keys on top of each other.
-
-    Returns:
-        The jobs to keep, which are the first of each stack, and how many tiles high each now is.
-    """
-    order_J = np.lexsort((tile_J, span_J, key_J, wave_J))
-    joins = open_J[order_J[1:]] & open_J[order_J[:-1]] & (np.diff(tile_J[order_J]) == 1)
-    for x_J in (wave_J, key_J, span_J):
-        joins &= np.diff(x_J[order_J]) == 0
-    starts = np.flatnonzero(np.concatenate([[True], ~joins])) if len(order_J) else order_J
-    # Stacks that are too tall are cut into equal ones and a rest.
-    length = np.diff(np.append(starts, len(order_J)))
-    tallest = tallest_J[order_J[starts]]
-    cuts = -(-length // tallest)
-    piece = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    tallest = np.repeat(tallest, cuts)
-    height_J = np.minimum(np.repeat(length, cuts) - piece * tallest, tallest)
-    return order_J[np.repeat(starts, cuts) + piece * tallest], height_J
-
-
-def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """The keys that a tile's rows see, as disjoint segments that lie more than _GAP apart.
-
-    Returns:
-        For each segment, tiles ascending: its tile, its first key, one past its last key, and
-        the keys [left, right) inside it that every row of the tile sees (left = right = its end
-        when there are none).
-    """
-    tiles, width = len(lo_tTm), lo_tTm[0].size
-    lo_tX, hi_tX = lo_tTm.reshape(tiles, width), hi_tTm.reshape(tiles, width)
-    # One 64-bit number per range sorts by first key; empty ranges go last.
-    empty_tX = lo_tX >= hi_tX
-    code_tX = np.where(empty_tX, np.iinfo(np.int64).max, (lo_tX << 32) | hi_tX)
-    if (code_tX[:, 1:] < code_tX[:, :-1]).any():
-        code_tX = np.sort(code_tX, axis=1)
-    used_t = width - empty_tX.sum(axis=1)
-    first_tX = code_tX >> 32
-    reach_tX = np.maximum.accumulate(code_tX & 0xFFFFFFFF, axis=1)
-    opens_tX = np.arange(width) < used_t[:, None]
-    opens_tX[:, 1:] &= first_tX[:, 1:] > reach_tX[:, :-1] + _GAP
-    tile_S, column_S = np.nonzero(opens_tX)
-    last_S = used_t[tile_S] - 1
-    same = tile_S[1:] == tile_S[:-1]
-    last_S[:-1][same] = column_S[1:][same] - 1
-    start_S, stop_S = first_tX[tile_S, column_S], reach_tX[tile_S, last_S]
-
-    lo_STm, hi_STm = lo_tTm[tile_S], hi_tTm[tile_S]
-    inside_STm = (
-        (lo_STm < hi_STm) & (lo_STm >= start_S[:, None, None]) & (lo_STm < stop_S[:, None, None])
-    )
-    left_S = np.where(inside_STm, lo_STm, -1).max(axis=(1, 2))
-    right_S = np.where(inside_STm, hi_STm, np.iinfo(np.int64).max).min(axis=(1, 2))
-    # A row with no range here, or several, leaves nothing that all rows are known to see.
-    none_S = (inside_STm.sum(axis=2) != 1).any(axis=1) | (left_S >= right_S)
-    return (
-        tile_S,
-        start_S,
-        stop_S,
-        np.where(none_S, stop_S, left_S),
-        np.where(none_S, stop_S, right_S),
-    )
-
-
-def _runs(jobs: _Jobs, rows: int, base: int, masks: dict[bytes, Mask]) -> list[Run]:
-    """Sort equal jobs together and cut them into runs of constant steps; share masks seen
-    before."""
+def _runs(jobs: Jobs, rows: int, base: int, masks: dict[bytes, Mask]) -> list[Run]:
+    """Sort equal jobs together and cut them into runs of constant steps."""
     if not len(jobs.tile_J):
         return []
     # The hash only brings equal masks together; whether neighbours are equal is decided on the
@@ -456,9 +284,11 @@ def _runs(jobs: _Jobs, rows: int, base: int, masks: dict[bytes, Mask]) -> list[R
         row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
         mask = None
         if left > 0 or right < span:
-            lo_Tm, hi_Tm = bounds_JX[first].reshape(2, rows, -1)
             name = shape_J5[first, 2:].tobytes() + bounds_JX[first].tobytes()
-            mask = masks.setdefault(name, Mask(lo_Tm, hi_Tm, span, left, right))
+            if name not in masks:
+                lo_Tm, hi_Tm = bounds_JX[first].copy().reshape(2, rows, -1)
+                masks[name] = Mask(lo_Tm, hi_Tm, span, left, right)
+            mask = masks[name]
         runs.append(
             Run(
                 wave=wave,

@@ -45,10 +45,11 @@ _FORWARD_AREA = 1 << 25
 _BACKWARD_AREA = 1 << 18
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 27
+# Neighbouring tiles that the forward looks through for common keys. The backward multiplies as
+# fast without them.
+_BLOCK = 4
 # Parts for each thread, so that none waits long for the last.
 _PARTS = 2
-_BLOCK = 4
-_BLOCK_B = 1
 
 _plans: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
@@ -79,7 +80,7 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
-        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD_AREA)
+        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD_AREA, _BLOCK)
         # Autocast would round the logits.
         with torch.autocast(q_BHND.device.type, enabled=False):
             out_RD, lse_R1 = forward(
@@ -113,7 +114,7 @@ class _Tiled(torch.autograd.Function):
         # Rows that see nothing have weights of 0: whatever meets these must be finite.
         empty_R1 = lse_R1.isneginf()
         threads = torch.get_num_threads()
-        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, threads * _BACKWARD_AREA)
+        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, threads * _BACKWARD_AREA, 1)
         with torch.autocast(q_BHND.device.type, enabled=False):
             grads = backward(
                 q_RD,
@@ -140,14 +141,16 @@ def _rows(x_BHND: Tensor) -> Tensor:
     return x_BHND.contiguous().view(-1, x_BHND.shape[-1])
 
 
-def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int) -> tuple[Schedule, Biases]:
+def _plan(
+    ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int, block: int
+) -> tuple[Schedule, Biases]:
     """The schedule for inputs of these shapes and batches of ``area`` scores over all threads."""
     batch, heads, queries, width = q_BHND.shape
     key_heads = k_BKMD.shape[1]
     on_cpu = q_BHND.device.type == "cpu" and can_share_threads()
     threads = torch.get_num_threads() if on_cpu else 1
     plans = _plans.setdefault(ranges, {})
-    name = (batch, heads, key_heads, width, area, threads)
+    name = (batch, heads, key_heads, width, area, block, threads)
     if name not in plans:
         lo_GNm, hi_GNm, group_BH = (
             x.cpu().numpy().astype("int64")
@@ -168,7 +171,7 @@ def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int) -> tuple
             span=max(256, _JOB // (tile * heads // key_heads)),
             area=area // min(parts, threads),
             parts=parts,
-            block=_BLOCK if area == _FORWARD_AREA else _BLOCK_B,
+            block=block,
         )
         plans[name] = schedule, Biases()
     return plans[name]
