@@ -1,0 +1,1 @@
+"""Content decides: how important keys are, how many may stay, and which those are."""
