@@ -55,14 +55,19 @@ def test_spelling_is_free(text):
         ("window(3) sink(4)", "expected an operator", 10),
         ("window(-1)", "size must be from 1", 0),
         ("sink(1) | window(2.5)", "whole number, got 2.5", 10),
-        ("window()", "missing 1 required positional argument: 'size'", 0),
+        ("window()", "window: missing a required argument: 'size'; write window(size)", 0),
+        ("window(4, true, 4)", "window: too many positional arguments; write window(size)", 0),
+        ("sink(1) | window(4, causal=maybe)", "must be true or false, got 'maybe'", 10),
         ("window(3, casual=false)", "did you mean 'causal'?", 10),
         ("window(3, size=4, size=5)", "given twice", 18),
         ("window(size=3, 4)", "plain arguments come first", 15),
-        ("window 3", "in brackets", 7),
+        ("window 3", "window needs its arguments in brackets: window(size)", 7),
+        ("heads(causal, window(4))", "causal needs its arguments in brackets: causal()", 12),
+        ("heads(causal(), widnow)", "did you mean 'window'?", 16),
         ("window(3) |", "expected a pattern", 11),
         ("(window(3)", "expected )", 10),
-        ("heads(window(3), 4)", "expected patterns, got 4", 0),
+        ("heads(window(3), 4)", "expected a pattern", 17),
+        ("heads()", "expected at least one pattern", 0),
     ],
 )
 def test_errors_show_the_place(text, message, column):
@@ -79,6 +84,8 @@ def test_empty_and_foreign_input():
         ls.parse("  ")
     with pytest.raises(PatternError, match="expected a pattern as text, got 3"):
         ls.parse(3)
+    with pytest.raises(PatternError, match="nested too deeply"):
+        ls.parse("(" * 10_000)
 
 
 def test_a_new_atom_parses_once_its_class_exists():

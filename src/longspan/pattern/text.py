@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from longspan.errors import PatternError
@@ -53,7 +52,10 @@ def parse(text: str) -> Pattern:
     """
     if not isinstance(text, str):
         raise PatternError(f"expected a pattern as text, got {text!r} ({type(text).__name__})")
-    return _Parser(text).whole()
+    try:
+        return _Parser(text).whole()
+    except RecursionError:
+        raise PatternError("the brackets of the pattern are nested too deeply") from None
 
 
 class _Parser:
@@ -108,13 +110,16 @@ class _Parser:
         if cls is None:
             self.fail(f"no pattern is called {name!r}{_nearest(name, list(names()))}")
         self.at += 1
-        self.need("(", f"{name} takes its arguments in brackets")
+        self.need("(", f"{name} needs its arguments in brackets: {_usage(cls)}")
         return self.build(cls, *self.arguments(cls), start)
 
     def arguments(self, cls: type[Pattern]) -> tuple[list[Any], dict[str, Any]]:
         values: list[Any] = []
         named: dict[str, Any] = {}
-        known = [p for p in inspect.signature(cls).parameters if p != "self"]
+        parameters = inspect.signature(cls).parameters
+        known = list(parameters)
+        # heads(causal, ...): a bare word is a pattern without its brackets, not a word.
+        patterns = any(p.annotation in (Pattern, "Pattern") for p in parameters.values())
         while not self.take(")"):
             kind, word, _ = self.tokens[self.at]
             if kind == "name" and self.tokens[self.at + 1][1] == "=":
@@ -126,7 +131,7 @@ class _Parser:
             else:
                 if named:
                     self.fail("expected name=value: plain arguments come first")
-                values.append(self.value())
+                values.append(self.union() if patterns else self.value())
             if not self.take(","):
                 self.need(")", "expected , or )")
                 break
@@ -154,13 +159,23 @@ class _Parser:
         return self.union()
 
     def build(
-        self, cls: Callable[..., Pattern], values: list[Any], named: dict[str, Any], start: int
+        self, cls: type[Pattern], values: list[Any], named: dict[str, Any], start: int
     ) -> Pattern:
+        signature = inspect.signature(cls)
+        try:
+            given = signature.bind(*values, **named).arguments
+        except TypeError as error:
+            raise self.error(f"{cls.name}: {error}; write {_usage(cls)}", start) from None
+        for name, value in given.items():
+            # A word that is neither would count as true.
+            flag = isinstance(signature.parameters[name].default, bool)
+            if flag and not isinstance(value, bool):
+                reason = f"{cls.name}: {name} must be true or false, got {value!r}"
+                raise self.error(reason, start)
         try:
             return cls(*values, **named)
-        except (TypeError, PatternError) as error:
-            reason = str(error).replace("__init__()", "").replace(f"{cls.__name__}. ", "")
-            raise self.error(reason, start) from None
+        except PatternError as error:
+            raise self.error(str(error), start) from None
 
     def take(self, sign: str) -> bool:
         kind, word, _ = self.tokens[self.at]
@@ -180,6 +195,17 @@ class _Parser:
     def error(self, reason: str, start: int) -> PatternError:
         line = self.text.replace("\n", " ")
         return PatternError(f"{reason}\n  {line}\n  {' ' * start}^")
+
+
+def _usage(cls: type[Pattern]) -> str:
+    """How a pattern is written, defaults left out: ``window(size)``, ``heads(choices, ...)``."""
+    words = []
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            words += [parameter.name, "..."]
+        elif parameter.default is parameter.empty:
+            words.append(parameter.name)
+    return f"{cls.name}({', '.join(words)})"
 
 
 def _nearest(word: str, known: list[str]) -> str:
