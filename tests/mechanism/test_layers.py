@@ -11,11 +11,13 @@ import longspan as ls
 from longspan.errors import InputError
 
 LAYERS = {
+    "BigBirdAttention": {"block": 4, "random": 1},
     "DualChunkAttention": {"chunk": 6, "local": 4},
     "HierarchicalAttention": {"chunk": 6},
     "LSHAttention": {"buckets": 4, "chunk": 8},
     "LinearAttention": {},
     "Linformer": {"max_length": 64, "rank": 5},
+    "LongformerAttention": {"window": 6, "global_tokens": (0, 9)},
     "Nystromformer": {"landmarks": 4, "conv_kernel": 3},
     "Performer": {},
     "PooledChunkAttention": {"chunk": 6, "pool": "learned"},

@@ -10,15 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "BigBirdAttention": "bigbird",
     "DualChunk": "_dual_chunk_plan",
     "DualChunkAttention": "dual_chunk",
-    "FeatureMap": "feature_maps",
     "Favor": "performer",
+    "FeatureMap": "feature_maps",
     "HierarchicalAttention": "hierarchical",
     "LSHAttention": "lsh",
     "Laplace": "feature_maps",
     "LinearAttention": "linear",
     "Linformer": "linformer",
+    "LongformerAttention": "longformer",
     "MoBA": "moba",
     "NSA": "nsa",
     "Nystromformer": "nystromformer",
@@ -34,12 +36,14 @@ _HOME = {
     "moba_attention": "moba",
     "nystrom_attention": "nystromformer",
     "pooled_chunk_attention": "pooled",
+    "published_bigbird_attention": "bigbird",
     "redraw": "performer",
     "routing_attention": "routing",
 }
 
 __all__ = [
     "NSA",
+    "BigBirdAttention",
     "DualChunk",
     "DualChunkAttention",
     "Favor",
@@ -49,6 +53,7 @@ __all__ = [
     "Laplace",
     "LinearAttention",
     "Linformer",
+    "LongformerAttention",
     "MoBA",
     "Nystromformer",
     "Performer",
@@ -63,6 +68,7 @@ __all__ = [
     "moba_attention",
     "nystrom_attention",
     "pooled_chunk_attention",
+    "published_bigbird_attention",
     "redraw",
     "routing_attention",
 ]
@@ -82,11 +88,13 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.mechanism._dual_chunk_plan import DualChunk
+    from longspan.mechanism.bigbird import BigBirdAttention, published_bigbird_attention
     from longspan.mechanism.dual_chunk import DualChunkAttention, dual_chunk_attention
     from longspan.mechanism.feature_maps import FeatureMap, Laplace
     from longspan.mechanism.hierarchical import HierarchicalAttention, hierarchical_attention
     from longspan.mechanism.linear import LinearAttention, linear_attention
     from longspan.mechanism.linformer import Linformer, linformer_attention
+    from longspan.mechanism.longformer import LongformerAttention
     from longspan.mechanism.lsh import LSHAttention, lsh_attention
     from longspan.mechanism.moba import MoBA, moba_attention
     from longspan.mechanism.nsa import NSA

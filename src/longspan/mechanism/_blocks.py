@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism._summaries import join_masks
-from longspan.mechanism.layer import positions, to_front
+from longspan.mechanism.layer import positions, rows_at, to_front
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25
@@ -63,9 +63,7 @@ def tokens_first(valid_BM: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...
         return tensors
     order, _ = to_front(valid_BM)
     hidden = ~valid_BM.gather(1, order)[:, None, :, None]
-    return tuple(
-        x.gather(2, order[:, None, :, None].expand_as(x)).masked_fill(hidden, 0.0) for x in tensors
-    )
+    return tuple(rows_at(x, order).masked_fill(hidden, 0.0) for x in tensors)
 
 
 def slices(rows: int, per_row: int) -> list[slice]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longspan.mechanism.layer import Count, positions, to_front
+from longspan.mechanism.layer import Count, positions, rows_at, to_front
 from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
 
@@ -189,10 +189,7 @@ class Summaries:
         else:
             order, _ = to_front(valid)
             k, pooled = (
-                x.masked_fill(~valid[:, None, :, None], 0.0).gather(
-                    2, order[:, None, :, None].expand_as(x)
-                )
-                for x in (k, pooled)
+                rows_at(x.masked_fill(~valid[:, None, :, None], 0.0), order) for x in (k, pooled)
             )
             inside = valid.gather(1, order)
         tail = -rows % size
@@ -252,20 +249,15 @@ class Summaries:
         order, _ = to_front(real)
         order = order[:, : int(real.sum(dim=-1).max())]
         return SummaryState(
-            open_key=_rows(k, open_row),
-            open_value=_rows(v, open_row),
-            open_pooled=_rows(pooled, open_row),
+            open_key=rows_at(k, open_row),
+            open_value=rows_at(v, open_row),
+            open_pooled=rows_at(pooled, open_row),
             open_valid=open_valid,
-            key=_rows(keys, order),
-            value=_rows(values, order),
+            key=rows_at(keys, order),
+            value=rows_at(values, order),
             valid=real.gather(1, order),
             closed=closed + done,
         )
-
-
-def _rows(x: Tensor, row_BN: Tensor) -> Tensor:
-    index = row_BN[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index)
 
 
 def join_masks(

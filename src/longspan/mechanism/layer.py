@@ -153,6 +153,12 @@ def to_front(valid: Tensor) -> tuple[Tensor, Tensor]:
     return order, order.argsort(dim=-1)
 
 
+def rows_at(x_BHND: Tensor, row_BL: Tensor) -> Tensor:
+    """Rows of each batch row, the same for all heads [B, H, L, D]."""
+    index = row_BL[:, None, :, None].expand(-1, x_BHND.shape[1], -1, x_BHND.shape[3])
+    return x_BHND.gather(2, index)
+
+
 def at_least_one(**sizes: int) -> None:
     """Refuse sizes that are no positive whole numbers.
 
