@@ -49,6 +49,22 @@ def test_a_saved_folder_loads(saved):
     assert again.dtype == torch.bfloat16
 
 
+def test_loading_and_saving_draw_no_bars_and_leave_the_switch(saved, tmp_path, capfd):
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    model, tokenizer = ls.hf.load_model(saved)
+    save_model(model, tokenizer, tmp_path)
+    assert logging.is_progress_bar_enabled()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(saved, device):
+    with pytest.raises(InputError, match=f"Device '{device}' cannot be used here"):
+        ls.hf.load_model(saved, device=device)
+
+
 def test_an_unknown_dtype_is_refused(saved):
     with pytest.raises(InputError, match=r"float8.*float32, bfloat16"):
         ls.hf.load_model(saved, dtype="float8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.errors import InputError
+from longspan.hf.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -108,7 +109,8 @@ def save_model(
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with no_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import DataError, InputError
+from longspan.hf.quiet import no_bars
 from longspan.hf.routes import routed
 from longspan.hf.unwrap import base_model
 
@@ -141,7 +142,8 @@ def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrained
     """
     merged = model.merge_and_unload()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(folder)
+    with no_bars():
+        merged.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return merged

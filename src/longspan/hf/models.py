@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import DataError, InputError
+from longspan.hf.quiet import no_bars
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +33,14 @@ def load_model(
     Raises:
         DataError: if the folder is missing, is a hub name, or holds no complete causal language
             model with its tokenizer.
-        InputError: for an unknown dtype.
+        InputError: for an unknown dtype, or a device that this machine does not have.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    place = check_device(device or "cpu")
     folder = check_folder(path)
     config = _config(folder)
     _check_causal(folder, config)
@@ -48,13 +50,14 @@ def load_model(
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
         raise DataError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}).")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with no_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise DataError(f"The weights in {folder} cannot be loaded: {_short(error)}") from error
     model, found = loaded
@@ -68,7 +71,27 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise DataError(f"The tokenizer in {folder} cannot be loaded: {_short(error)}") from error
-    return model.to(device or "cpu").eval(), tokenizer
+    return model.to(place).eval(), tokenizer
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """The device, if tensors can be made on it.
+
+    Raises:
+        InputError: an unknown name, or a device that torch does not find on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    # Builds without a backend fail in ways of their own: AssertionError, NotImplementedError.
+    except Exception as error:
+        raise InputError(
+            f"Device {str(name)!r} cannot be used here: {_short(error)} "
+            "Give cpu, or cuda where torch sees a GPU."
+        ) from error
+    return device
 
 
 def check_folder(path: str | Path) -> Path:
