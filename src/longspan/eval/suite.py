@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
@@ -24,7 +25,8 @@ class SuiteConfig:
     Attributes:
         lengths: context lengths in tokens, for perplexity and passkey; none: whoever runs the
             suite chooses.
-        sequences: windows of the longest length; shorter lengths score the same text.
+        sequences: windows of the longest length, spread evenly over the held-out text; shorter
+            lengths score the same text.
         depths: places of the passkey, 0 (start) to 1 (end).
         trials: passkey probes per length and depth; 0 leaves the passkey out.
         style: wording of the passkey, ``prose`` or ``code``.
@@ -88,12 +90,12 @@ def evaluate(
     model.eval()
     loss = TokenLoss(model)
     settings = {**asdict(config), **identity, "name": name}
-    budget = config.sequences * max(config.lengths)
+    windows = spread(text, max(config.lengths), config.sequences)
 
     measured: dict[str, Any] = {
         "perplexity": perplexity(
             loss,
-            _first(text, budget),
+            windows,
             config.lengths,
             records=Records(folder / f"{name}.perplexity.jsonl", settings),
             progress=prefixed(name, progress),
@@ -115,11 +117,27 @@ def evaluate(
     return measured
 
 
-def _first(text: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    kept: list[Tensor] = []
-    for document in text:
-        kept.append(document[:tokens])
-        tokens -= len(kept[-1])
-        if tokens <= 0:
-            break
-    return kept
+def spread(text: Sequence[Tensor], length: int, count: int) -> list[Tensor]:
+    """At most ``count`` pieces of ``length`` tokens each, evenly over all the text.
+
+    No piece crosses from one document into another, unless too few documents are long enough;
+    then the text is cut as if it were one document.
+
+    Args:
+        text: int64 token ids of documents.
+        length: tokens of a piece.
+        count: pieces wanted; fewer where the text is too short.
+    """
+    pieces = _cut(text, length)
+    if len(pieces) < count:
+        pieces = _cut([torch.cat(list(text))], length)
+    count = min(count, len(pieces))
+    return [pieces[(2 * i + 1) * len(pieces) // (2 * count)] for i in range(count)]
+
+
+def _cut(text: Sequence[Tensor], length: int) -> list[Tensor]:
+    return [
+        document[start : start + length]
+        for document in text
+        for start in range(0, len(document) - length + 1, length)
+    ]
