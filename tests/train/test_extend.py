@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,20 @@ from longspan.errors import DataError, InputError, LongspanError, PatternError, 
 from longspan.eval.losses import TokenLoss
 from longspan.eval.records import read_lines
 from longspan.eval.subject import Subject
-from longspan.eval.suite import SuiteConfig
+from longspan.eval.suite import SuiteConfig, spread
 from longspan.hf import load_model
+from longspan.pattern import Window
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.extend import extend
 from longspan.train.loop import LoopConfig
-from longspan.train.prepare import ExtendSettings, doubling, hold_out, prepare
+from longspan.train.prepare import (
+    check_output,
+    doubling,
+    hold_out,
+    prepare,
+    rehearse,
+)
+from longspan.train.settings import ExtendSettings
 
 SUITE: dict[str, Any] = {"lengths": (64, 256), "sequences": 2, "trials": 1, "style": "code"}
 LOOP: dict[str, Any] = {"steps": 4, "lr": 1e-2, "warmup": 1, "save_every": 2}
@@ -106,7 +115,7 @@ def test_adapter_and_merged_model_give_the_reported_numbers(
 ) -> None:
     out, report, asked = finished
     job = prepare(asked, out, resume=True)
-    rows = torch.cat(job.heldout_text)[:512].view(2, 256)
+    rows = torch.stack(spread(job.heldout_text, 256, 2))
     expected = report["trained"]["perplexity"]["lengths"][-1]["nll"]
 
     how = json.loads((out / "adapter" / "longspan.json").read_text())
@@ -223,7 +232,11 @@ def test_gradient_checkpointing_changes_no_loss(
         ({"data": ("/nowhere/text",)}, DataError, "/nowhere/text"),
         ({"data": ()}, DataError, "There is no text"),
         ({"rope": "stretch"}, InputError, "Unknown RoPE scaling 'stretch'"),
-        ({"device": "cuda:99"}, LongspanError, "cuda:99"),
+        ({"pattern": "layers(causal(), heads(causal(), causal(), causal()))"}, PatternError, "4"),
+        ({"pattern": "neighborhood(8) & causal()"}, PatternError, "depends on the length"),
+        ({"device": "cuda:99"}, InputError, "cuda:99"),
+        ({"device": "gpu"}, InputError, "Device 'gpu' cannot be used"),
+        ({"device": "meta"}, InputError, "Device 'meta' cannot be used"),
         ({"suite": {"lengths": (32,)}}, DataError, "passkey probe needs at least"),
         ({"suite": {"lengths": (64, 60000)}}, DataError, "shorter than one sequence"),
         ({"suite": {"style": "verse"}}, InputError, "passkey style 'verse'"),
@@ -257,6 +270,42 @@ def test_model_that_does_not_route_is_refused_by_name(some_text: Path, tmp_path:
     with pytest.raises(Refusal, match="BloomForCausalLM"):
         extend(settings(tmp_path / "bloom", some_text), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_attention_dropout_is_refused_before_any_work(
+    tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    with pytest.raises(InputError, match=r"attention dropout 0\.1"):
+        extend(settings(folder, some_text), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert extend(settings(folder, some_text, pattern="none"), tmp_path / "run")["trained"]
+
+
+def test_rehearsal_leaves_the_model_as_it_was(tiny_model: Path) -> None:
+    model, _ = load_model(tiny_model)
+    own = model.config._attn_implementation
+    rehearse(model, Window(4))
+    assert not model.training
+    assert model.config._attn_implementation == own
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_text_that_holding_out_would_use_up_is_counted_whole(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("word and word\n" * 30)
+    with pytest.raises(DataError, match=r"[1-9]\d+ tokens found, 256 needed, and 256 more"):
+        extend(settings(tiny_model, text), tmp_path / "run")
+
+
+@pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
+def test_output_folder_that_cannot_be_made_is_refused_before_any_work(folder: str) -> None:
+    with pytest.raises(DataError, match=f"{folder} cannot be written"):
+        check_output(Path(folder), resume=False)
 
 
 def test_output_folder_is_never_mixed(tiny_model: Path, some_text: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from longspan.train.prepare import ExtendSettings
+    from longspan.train.settings import ExtendSettings
 
 _TRAIN, _MEASURE, _RUN = "Training", "Measuring", "Running"
 
@@ -124,7 +124,8 @@ def extend(
     from longspan.eval.suite import SuiteConfig
     from longspan.train.extend import extend as run
     from longspan.train.loop import LoopConfig
-    from longspan.train.prepare import ExtendSettings, prepare
+    from longspan.train.prepare import prepare
+    from longspan.train.settings import ExtendSettings
 
     settings = ExtendSettings(
         model=model,

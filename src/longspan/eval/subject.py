@@ -12,6 +12,7 @@ from typing import Any
 from longspan import hf, pattern
 from longspan.errors import DataError
 from longspan.eval.losses import TokenLoss
+from longspan.hf.models import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class Subject:
     adapter: Path | None = None
     dtype: str = "float32"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values on which results depend: the length only if positions are scaled."""

@@ -99,6 +99,23 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
         Refusal: if the model's rotary modules cannot be rebuilt to these frequencies.
     """
     base = base_model(model)
+    planned, rebuilt = _planned(base, kind, length)
+    config = base.config.get_text_config()
+    config.rope_parameters = planned.rope_parameters
+    config.max_position_embeddings = planned.max_position_embeddings
+    for old, new in rebuilt:
+        _take_over(old, new)
+
+
+def check_rope(model: PreTrainedModel, kind: str, length: int) -> None:
+    """Raise what ``set_rope`` would raise; changes nothing."""
+    _planned(base_model(model), kind, length)
+
+
+def _planned(
+    base: PreTrainedModel, kind: str, length: int
+) -> tuple[PreTrainedConfig, list[tuple[nn.Module, nn.Module]]]:
+    """The configuration that a scaling makes, and each rotary module with the one for it."""
     config = base.config.get_text_config()
     planned = copy.deepcopy(config)
     planned.rope_parameters = rope_parameters(config, kind, length)
@@ -110,10 +127,7 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
             f"{type(base).__name__} has no rotary module with inverse frequencies that can be "
             "rebuilt; its positions cannot be extended."
         )
-    config.rope_parameters = planned.rope_parameters
-    config.max_position_embeddings = planned.max_position_embeddings
-    for old, new in rebuilt:
-        _take_over(old, new)
+    return planned, rebuilt
 
 
 def _stretch(

@@ -77,7 +77,8 @@ def apply(model: Any, pattern: Pattern | DualChunk | str, impl: str = "auto") ->
         A handle; ``with apply(...)`` restores the model at the end of the block.
 
     Raises:
-        PatternError: if the pattern does not parse or does not fit the number of heads.
+        PatternError: if the pattern does not parse, does not fit the number of heads, or is causal
+            but changes as the sequence grows.
         Refusal: if the model does not route through the attention interface, with each reason, or
             ``impl`` is unknown. The model is then unchanged.
     """
@@ -97,7 +98,7 @@ def apply(model: Any, pattern: Pattern | DualChunk | str, impl: str = "auto") ->
     config = base.config.get_text_config()
     if isinstance(wanted, Pattern):
         for layer in range(config.num_hidden_layers):
-            wanted.at_layer(layer).check(config.num_attention_heads)
+            wanted.at_layer(layer).require(config.num_attention_heads)
     before = str(config._attn_implementation)
     dual = isinstance(wanted, DualChunk)
     name = register_dual_chunk(wanted, impl) if dual else register(wanted, impl)

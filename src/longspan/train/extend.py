@@ -37,7 +37,8 @@ from longspan.hf.rope import set_rope
 from longspan.pattern import Pattern
 from longspan.train.checkpoint import Checkpoints, write_atomically
 from longspan.train.loop import train
-from longspan.train.prepare import SETTINGS_NAME, ExtendSettings, Job, prepare
+from longspan.train.prepare import SETTINGS_NAME, Job, prepare
+from longspan.train.settings import ExtendSettings
 
 
 def extend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,89 +20,21 @@ from torch import Tensor
 from longspan import hf, pattern
 from longspan.errors import DataError, InputError, Refusal
 from longspan.eval.records import differences
-from longspan.eval.suite import SuiteConfig
 from longspan.hf.models import check_folder
-from longspan.hf.rope import rope_parameters, trained_length
+from longspan.hf.rope import check_rope, rope_parameters, trained_length
 from longspan.pattern import Pattern
+from longspan.train.batches import Batches
 from longspan.train.data import (
     Document,
-    Sampler,
     Split,
     python_sources,
     read_documents,
-    recall_documents,
     tokenize_documents,
 )
-from longspan.train.loop import LoopConfig
+from longspan.train.settings import ExtendSettings
 
 OWN_ATTENTION = "none"
 SETTINGS_NAME = "settings.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtendSettings:
-    """What an extension does; everything that its numbers depend on.
-
-    Attributes:
-        model: local folder of a causal language model.
-        length: context to extend to, in tokens.
-        pattern: text of the attention pattern to train with, or ``none`` for the model's own dense
-            attention.
-        rope: position scaling: none, linear, ntk, dynamic, yarn, llama3.
-        data: files or folders with training text.
-        python_stdlib: train on this Python's standard library (modules of its own are held out).
-        eval_data: held-out text; without it the last tenth of the training text is held out.
-        recall_share: share of the sequences that is synthetic text in which values must be
-            recalled.
-        loop: how to train.
-        batch: sequences per batch.
-        rank: of the LoRA matrices.
-        alpha: their scale; the update is multiplied by alpha / rank.
-        embeddings_and_norms: also train embeddings and norms, as LongLoRA does.
-        gradient_checkpointing: recompute each layer in the backward to save memory.
-        suite: what to measure.
-        eval_attention: measure with the model's own ``dense`` attention, or with the ``pattern``.
-        compare_dense: train the same recipe with dense attention too, and report both.
-        dtype: of the weights.
-        device: ``cpu``, ``cuda``, ...
-    """
-
-    model: str
-    length: int
-    pattern: str
-    loop: LoopConfig
-    suite: SuiteConfig
-    rope: str = "yarn"
-    data: tuple[str, ...] = ()
-    python_stdlib: bool = False
-    eval_data: tuple[str, ...] = ()
-    recall_share: float = 0.0
-    batch: int = 1
-    rank: int = 8
-    alpha: float = 16.0
-    embeddings_and_norms: bool = True
-    gradient_checkpointing: bool = False
-    eval_attention: str = "dense"
-    compare_dense: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.rank < 1 or not self.alpha > 0:
-            raise InputError(
-                f"batch and rank must be at least 1 and alpha positive, "
-                f"got {self.batch}, {self.rank} and {self.alpha}."
-            )
-        if not 0 <= self.recall_share < 1:
-            raise InputError(f"recall_share must be in [0, 1), got {self.recall_share}.")
-        if self.eval_attention not in ("dense", "pattern"):
-            raise InputError(
-                f"eval_attention must be dense or pattern, got {self.eval_attention!r}."
-            )
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(
-                f"Device {self.device!r} was asked for, but torch sees no GPU here: use cpu."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +71,7 @@ class Job:
 
     def batches(self) -> Batches:
         """The addressable supply of training batches."""
-        return Batches(self)
+        return Batches(self.settings, self.train_text, self.tokenizer)
 
     def summary(self) -> dict[str, Any]:
         """What would be done, in numbers."""
@@ -170,33 +103,6 @@ class Job:
         }
 
 
-class Batches:
-    """Batch number -> int64 [batch, length]; depends on the number and the settings alone."""
-
-    def __init__(self, job: Job) -> None:
-        s = job.settings
-        self._size, self._share = s.batch, s.recall_share
-        self._text = Sampler(job.train_text, s.length, seed=s.loop.seed)
-        self._recall = None
-        if s.recall_share:
-            # Documents up to about a context long, so that values are recalled over the whole of
-            # it.
-            count = max(64, round(s.loop.steps * s.loop.accumulate * s.batch * s.recall_share))
-            documents = recall_documents(s.loop.seed, count, max_chars=2 * s.length)
-            tokens = tokenize_documents(job.tokenizer, documents)
-            self._recall = Sampler(tokens, s.length, seed=s.loop.seed)
-
-    def __call__(self, number: int) -> Tensor:
-        """Batch ``number`` >= 0."""
-        return torch.stack([self._row(number * self._size + i) for i in range(self._size)])
-
-    def _row(self, index: int) -> Tensor:
-        recalled = int(index * self._share)
-        if self._recall is not None and int((index + 1) * self._share) > recalled:
-            return self._recall.sequence(recalled)
-        return self._text.sequence(index - recalled)
-
-
 def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job:
     """Check everything and load the model; nothing is written.
 
@@ -221,15 +127,22 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
             "extends nothing: "
             f"give more than {trained}."
         )
-    rope_parameters(model.config, settings.rope, settings.length)
+    check_rope(model, settings.rope, settings.length)
     if parsed is not None:
-        parsed.at_layer(0).check(model.config.get_text_config().num_attention_heads)
+        rehearse(model, parsed)
     if not settings.suite.lengths:
         suite = replace(settings.suite, lengths=doubling(trained, settings.length))
         settings = replace(settings, suite=suite)
     longest = max(settings.suite.lengths)
     train_text = tokenize_documents(tokenizer, documents)
     if heldout is None:
+        total = sum(map(len, train_text))
+        if total < settings.length + longest:
+            raise DataError(
+                f"The training text is shorter than one sequence: {total} tokens found, "
+                f"{settings.length} needed, and {longest} more to hold out. "
+                "Give more text, --eval-data, or a shorter length."
+            )
         train_text, heldout_text = hold_out(train_text, longest)
     else:
         heldout_text = tokenize_documents(tokenizer, heldout)
@@ -259,9 +172,18 @@ def doubling(trained: int, length: int) -> tuple[int, ...]:
 
 
 def check_output(out: Path, *, resume: bool) -> None:
-    """Raise DataError unless ``out`` is new, empty, or a run to resume."""
+    """Raise DataError unless ``out`` can be written and is new, empty, or a run to resume."""
     if out.exists() and not out.is_dir():
         raise DataError(f"The output folder {out} is a file: give a folder that is new or empty.")
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"The output folder {out} cannot be written: {error.strerror or error}. "
+            "Give a folder that can be."
+        ) from error
     if not out.exists() or not any(out.iterdir()):
         return
     if not resume:
@@ -299,6 +221,23 @@ def check_routes(model: Any, name: str) -> None:
             f"{name} ({type(model).__name__}) does not take a pattern: {reasons}. "
             "Use a model whose layers call the attention interface of transformers."
         )
+
+
+@torch.no_grad()
+def rehearse(model: Any, wanted: Pattern) -> None:
+    """Train a model on two tokens under a pattern, without a step: find now what would fail later.
+
+    Raises:
+        LongspanError: the pattern does not fit the model, or its layers ask for something that no
+            kernel computes, such as dropout of attention weights.
+    """
+    # Nothing to compile for two tokens.
+    with hf.apply(model, wanted, impl="reference"):
+        model.train()
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+        finally:
+            model.eval()
 
 
 def hold_out(text: Sequence[Tensor], at_least: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from longspan.errors import DataError, InputError
 from longspan.hf.build import build_llama, load_tokenizer, save_model, train_tokenizer
+from longspan.hf.models import check_device
 from longspan.train.data import (
     Document,
     Sampler,
@@ -71,10 +72,7 @@ class PretrainConfig:
         for name in ("recall_share", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(
-                f"device {self.device!r} asked for, but torch sees no GPU here; use --device cpu."
-            )
+        check_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from importlib.resources import files
 
 from longspan.eval.suite import SuiteConfig
 from longspan.train.loop import LoopConfig
-from longspan.train.prepare import ExtendSettings
+from longspan.train.settings import ExtendSettings
 
 _LOCAL = "window(512) | sink(4)"
 
