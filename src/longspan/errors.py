@@ -22,6 +22,10 @@ class PlanError(LongspanError):
     """A pattern that cannot be laid out for the given lengths, heads, positions or segments."""
 
 
+class PolicyError(LongspanError):
+    """A cache policy that does not parse, or whose parameters make no sense."""
+
+
 class InputError(LongspanError):
     """Tensors of the wrong shape, dtype or device."""
 

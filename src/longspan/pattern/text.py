@@ -15,9 +15,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from longspan.errors import PatternError
+from longspan.errors import LongspanError, PatternError
 from longspan.pattern.algebra import And, Or, Pattern, Sub
 
 _TOKEN = re.compile(
@@ -53,13 +54,21 @@ def parse(text: str) -> Pattern:
     if not isinstance(text, str):
         raise PatternError(f"expected a pattern as text, got {text!r} ({type(text).__name__})")
     try:
-        return _Parser(text).whole()
+        return Parser(text).whole()
     except RecursionError:
         raise PatternError("the brackets of the pattern are nested too deeply") from None
 
 
-class _Parser:
-    """Recursive descent over the tokens ``(kind, value, start)``."""
+class Parser:
+    """Recursive descent over the tokens ``(kind, value, start)``.
+
+    Other things written in this form, such as cache policies, override the three names, ``known``
+    and ``union`` with its operators.
+    """
+
+    noun = "pattern"
+    example = "window(1024) | sink(4)"
+    raises: type[LongspanError] = PatternError
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -72,15 +81,20 @@ class _Parser:
         self.tokens.append(("end", "", len(text)))
         self.at = 0
 
-    def whole(self) -> Pattern:
-        if self.tokens[0][0] == "end":
-            raise PatternError('the pattern is empty; write for example "window(1024) | sink(4)"')
-        pattern = self.union()
-        if self.tokens[self.at][0] != "end":
-            self.fail("expected an operator (&, | or -) or the end")
-        return pattern
+    def known(self) -> Mapping[str, Callable[..., Any]]:
+        """What can be built, by name."""
+        return names()
 
-    def union(self) -> Pattern:
+    def whole(self) -> Any:
+        """The value of the whole text."""
+        if self.tokens[0][0] == "end":
+            raise self.raises(f'the {self.noun} is empty; write for example "{self.example}"')
+        value = self.union()
+        if self.tokens[self.at][0] != "end":
+            self.fail("expected an operator or the end")
+        return value
+
+    def union(self) -> Any:
         parts = [self.intersection()]
         while self.take("|"):
             parts.append(self.intersection())
@@ -98,25 +112,26 @@ class _Parser:
             left = Sub(left, self.atom())
         return left
 
-    def atom(self) -> Pattern:
+    def atom(self) -> Any:
         if self.take("("):
             inner = self.union()
             self.need(")")
             return inner
         kind, name, start = self.tokens[self.at]
         if kind != "name":
-            self.fail("expected a pattern")
-        cls = names().get(name.lower())
-        if cls is None:
-            self.fail(f"no pattern is called {name!r}{_nearest(name, list(names()))}")
+            self.fail(f"expected a {self.noun}")
+        known, name = self.known(), name.lower()
+        make = known.get(name)
+        if make is None:
+            self.fail(f"no {self.noun} is called {name!r}{_nearest(name, list(known))}")
         self.at += 1
-        self.need("(", f"{name} needs its arguments in brackets: {_usage(cls)}")
-        return self.build(cls, *self.arguments(cls), start)
+        self.need("(", f"{name} needs its arguments in brackets: {_usage(name, make)}")
+        return self.build(name, make, *self.arguments(name, make), start)
 
-    def arguments(self, cls: type[Pattern]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, name: str, make: Callable[..., Any]) -> tuple[list[Any], dict[str, Any]]:
         values: list[Any] = []
         named: dict[str, Any] = {}
-        parameters = inspect.signature(cls).parameters
+        parameters = inspect.signature(make).parameters
         known = list(parameters)
         # heads(causal, ...): a bare word is a pattern without its brackets, not a word.
         patterns = any(p.annotation in (Pattern, "Pattern") for p in parameters.values())
@@ -125,7 +140,7 @@ class _Parser:
             if kind == "name" and self.tokens[self.at + 1][1] == "=":
                 if word not in known or word in named:
                     again = "is given twice" if word in named else "is unknown"
-                    self.fail(f"{cls.name}: argument {word!r} {again}{_nearest(word, known)}")
+                    self.fail(f"{name}: argument {word!r} {again}{_nearest(word, known)}")
                 self.at += 2
                 named[word] = self.value()
             else:
@@ -159,22 +174,27 @@ class _Parser:
         return self.union()
 
     def build(
-        self, cls: type[Pattern], values: list[Any], named: dict[str, Any], start: int
-    ) -> Pattern:
-        signature = inspect.signature(cls)
+        self,
+        name: str,
+        make: Callable[..., Any],
+        values: list[Any],
+        named: dict[str, Any],
+        start: int,
+    ) -> Any:
+        signature = inspect.signature(make)
         try:
             given = signature.bind(*values, **named).arguments
         except TypeError as error:
-            raise self.error(f"{cls.name}: {error}; write {_usage(cls)}", start) from None
-        for name, value in given.items():
+            raise self.error(f"{name}: {error}; write {_usage(name, make)}", start) from None
+        for own, value in given.items():
             # A word that is neither would count as true.
-            flag = isinstance(signature.parameters[name].default, bool)
+            flag = isinstance(signature.parameters[own].default, bool)
             if flag and not isinstance(value, bool):
-                reason = f"{cls.name}: {name} must be true or false, got {value!r}"
+                reason = f"{name}: {own} must be true or false, got {value!r}"
                 raise self.error(reason, start)
         try:
-            return cls(*values, **named)
-        except PatternError as error:
+            return make(*values, **named)
+        except LongspanError as error:
             raise self.error(str(error), start) from None
 
     def take(self, sign: str) -> bool:
@@ -192,20 +212,20 @@ class _Parser:
     def fail(self, reason: str) -> NoReturn:
         raise self.error(reason, self.tokens[self.at][2])
 
-    def error(self, reason: str, start: int) -> PatternError:
+    def error(self, reason: str, start: int) -> LongspanError:
         line = self.text.replace("\n", " ")
-        return PatternError(f"{reason}\n  {line}\n  {' ' * start}^")
+        return self.raises(f"{reason}\n  {line}\n  {' ' * start}^")
 
 
-def _usage(cls: type[Pattern]) -> str:
-    """How a pattern is written, defaults left out: ``window(size)``, ``heads(choices, ...)``."""
+def _usage(name: str, make: Callable[..., Any]) -> str:
+    """How it is written, defaults left out: ``window(size)``, ``heads(choices, ...)``."""
     words = []
-    for parameter in inspect.signature(cls).parameters.values():
+    for parameter in inspect.signature(make).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             words += [parameter.name, "..."]
         elif parameter.default is parameter.empty:
             words.append(parameter.name)
-    return f"{cls.name}({', '.join(words)})"
+    return f"{name}({', '.join(words)})"
 
 
 def _nearest(word: str, known: list[str]) -> str:

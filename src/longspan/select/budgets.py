@@ -222,7 +222,7 @@ def pyramid(layers: int, base: int, *, beta: float = 20.0, high: int | None = No
     return apportion(np.linspace(first, last, layers), layers * base, high=high)
 
 
-def adaptive(score: Tensor, total: int | Tensor, *, floor: int = 0) -> Tensor:
+def adaptive(score: Tensor, total: int | Tensor, *, floor: int | Tensor = 0) -> Tensor:
     """Budgets of the heads of a layer by content: the best scores of all heads together (Ada-KV).
 
     Every head first takes its ``floor`` best; the rest of the total goes to the highest scores
@@ -232,7 +232,7 @@ def adaptive(score: Tensor, total: int | Tensor, *, floor: int = 0) -> Tensor:
     Args:
         score: [B, H, N]; -inf for what cannot be chosen, +inf for what must.
         total: entries to keep over all heads, one number or [B].
-        floor: least for each head, as far as it has entries.
+        floor: least for each head, as far as it has entries; one number or [B].
 
     Returns:
         int64 [B, H]; each row sums to the total, or to all there is if that is less, or to the
@@ -241,9 +241,10 @@ def adaptive(score: Tensor, total: int | Tensor, *, floor: int = 0) -> Tensor:
     batch, heads, n = score.shape
     ranked = score.sort(dim=-1, descending=True, stable=True).values
     there = (ranked > -torch.inf).sum(-1)
-    least = there.clamp(max=floor)
-    rest = ranked.clone()
-    rest[..., :floor] = -torch.inf
+    floor = torch.as_tensor(floor, device=score.device).expand(batch)[:, None]
+    least = torch.minimum(there, floor)
+    place = torch.arange(n, device=score.device)
+    rest = ranked.masked_fill(place < floor[..., None], -torch.inf)
     more = torch.as_tensor(total, device=score.device).expand(batch) - least.sum(-1)
     order = rest.flatten(1).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
