@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.ops.capability import KERNELS, choose
+from longspan.ops.capability import choose, in_order
 from longspan.ops.merge import merge
 from longspan.ops.run import compute, load
 from longspan.pattern import Pattern, parse
@@ -74,7 +74,10 @@ def attend(
     rows = (positions, segments, key_positions, key_segments)
     laid = _plan(q, k, pattern, rows, layer)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = merge([compute(one, q, k, v, impl, factor) for one in laid.passes])
+    # A single pass needs no joining.
+    use_lse = return_lse or len(laid.passes) > 1
+    parts = [compute(one, q, k, v, impl, factor, use_lse=use_lse) for one in laid.passes]
+    out, lse = merge(parts)
     return (out, lse) if return_lse else out
 
 
@@ -85,22 +88,33 @@ def explain(
     pattern: Pattern | Plan | str,
     *,
     impl: str = "auto",
+    return_lse: bool = False,
     **rows: Any,
 ) -> str:
     """Say what ``attend`` would do: the plan, the kernel, and why not the others."""
     _check(q, k, v)
     order = ("positions", "segments", "key_positions", "key_segments")
     laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
+    use_lse = return_lse or len(laid.passes) > 1
     lines = [str(laid)]
     for index, one in enumerate(laid.passes):
         loaded = load(one, q, k)
         own = (*loaded.inputs(q, k, v), loaded.ranges)
-        chosen = choose(impl, *own)
+        chosen = choose(impl, *own, use_lse=use_lse)
+        kernels, measured = in_order(*own)
+        tflops = {} if measured is None else measured.tflops
         lines.append(f"pass {index}: kernel {chosen.name}: {chosen.note}")
-        for kernel in KERNELS:
-            if kernel is not chosen:
-                why = "; ".join(kernel.reasons(*own)) or "possible, comes later in the order"
-                lines.append(f"  not {kernel.name}: {why}")
+        if measured is not None:
+            lines.append(f"  measured on {measured.gpu}: {measured.case}")
+        if chosen.name in tflops:
+            lines.append(f"  {chosen.name}: {tflops[chosen.name]:.0f} TFLOP/s there")
+        for kernel in kernels:
+            if kernel is chosen:
+                continue
+            why = "; ".join(kernel.reasons(*own, use_lse=use_lse))
+            if not why and kernel.name in tflops:
+                why = f"possible, {tflops[kernel.name]:.0f} TFLOP/s there"
+            lines.append(f"  not {kernel.name}: {why or 'possible, comes later in the order'}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """What each kernel can do, as data: one record drives dispatch, error texts and ``explain``.
 
-Kernels in the order in which ``impl="auto"`` prefers them. A kernel module is imported when it is
+Kernels in the order in which ``impl="auto"`` prefers them, but for GPUs whose kernels were
+measured: there the fastest comes first (``measured``). A kernel module is imported when it is
 first considered.
 """
 
@@ -10,9 +11,11 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
+from longspan.ops.measured import Rates, rates
 from longspan.ops.ranges import KeyRanges
 
 Kernel = Callable[[Tensor, Tensor, Tensor, KeyRanges, float], tuple[Tensor, Tensor]]
@@ -26,16 +29,33 @@ class Capability:
         name: as in ``impl=``, and the name of its module and function.
         devices: device types it runs on; empty means any.
         note: one line for people.
+        lse_gradient: whether gradients flow through its log-sum-exp.
     """
 
     name: str
     devices: tuple[str, ...]
     note: str
+    lse_gradient: bool = True
 
-    def reasons(self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
-        """Why the kernel cannot take these inputs; empty if it can."""
+    def reasons(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
+    ) -> list[str]:
+        """Why the kernel cannot take these inputs; empty if it can.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            ranges: what would be computed.
+            use_lse: whether the result will depend on the log-sum-exp.
+        """
         if self.devices and q.device.type not in self.devices:
             return [f"runs on {' or '.join(self.devices)}, the tensors are on {q.device.type}"]
+        if use_lse and not self.lse_gradient and needs_grad(q, k, v):
+            return [
+                "no gradient flows through its log-sum-exp, which joining passes and return_lse "
+                "need"
+            ]
         module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
         more = getattr(module, "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
@@ -47,12 +67,37 @@ class Capability:
 
 KERNELS = (
     Capability(name="flex", devices=("cuda",), note="FlexAttention over captured ranges"),
+    Capability(name="cudnn", devices=("cuda",), note="cuDNN's interval attention, for Hopper"),
+    Capability(
+        name="flex_flash",
+        devices=("cuda",),
+        note="FlexAttention with the kernels of FlashAttention-4",
+        lse_gradient=False,
+    ),
     Capability(name="tiled", devices=(), note="batched tiles in plain PyTorch"),
     Capability(name="reference", devices=(), note="dense masked softmax, the oracle"),
 )
 
 
-def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Capability:
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for gradients of any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def in_order(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges
+) -> tuple[tuple[Capability, ...], Rates | None]:
+    """All kernels, the ones that ``auto`` prefers first, and the measurement that says so."""
+    found = rates(q, ranges, needs_grad(q, k, v))
+    if found is None:
+        return KERNELS, None
+    # Sorting is stable: what was not measured follows in the order of the table above.
+    return tuple(sorted(KERNELS, key=lambda c: -found.tflops.get(c.name, 0.0))), found
+
+
+def choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
+) -> Capability:
     """Pick a kernel.
 
     Args:
@@ -61,19 +106,24 @@ def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Cap
         k: keys.
         v: values.
         ranges: what would be computed.
+        use_lse: whether the result will depend on the log-sum-exp.
 
     Raises:
         Refusal: if the named kernel cannot take the inputs, with each reason.
     """
+
+    def refused(kernel: Capability) -> list[str]:
+        return kernel.reasons(q, k, v, ranges, use_lse=use_lse)
+
     known = {kernel.name: kernel for kernel in KERNELS}
     if impl == "auto":
-        return next(kernel for kernel in KERNELS if not kernel.reasons(q, k, v, ranges))
+        return next(c for c in in_order(q, k, v, ranges)[0] if not refused(c))
     if impl not in known:
         raise Refusal(f'impl must be "auto" or one of {", ".join(known)}; got {impl!r}')
-    if refused := known[impl].reasons(q, k, v, ranges):
-        others = [c.name for c in KERNELS if c.name != impl and not c.reasons(q, k, v, ranges)]
+    if why := refused(known[impl]):
+        others = [c.name for c in KERNELS if c.name != impl and not refused(c)]
         raise Refusal(
-            f"kernel {impl!r} cannot take these inputs: {'; '.join(refused)}. "
+            f"kernel {impl!r} cannot take these inputs: {'; '.join(why)}. "
             f'These can: {", ".join(others)}; impl="auto" picks one'
         )
     return known[impl]

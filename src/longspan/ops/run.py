@@ -87,12 +87,16 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
 
 
 def compute(
-    one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, scale: float
+    one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, scale: float, *, use_lse: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, Dv] and log-sum-exp [B, H, N] of one pass."""
+    """Output [B, H, N, Dv] and log-sum-exp [B, H, N] of one pass.
+
+    Without ``use_lse`` the log-sum-exp may be without gradient.
+    """
     loaded = load(one, q, k)
     own = loaded.inputs(q, k, v)
-    out, lse = choose(impl, *own, loaded.ranges).load()(*own, loaded.ranges, scale)
+    kernel = choose(impl, *own, loaded.ranges, use_lse=use_lse).load()
+    out, lse = kernel(*own, loaded.ranges, scale)
     return loaded.outputs(out, lse, q.shape[1])
 
 

@@ -1,0 +1,93 @@
+"""Which CUDA kernel is fastest, by measurement: a small table for each GPU model.
+
+``measured.json`` holds for each model the rates of all kernels on a few patterns and the command
+that measured them (``benchmarks/gpu_routes.py``). A pass is compared with the nearest case: same
+direction, then width, keys per query, and whether heads differ. A model that nobody measured, and
+short inputs, where making a plan costs more than the kernel, keep the order of the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspan.ops.ranges import KeyRanges
+
+# Query rows from which the table holds; below it the host, not the GPU, sets the time.
+LEAST_QUERIES = 2048
+
+_shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The measured case that is nearest to a pass.
+
+    Attributes:
+        gpu: model it was measured on.
+        case: what was measured, in words.
+        tflops: rate of each kernel that could do it.
+    """
+
+    gpu: str
+    case: str
+    tflops: Mapping[str, float]
+
+
+def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
+    """The nearest measured case, None if there is none for this GPU or these sizes."""
+    half = q_BHND.dtype in (torch.bfloat16, torch.float16)
+    if q_BHND.device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
+        return None
+    gpu = torch.cuda.get_device_name(q_BHND.device)
+    cases = table().get(gpu, {}).get("cases", ())
+    return nearest(gpu, cases, q_BHND.shape[-1], *shape_of(ranges), backward)
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """Cases by GPU model."""
+    file = resources.files("longspan.ops").joinpath("measured.json")
+    return json.loads(file.read_text(encoding="utf-8"))["gpus"]
+
+
+def shape_of(ranges: KeyRanges) -> tuple[float, bool]:
+    """Mean keys of a query, and whether heads differ; kept as long as the ranges live."""
+    if ranges not in _shapes:
+        group_BH = ranges.group_BH
+        keys_G = (ranges.hi_GNm - ranges.lo_GNm).sum((1, 2), dtype=torch.int64)
+        keys = keys_G[group_BH].double().mean() / ranges.queries
+        _shapes[ranges] = float(keys), bool((group_BH != group_BH[:, :1]).any())
+    return _shapes[ranges]
+
+
+def nearest(
+    gpu: str,
+    cases: Iterable[Mapping[str, Any]],
+    width: int,
+    keys: float,
+    apart: bool,
+    backward: bool,
+) -> Rates | None:
+    """The nearest of some measured cases; sizes are compared by their ratio."""
+
+    def distance(case: Mapping[str, Any]) -> float:
+        wide = abs(math.log2(case["width"] / width))
+        long = abs(math.log2(case["keys"] / max(keys, 1.0)))
+        return 2 * wide + long + (case["apart"] != apart)
+
+    same = [case for case in cases if case["backward"] == backward]
+    if not same:
+        return None
+    case = min(same, key=distance)
+    words = f"{case['pattern']}, width {case['width']}, forward"
+    return Rates(gpu=gpu, case=words + " and backward" * case["backward"], tflops=case["tflops"])

@@ -1,0 +1,454 @@
+"""The cuDNN kernel: its form of ranges on the CPU, everything around it over a stand-in for the
+library, results and gradients on a GPU; and which kernel ``auto`` picks where it was measured."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import types
+
+import pytest
+import torch
+from tests.ops import cases
+from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
+
+import longspan as ls
+from longspan.errors import Refusal
+from longspan.ops import capability, measured
+from longspan.ops.kernels import _cudnn_plan, _flex_tiles
+from longspan.ops.kernels.reference import reference
+from longspan.ops.ranges import KeyRanges
+
+cudnn_module = importlib.import_module("longspan.ops.kernels.cudnn")
+flash_module = importlib.import_module("longspan.ops.kernels.flex_flash")
+
+
+def visible(ends_HeN, batch, keys):
+    """What endpoints mean, bool [B, 1 or H, N, M], checking the library's rules for them."""
+    ends = ends_HeN.unflatten(2, (batch, -1)).permute(2, 0, 3, 1)
+    assert ends_HeN.dtype == torch.int32
+    assert ends_HeN.is_contiguous()
+    assert ends_HeN.shape[1] % 2 == 1
+    assert (ends.diff(dim=-1) >= 0).all()
+    assert ends.min() >= 0
+    assert ends.max() <= keys
+    key = torch.arange(keys)
+    seen = key < ends[..., :1]
+    for e in range(1, ends.shape[-1], 2):
+        seen = seen | ((ends[..., e, None] <= key) & (key < ends[..., e + 1, None]))
+    return seen
+
+
+BUILT = {
+    **{str(case): (case.ranges, case.B, case.H) for case in cases.CASES},
+    "per batch row": (
+        lambda: regrouped(
+            scattered(90, 70, ranges=2, groups=2, batch=1, heads=1), [[0] * 4, [1] * 4]
+        ),
+        2,
+        4,
+    ),
+    "empty first range beyond 0": (
+        lambda: KeyRanges(
+            torch.tensor([[[5, 5], [0, 6]]], dtype=torch.int32),
+            torch.tensor([[[5, 5], [3, 9]]], dtype=torch.int32),
+            torch.zeros(1, 2, dtype=torch.int64),
+            9,
+        ),
+        1,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_endpoints_mean_the_ranges(name):
+    build, batch, heads = BUILT[name]
+    ranges = build()
+    ends = _cudnn_plan.endpoints(ranges, batch)
+    assert ends.shape[0] in (1, heads)
+    expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
+    assert (visible(ends, batch, ranges.keys).expand_as(expected) == expected).all()
+    empty = _cudnn_plan.empty_rows(ends, batch)
+    rows = ~expected.any(-1)
+    assert (torch.zeros_like(rows) if empty is None else empty.expand_as(rows)).equal(rows)
+    assert ends.numel() <= _cudnn_plan.endpoint_count(ranges, batch, heads)
+
+
+def test_a_causal_mask_is_one_endpoint_and_heads_alike_are_one():
+    assert _cudnn_plan.endpoints(cases.causal(50, 8), 1).shape == (1, 1, 50)
+    assert _cudnn_plan.endpoints(cases.window(50, 8, 9), 3).shape == (1, 3, 150)
+    assert _cudnn_plan.endpoints(shifted(50, 16, heads=6), 2).shape == (6, 3, 100)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_mask_words_bound_the_partly_visible_tiles(name):
+    build, batch, heads = BUILT[name]
+    ranges = build()
+    counts = _flex_tiles.count_tiles(ranges)
+    partial = counts.kv_GQ.sum(1)[ranges.group_BH.expand(batch, heads)].sum()
+    assert _cudnn_plan.mask_words(ranges, batch, heads) >= int(partial) * 512
+
+
+def test_mask_words_of_a_window_are_few():
+    # Two tiles on each edge of the window, of 512 words each, for every 128 queries and head.
+    words = _cudnn_plan.mask_words(cases.window(1 << 14, 32, 4096), 1, 32)
+    assert words <= 4 * 512 * 128 * 32
+
+
+# Everything around the library, over a stand-in that obeys its rules and computes densely.
+
+
+def aligned(x):
+    return x.stride(-1) == 1 and all(s and s % 8 == 0 for s in x.stride()[:-1])
+
+
+class StandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, seen, scale):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            qh, kh, vh = (x.transpose(1, 2) for x in leaves)
+            repeat = qh.shape[1] // kh.shape[1]
+            logits = qh @ kh.repeat_interleave(repeat, 1).mT * scale
+            empty = ~seen.any(-1).expand(logits.shape[:3])
+            logits = logits.masked_fill(~seen & ~empty[..., None], -math.inf)
+            lse = logits.logsumexp(-1)
+            out = (logits - lse[..., None]).exp() @ vh.repeat_interleave(repeat, 1)
+            out = out.masked_fill(empty[..., None], 0.0).transpose(1, 2).contiguous()
+            lse = lse.masked_fill(empty, -math.inf)
+        ctx.set_materialize_grads(False)
+        ctx.graph = (leaves, out, lse, empty)
+        return out.detach(), lse.detach()
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        leaves, out, lse, empty = ctx.graph
+        given = [(x, d) for x, d in ((out, dout), (lse, dlse)) if d is not None]
+        # What the library checks, in widths where a unit of 16 bytes is 8 numbers.
+        assert dout is None or aligned(dout)
+        assert dlse is None or dlse.stride(-1) == 1
+        given = [(x, d if x is out else d.masked_fill(empty, 0.0)) for x, d in given]
+        outs, grads = zip(*given, strict=True)
+        grads = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+        return *grads, None, None
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in for cudnn.flex_attention that counts the plans it makes."""
+    made = []
+
+    def create_mask_plan(mask_func, q, k, v, *, build_backward):
+        assert all(aligned(x) for x in (q, k, v))
+        batch, heads = q.shape[0], q.shape[2]
+        assert mask_func.shape[0] in (1, heads)
+        assert mask_func.shape[2] == batch * q.shape[1]
+        made.append(build_backward)
+        return visible(mask_func, batch, k.shape[1]), build_backward
+
+    def flex_attn_func(q, k, v, *, mask_plan, softmax_scale, deterministic, return_lse):
+        assert all(aligned(x) for x in (q, k, v))
+        seen, has_backward = mask_plan
+        assert has_backward or not capability.needs_grad(q, k, v)
+        return StandIn.apply(q, k, v, seen, softmax_scale)
+
+    package = types.ModuleType("cudnn")
+    module = types.ModuleType("cudnn.flex_attention")
+    module.create_mask_plan, module.flex_attn_func = create_mask_plan, flex_attn_func
+    monkeypatch.setitem(sys.modules, "cudnn", package)
+    monkeypatch.setitem(sys.modules, "cudnn.flex_attention", module)
+    monkeypatch.setattr(cudnn_module, "reasons", lambda *_: [])
+    monkeypatch.setattr(_cudnn_plan, "_latest", [])
+    return made
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_shared_cases_through_the_stand_in(case, library):
+    # Widths that the library takes.
+    qkv = [x.repeat(1, 1, 1, -(-8 // x.shape[3])) for x in cases.make_qkv(case)]
+    qkv = [x[..., : x.shape[3] // 8 * 8].contiguous() for x in qkv]
+    ranges = case.ranges()
+    found, expected = (
+        cases.run(kernel, qkv, ranges) for kernel in (cudnn_module.cudnn, reference)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+    assert library == [True]
+
+
+def test_gradients_that_sums_broadcast_are_laid_out(library):
+    ranges = window(40, 9, heads=4)
+    q, k, v = (x.double().requires_grad_() for x in tensors(1, 4, 2, 40, 40, 16, 16))
+    for loss in (lambda o, s: o.sum(), lambda o, s: s.sum(), lambda o, s: o.sum() + s.sum()):
+        found, expected = (
+            torch.autograd.grad(loss(*kernel(q, k, v, ranges, 0.25)), (q, k, v), allow_unused=True)
+            for kernel in (cudnn_module.cudnn, reference)
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
+def test_nan_gradients_of_empty_rows_stay_there(library):
+    ranges = scattered(300, 300, ranges=1, groups=1, batch=1, heads=2)
+    inputs = [x.requires_grad_() for x in tensors(1, 2, 2, 300, 300, 16, 16)]
+    out, lse = cudnn_module.cudnn(*inputs, ranges, 0.25)
+    empty = lse == -math.inf
+    assert empty.any()
+    poison = torch.full_like(out, math.nan).where(empty[..., None], torch.ones_like(out))
+    grads = torch.autograd.grad([out, lse], inputs, [poison, torch.where(empty, math.nan, 1.0)])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_views_that_the_library_cannot_load_are_copied(library):
+    ranges = window(30, 9, heads=4)
+    q, k, v = tensors(2, 4, 2, 30, 30, 16, 16)
+    expected, _ = cudnn_module.cudnn(q, k, v, ranges, 0.25)
+    odd = [torch.cat([x, x[..., :3]], -1)[..., :16] for x in (q, k, v)]
+    shared = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)]
+    turned = [x.mT.contiguous().mT for x in (q, k, v)]
+    for inputs, same in (
+        (odd, expected),
+        (shared, expected[:1].expand(2, -1, -1, -1)),
+        (turned, expected),
+    ):
+        out, _ = cudnn_module.cudnn(*inputs, ranges, 0.25)
+        torch.testing.assert_close(out, same)
+
+
+def test_plans_are_kept_by_content(library):
+    q, k, v = tensors(1, 4, 2, 60, 60, 16, 16)
+    for width in (7, 7, 9, 7):
+        cudnn_module.cudnn(q, k, v, window(60, width, heads=4), 0.25)
+    assert library == [False, False]
+    # Other sizes, other plans; and a plan for gradients is another one.
+    cudnn_module.cudnn(q[:, :2], k, v, window(60, 7, heads=2), 0.25)
+    cudnn_module.cudnn(q.requires_grad_(), k, v, window(60, 7, heads=4), 0.25)
+    assert library == [False, False, False, True]
+
+
+def test_few_plans_are_kept_for_their_content_alone(library, monkeypatch):
+    monkeypatch.setattr(_cudnn_plan, "_KEPT", 2)
+    q, k, v = tensors(1, 4, 2, 60, 60, 16, 16)
+    for width in (1, 2, 3, 1):
+        cudnn_module.cudnn(q, k, v, window(60, width, heads=4), 0.25)
+    assert len(library) == 4
+    assert len(_cudnn_plan._latest) == 2
+
+
+# The FLASH route of FlexAttention, traced and run unfused.
+
+FLASH = {
+    "one tensor per bound": (lambda: window(512, 200, heads=4), 1, (512,)),
+    "nothing visible": (lambda: window(512, 0, heads=4), 1, (512,)),
+    "per head": (lambda: shifted(512, 256, heads=4), 2, (4, 512)),
+    "several ranges": (
+        lambda: scattered(384, 512, ranges=3, groups=5, batch=2, heads=4),
+        2,
+        (2, 4, 384),
+    ),
+    "per batch row": (
+        lambda: regrouped(
+            scattered(384, 512, ranges=1, groups=2, batch=1, heads=1), [[0] * 4, [1] * 4]
+        ),
+        2,
+        (2, 4, 384),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flex_flash_unfused(name, monkeypatch):
+    build, batch, shape = FLASH[name]
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, backend, **rest: compiled(f, backend="eager", **rest)
+    )
+    monkeypatch.setattr(flash_module, "reasons", lambda *_: [])
+    # Without the backend PyTorch computes the log-sum-exp itself, and binary.
+    monkeypatch.setattr(flash_module, "_lse_unit", lambda: math.log(2))
+    ranges = build()
+    q, k, v = tensors(batch, 4, 2, ranges.queries, ranges.keys, 16, 16)
+    found, expected = (f(q, k, v, ranges, 0.25) for f in (flash_module.flex_flash, reference))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    (plan,) = flash_module._schedules[ranges].values()
+    assert {x.shape for x in plan.bounds} == {shape}
+    assert {x.dtype for x in (*plan.bounds, *plan.lists)} == {torch.int32}
+    columns = (ranges.keys // 128, ranges.queries // 128)
+    for index, most in zip(plan.lists[1::2], (columns[0],) * 2 + (columns[1],) * 2, strict=True):
+        assert index.shape[-1] <= most
+
+
+# Reasons and the choice between routes.
+
+
+def test_reasons_are_named_and_a_named_kernel_refuses():
+    q, k, v = tensors(1, 2, 1, 4, 4, 16, 16)
+    for name in ("cudnn", "flex_flash"):
+        with pytest.raises(Refusal, match="runs on cuda"):
+            ls.attend(q, k, v, "window(2)", impl=name)
+        module = importlib.import_module(f"longspan.ops.kernels.{name}")
+        assert "CUDA" in module.reasons(q, k, v, window(4, 2))[0]
+
+
+class On:
+    """A tensor's looks on a device that is not here."""
+
+    def __init__(self, *shape, dtype=torch.bfloat16, grad=False):
+        self.shape, self.dtype, self.requires_grad = shape, dtype, grad
+        self.device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "some GPU")
+    for module in (cudnn_module, flash_module):
+        monkeypatch.setattr(module, "missing_stack", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "word"),
+    [
+        (On(1, 4, 512, 64), On(1, 2, 512, 64), None),
+        (On(1, 4, 512, 192), On(1, 2, 512, 128), None),
+        (On(1, 4, 512, 64, dtype=torch.float32), On(1, 2, 512, 64), "bfloat16"),
+        (On(1, 4, 512, 60), On(1, 2, 512, 64), "got 60"),
+        (On(1, 4, 512, 64), On(1, 2, 512, 136), "values of 136"),
+        (On(1, 4, 512, 64, grad=True), On(1, 2, 512, 32), "equally wide"),
+    ],
+)
+def test_reasons_of_cudnn(hopper, q, v, word):
+    found = cudnn_module.reasons(q, On(1, 2, 512, q.shape[-1]), v, window(512, 100, heads=4))
+    assert found == [] if word is None else word in " ".join(found)
+
+
+def test_cudnn_counts_in_int32(hopper, monkeypatch):
+    q, k = On(1, 4, 512, 64), On(1, 2, 512, 64)
+    ranges = window(512, 100, heads=4)
+    monkeypatch.setattr(cudnn_module, "MOST_ENDPOINTS", 3 * 512 * 4)
+    monkeypatch.setattr(cudnn_module, "MOST_WORDS", 1000)
+    found = cudnn_module.reasons(q, k, k, ranges)
+    assert "endpoints" in found[0]
+    assert "masks" in found[1]
+
+
+def test_cudnn_on_an_older_gpu(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    q, k = On(1, 4, 512, 64), On(1, 2, 512, 64)
+    (found,) = cudnn_module.reasons(q, k, k, window(512, 100, heads=4))
+    assert "8.0" in found
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "ranges", "word"),
+    [
+        (512, 64, 1, None),
+        (500, 64, 1, "multiples of 128"),
+        (128, 64, 1, "multiples of 128"),
+        (512, 80, 1, "64, 96, 128"),
+        (512, 64, 9, "at most 8 ranges"),
+    ],
+)
+def test_reasons_of_flex_flash(hopper, n, width, ranges, word):
+    own = scattered(n, n, ranges=ranges, groups=1, batch=1, heads=4)
+    q, k = On(1, 4, n, width), On(1, 2, n, width)
+    found = flash_module.reasons(q, k, k, own)
+    assert found == [] if word is None else word in " ".join(found)
+
+
+def test_no_gradient_of_the_lse_is_a_reason(hopper):
+    kernel = next(c for c in capability.KERNELS if c.name == "flex_flash")
+    q, k = On(1, 4, 512, 64, grad=True), On(1, 2, 512, 64)
+    assert kernel.reasons(q, k, k, window(512, 9, heads=4), use_lse=False) == []
+    assert "log-sum-exp" in kernel.reasons(q, k, k, window(512, 9, heads=4))[0]
+    with torch.no_grad():
+        assert kernel.reasons(q, k, k, window(512, 9, heads=4)) == []
+
+
+TABLE = [
+    {"pattern": "window(1024)", "width": 128, "keys": 1000, "apart": False, "backward": False},
+    {"pattern": "window(8192)", "width": 128, "keys": 8000, "apart": False, "backward": False},
+    {"pattern": "window(1024)", "width": 128, "keys": 1000, "apart": False, "backward": True},
+]
+for at, rates in enumerate(
+    ({"cudnn": 5.0, "flex": 3.0}, {"cudnn": 5.0, "flex_flash": 6.0, "flex": 3.0}, {"flex": 3.0})
+):
+    TABLE[at]["tflops"] = rates
+
+
+def test_auto_follows_the_measurements_of_this_gpu(hopper, monkeypatch):
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})
+    q, k = On(1, 4, 4096, 128), On(1, 2, 4096, 128)
+
+    def picks(ranges, q=q, k=k):
+        return capability.choose("auto", q, k, k, ranges).name
+
+    assert picks(window(4096, 500, heads=4)) == "cudnn"
+    assert picks(window(4096, 4096 * 4, heads=4)) == "cudnn"
+    wide = window(16384, 16000, heads=4)
+    assert picks(wide, On(1, 4, 16384, 128), On(1, 2, 16384, 128)) == "flex_flash"
+    training = On(1, 4, 4096, 128, grad=True)
+    assert measured.rates(training, window(4096, 500, heads=4), True).tflops == {"flex": 3.0}
+
+
+def test_short_inputs_and_other_gpus_keep_the_order(hopper, monkeypatch):
+    q = On(1, 4, 512, 128)
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})
+    assert measured.rates(q, window(512, 100, heads=4), False) is None
+    monkeypatch.setattr(measured, "table", lambda: {"another GPU": {"cases": TABLE}})
+    assert measured.rates(On(1, 4, 4096, 128), window(4096, 9, heads=4), False) is None
+
+
+def test_the_stored_table_is_whole():
+    names = {kernel.name for kernel in capability.KERNELS}
+    for gpu_name, found in measured.table().items():
+        assert found["command"], gpu_name
+        for case in found["cases"]:
+            assert set(case["tflops"]) <= names
+            assert {"pattern", "width", "keys", "apart", "backward"} <= set(case)
+            assert all(rate > 0 for rate in case["tflops"].values())
+
+
+# Results on a GPU with the library.
+
+
+def installed(module):
+    return torch.cuda.is_available() and module.missing_stack() is None
+
+
+GPU_CASES = {
+    "window": (lambda: window(512, 200, heads=4), (1, 4, 2, 512, 512, 64, 64)),
+    "odd": (lambda: window(777, 200, heads=4), (2, 4, 2, 777, 777, 96, 96)),
+    "per head": (lambda: shifted(1024, 256, heads=8), (1, 8, 2, 1024, 1024, 128, 128)),
+    "scattered": (
+        lambda: scattered(512, 640, ranges=3, groups=5, batch=2, heads=8),
+        (2, 8, 2, 512, 640, 64, 64),
+    ),
+    "wider keys": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 80, 96)),
+    "few rows": (lambda: window(17, 60, keys=250, heads=4), (1, 4, 2, 17, 250, 64, 64)),
+    "all empty": (lambda: window(200, 0, heads=4), (1, 4, 2, 200, 200, 64, 64)),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_cudnn_equals_the_oracle(name):
+    if not installed(cudnn_module):
+        pytest.skip("needs cudnn.flex_attention")
+    build, shape = GPU_CASES[name]
+    ranges = to(build(), "cuda")
+    qkv = [x.to("cuda", torch.bfloat16) for x in tensors(*shape)]
+    found = cases.run(cudnn_module.cudnn, qkv, ranges)
+    expected = cases.run(reference, [x.float() for x in qkv], ranges)
+    seen = expected["lse"] > -math.inf
+    assert (found["lse"][~seen] == -math.inf).all()
+    for values in (found, expected):
+        values["lse"] = values["lse"].masked_fill(~seen, 0)
+    for key, value in expected.items():
+        assert found[key].isfinite().all()
+        assert relative(found[key], value) < 1e-2, key
