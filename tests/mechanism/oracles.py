@@ -88,3 +88,17 @@ def assert_padding_is_absent(layer, x: Tensor, left: int, right: int, tolerance=
         out[:-1, left : left + x.shape[1]], alone, atol=tolerance, rtol=tolerance
     )
     assert torch.equal(out[~mask], torch.zeros_like(out[~mask]))
+
+
+def assert_decoding_equals_prefill(layer, x: Tensor, mask, sizes, tolerance=1e-12):
+    """Pieces of these sizes, then single tokens, give what one call gives; the last state."""
+    wanted = layer(x, mask)
+    parts, state, start = [], None, 0
+    for size in (*sizes, *[1] * (x.shape[1] - sum(sizes))):
+        rows = slice(start, start + size)
+        own = None if mask is None else mask[:, rows]
+        part, state = layer(x[:, rows], own, state=state, return_state=True)
+        parts.append(part)
+        start += size
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=tolerance, rtol=tolerance)
+    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.mechanism.oracles import (
+    assert_decoding_equals_prefill,
     assert_no_leak,
     assert_padding_is_absent,
     assert_same_with_gradients,
@@ -180,16 +181,7 @@ def test_decoding_equals_prefill(kind, kwargs, masked):
     mask = torch.ones(2, 32, dtype=torch.bool)
     mask[1, :5] = False
     mask[0, 20] = False
-    wanted = one(x, mask if masked else None)
-    parts, state, start = [], None, 0
-    for size in (3, 8, 1, 1, 10, *9 * [1]):
-        rows = slice(start, start + size)
-        part, state = one(
-            x[:, rows], mask[:, rows] if masked else None, state=state, return_state=True
-        )
-        parts.append(part)
-        start += size
-    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-12, rtol=1e-12)
+    assert_decoding_equals_prefill(one, x, mask if masked else None, (3, 8, 1, 1, 10))
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS)
@@ -212,23 +204,6 @@ def test_learned_compression_starts_as_the_mean():
     mean.load_state_dict({k: v for k, v in learned.state_dict().items() if "phi" not in k})
     x = torch.randn(1, 20, 16)
     torch.testing.assert_close(learned(x), mean(x))
-
-
-@pytest.mark.parametrize("kind", [MoBA, NSA])
-def test_compiles_to_one_graph(kind):
-    one = layer(kind)
-    x = torch.randn(2, 21, 16, dtype=torch.float64, requires_grad=True)
-    mask = torch.arange(21) >= torch.tensor([[0], [4]])
-    found = torch.compile(one, backend="aot_eager", fullgraph=True)(x, mask)
-    wanted = one(x, mask)
-    torch.testing.assert_close(found, wanted)
-    for a, b in zip(
-        torch.autograd.grad(found.square().sum(), [x, one.value.weight]),
-        torch.autograd.grad(wanted.square().sum(), [x, one.value.weight]),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-    torch.compiler.reset()
 
 
 def test_refusals_say_what_to_do():

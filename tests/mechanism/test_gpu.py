@@ -17,6 +17,7 @@ pytestmark = [
 
 OPTIONS = [
     *((name, {}) for name in LAYERS),
+    ("BlockGate", {"level": "block", "kv_heads": 2}),
     ("LSHAttention", {"counting": "union"}),
     ("LSHAttention", {"selection": "window"}),
     ("LinearAttention", {"feature_map": "exp"}),

@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "AdaptiveSpan": "adaptive_span",
     "BigBirdAttention": "bigbird",
+    "BlockGate": "block_gate",
     "DualChunk": "_dual_chunk_plan",
     "DualChunkAttention": "dual_chunk",
     "Favor": "performer",
@@ -28,6 +30,8 @@ _HOME = {
     "PooledChunkAttention": "pooled",
     "RoutingAttention": "routing",
     "Synthesizer": "synthesizer",
+    "TopK": "topk",
+    "adaptive_span_attention": "adaptive_span",
     "dual_chunk_attention": "dual_chunk",
     "hierarchical_attention": "hierarchical",
     "linear_attention": "linear",
@@ -39,11 +43,14 @@ _HOME = {
     "published_bigbird_attention": "bigbird",
     "redraw": "performer",
     "routing_attention": "routing",
+    "topk_attention": "topk",
 }
 
 __all__ = [
     "NSA",
+    "AdaptiveSpan",
     "BigBirdAttention",
+    "BlockGate",
     "DualChunk",
     "DualChunkAttention",
     "Favor",
@@ -60,6 +67,8 @@ __all__ = [
     "PooledChunkAttention",
     "RoutingAttention",
     "Synthesizer",
+    "TopK",
+    "adaptive_span_attention",
     "dual_chunk_attention",
     "hierarchical_attention",
     "linear_attention",
@@ -71,6 +80,7 @@ __all__ = [
     "published_bigbird_attention",
     "redraw",
     "routing_attention",
+    "topk_attention",
 ]
 
 
@@ -88,7 +98,9 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.mechanism._dual_chunk_plan import DualChunk
+    from longspan.mechanism.adaptive_span import AdaptiveSpan, adaptive_span_attention
     from longspan.mechanism.bigbird import BigBirdAttention, published_bigbird_attention
+    from longspan.mechanism.block_gate import BlockGate
     from longspan.mechanism.dual_chunk import DualChunkAttention, dual_chunk_attention
     from longspan.mechanism.feature_maps import FeatureMap, Laplace
     from longspan.mechanism.hierarchical import HierarchicalAttention, hierarchical_attention
@@ -103,3 +115,4 @@ if TYPE_CHECKING:
     from longspan.mechanism.pooled import PooledChunkAttention, pooled_chunk_attention
     from longspan.mechanism.routing import RoutingAttention, routing_attention
     from longspan.mechanism.synthesizer import Synthesizer
+    from longspan.mechanism.topk import TopK, topk_attention

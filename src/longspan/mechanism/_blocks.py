@@ -1,69 +1,18 @@
-"""Blocks of keys that content selects for each query: what MoBA and NSA share.
+"""Blocks of keys that content selects for each query: what MoBA, NSA and gates share.
 
-Axes: B batch, H query heads, K key heads, N query rows (the last of M), M key rows, T blocks of
-keys, t selected ones, D head width.
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, T blocks of keys, t selected
+ones, D head width.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longspan.mechanism._range_op import over_ranges
-from longspan.mechanism._summaries import join_masks
-from longspan.mechanism.layer import positions, rows_at, to_front
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenState:
-    """What decoding keeps: every token so far, O(N).
-
-    Attributes:
-        kept: keys and values [B, K, M, D].
-        valid: False at padding [B, M]; None if there is none.
-    """
-
-    kept: tuple[Tensor, ...]
-    valid: Tensor | None
-
-
-def valid_so_far(x: Tensor, mask: Tensor | None, state: TokenState | None) -> Tensor | None:
-    """Padding of all tokens up to the end of ``x`` [B, N, d_model]."""
-    valid = None if mask is None else mask.to(torch.bool)
-    if state is None:
-        return valid
-    return join_masks(
-        state.valid, valid, len(x), (state.kept[0].shape[2], x.shape[1]), device=x.device
-    )
-
-
-def extended(state: TokenState | None, *new: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values with those of earlier tokens in front."""
-    if state is None:
-        return new
-    return tuple(torch.cat(pair, dim=2) for pair in zip(state.kept, new, strict=True))
-
-
-def places(rows: int, valid_BM: Tensor | None, keys: int, device: torch.device) -> Tensor:
-    """Position of each query, the last ``rows`` of ``keys`` [1 or B, N]; -1 at padding."""
-    if valid_BM is None:
-        return torch.arange(keys - rows, keys, device=device)[None]
-    place = positions(valid_BM, valid_BM).masked_fill(~valid_BM, -1)
-    return place[:, keys - rows :]
-
-
-def tokens_first(valid_BM: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows [B, K, M, D] in the order of positions, padding behind them as zeros."""
-    if valid_BM is None:
-        return tensors
-    order, _ = to_front(valid_BM)
-    hidden = ~valid_BM.gather(1, order)[:, None, :, None]
-    return tuple(rows_at(x, order).masked_fill(hidden, 0.0) for x in tensors)
 
 
 def slices(rows: int, per_row: int) -> list[slice]:

@@ -25,18 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mechanism._blocks import (
-    TokenState,
-    best_blocks,
-    extended,
-    over_blocks,
-    places,
-    slices,
-    tokens_first,
-    valid_so_far,
-)
-from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
-from longspan.nn.attention import check
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._past import PastLayer, places, tokens_first
+from longspan.mechanism.layer import at_least_one, check_heads
 
 
 def moba_attention(
@@ -71,10 +62,12 @@ def moba_attention(
     check_heads(q, k, v)
     at_least_one(block=block, top=top)
     valid = None if mask is None else mask.to(torch.bool)
-    return _attend(q, k, v, valid, block, top, scale, impl)
+    place = places(q.shape[2], valid, k.shape[2], q.device)
+    k, v = tokens_first(valid, k, v)
+    return _attend(q, k, v, place, block, top, scale, impl)
 
 
-class MoBA(MechanismLayer):
+class MoBA(PastLayer):
     """Multi-head mixture of block attention, x [B, N, d_model] to the same shape; causal only.
 
     Args:
@@ -102,32 +95,15 @@ class MoBA(MechanismLayer):
         at_least_one(block=block, top=top)
         self.block, self.top, self.impl = block, top, impl
 
-    def forward(
+    def answer(
         self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        state: TokenState | None = None,
-        return_state: bool = False,
-    ) -> Any:
-        """Attend.
-
-        Args:
-            x: tokens [B, N, d_model]; with a state, those after it.
-            mask: True at tokens, False at padding [B, N].
-            state: of the tokens before.
-            return_state: also return the state after ``x``.
-
-        Returns:
-            [B, N, d_model], and with ``return_state`` the state.
-        """
-        check(x, self.d_model, mask)
-        valid = valid_so_far(x, mask, state)
-        total = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
-        q, k, v = self.project(x, places(x.shape[1], valid, total, x.device))
-        k, v = extended(state, k, v)
-        out = self.join(_attend(q, k, v, valid, self.block, self.top, None, self.impl))
-        return (out, TokenState(kept=(k, v), valid=valid)) if return_state else out
+        asked: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        place: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        (q,), (k, v) = asked, kept
+        return _attend(q, k, v, place, self.block, self.top, None, self.impl)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={self.block}, top={self.top}"
@@ -137,14 +113,12 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    place: Tensor,
     size: int,
     top: int,
     scale: float | None,
     impl: str,
 ) -> Tensor:
-    place = places(q.shape[2], valid, k.shape[2], q.device)
-    k, v = tokens_first(valid, k, v)
     chosen, counts = _select(q.detach(), k.detach(), place, size, top)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return over_blocks(q, k, v, chosen, counts, place, size, factor, impl)

@@ -32,24 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import (
-    TokenState,
-    best_blocks,
-    extended,
-    over_blocks,
-    places,
-    slices,
-    tokens_first,
-    valid_so_far,
-)
-from longspan.mechanism.layer import MechanismLayer, at_least_one
-from longspan.nn.attention import check
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._past import PastLayer
+from longspan.mechanism.layer import at_least_one
 from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
 from longspan.position import Frequencies, default
 
 
-class NSA(MechanismLayer):
+class NSA(PastLayer):
     """Multi-head native sparse attention, x [B, N, d_model] to the same shape; causal only.
 
     Args:
@@ -107,39 +98,26 @@ class NSA(MechanismLayer):
         self.factor = 1.0 if turns is None else turns.attention_factor
         self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        state: TokenState | None = None,
-        return_state: bool = False,
-    ) -> Any:
-        """Attend.
-
-        Args:
-            x: tokens [B, N, d_model]; with a state, those after it.
-            mask: True at tokens, False at padding [B, N].
-            state: of the tokens before.
-            return_state: also return the state after ``x``.
-
-        Returns:
-            [B, N, d_model], and with ``return_state`` the state.
-        """
-        check(x, self.d_model, mask)
-        valid = valid_so_far(x, mask, state)
-        total = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
-        place = places(x.shape[1], valid, total, x.device)
+    def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         # The base class rotates nothing, so it needs no places.
         q, k, v = self.project(x, place)
         more = (self.key_compressed, self.value_compressed, self.key_window, self.value_window)
         kc, vc, kw, vw = (
             part(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for part in more
         )
-        turned = self._turn(q, place)
+        gate = self.gate(x).sigmoid().unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)[..., None]
         new = (self._turn(k, place), v, kc, vc, self._turn(kw, place), vw)
-        kept = extended(state, *new)
-        k, v, kc, vc, kw, vw = tokens_first(valid, *kept)
+        return (q, self._turn(q, place), gate), new
+
+    def answer(
+        self,
+        asked: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        place: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        q, turned, gate = asked
+        k, v, kc, vc, kw, vw = kept
         # Queries of padding see nothing; keys of padding lie behind every query.
         asking = None if valid is None else place.clamp_max(0)
         known = None if valid is None else torch.zeros_like(valid, dtype=torch.int64)
@@ -165,13 +143,11 @@ class NSA(MechanismLayer):
             f"window({self.window})",
             positions=None if valid is None else place.clamp_min(0),
             segments=asking,
-            key_positions=None if valid is None else torch.arange(total, device=x.device),
+            key_positions=None if valid is None else torch.arange(k.shape[2], device=k.device),
             key_segments=known,
             impl=self.impl,
         )
-        gate = self.gate(x).sigmoid().unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)[..., None]
-        out = self.join(gate[0] * compressed + gate[1] * selected + gate[2] * near)
-        return (out, TokenState(kept=kept, valid=valid)) if return_state else out
+        return gate[0] * compressed + gate[1] * selected + gate[2] * near
 
     def _compressed(
         self, q: Tensor, k: Tensor, v: Tensor, place: Tensor, asking: Tensor | None

@@ -1,0 +1,264 @@
+"""Block gate: a small learned scorer chooses the blocks that a row attends to, exactly.
+
+Papers: SeerAttention (Gao et al. 2024, arXiv 2410.13276), and SeerAttention-R (2506.08889) for
+``level="token"``.
+
+    kappa_b = Wk [max, min, mean of k_j in block b]     r_i = Wq [q_i of each head of the group]
+    score_ib = r_i . kappa_b / sqrt(W)                  b < i // S
+    out_i    = softmax(q_i . k_j / sqrt(D)) v_j         j <= i, own block and the best top - 1
+
+q and k as they are before rotation; r and kappa are then rotated, to the row and to the middle of
+the block. Query heads that share a key head share its gate and its blocks. No gradient passes
+through the choice: the gate alone is trained, by ``distill``, towards the attention that the
+layer's own projections would pay to each block. O(N^2 / S W + N top S D) time.
+
+Selection. ``level="token"`` scores each row and is strictly causal; it decodes, with the tokens so
+far as its state. ``level="block"`` (published, for prompts) scores the mean query of the row's
+block: tokens of that block *after* the row take part in its choice, so early rows change with
+later tokens (values never leak), and it does not decode.
+
+How ours differs from the published gate: it starts as the mean key against the mean query instead
+of at random, its targets are the mass of a block (``target="max"``: the largest weight), the own
+block is always seen and not scored, and blocks stand at their middle.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, W gate width, S
+block size, T blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from longspan.errors import InputError, Refusal
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
+from longspan.mechanism.layer import at_least_one, rows_at
+from longspan.nn.attention import check
+from longspan.nn.rotary import rotate
+from longspan.position import Frequencies, default
+
+LEVELS = ("token", "block")
+TARGETS = ("mass", "max")
+
+
+class BlockGate(PastLayer):
+    """Multi-head attention to gated blocks, x [B, N, d_model] to the same shape; causal only.
+
+    Args:
+        d_model: width of the tokens.
+        heads: query heads.
+        block: tokens of a block S.
+        top: blocks a row sees, its own included.
+        width: of the gate W; default the head width.
+        level: ``token``, or ``block`` (see the module text).
+        rope: base of a rotary embedding or frequencies from ``longspan.position``; None: none.
+        impl: kernel of ``longspan.attend``.
+        kwargs: of ``MechanismLayer``: ``kv_heads``, ``head_dim``, ``bias``, ``device``, ``dtype``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        block: int = 64,
+        top: int = 16,
+        width: int | None = None,
+        level: str = "token",
+        rope: float | Frequencies | None = None,
+        impl: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_model, heads, **kwargs)
+        width = self.head_dim if width is None else width
+        at_least_one(block=block, top=top, width=width)
+        if level not in LEVELS:
+            raise InputError(f"level must be token or block, got {level!r}")
+        self.block, self.top, self.level, self.impl = block, top, level, impl
+        turns, own = (
+            default(size, rope) if isinstance(rope, int | float) else rope
+            for size in (self.head_dim, width)
+        )
+        if own is not None and 2 * len(own.inv_freq) != width:
+            raise InputError(
+                f"rope has {len(own.inv_freq)} frequencies, a gate of width {width} needs "
+                f"{width // 2}: leave width out, or give rope as a base"
+            )
+        # The base class would rotate what the gate compares.
+        self.factor = 1.0 if turns is None else turns.attention_factor
+        self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)
+        self._gate_freq = None if own is None else torch.from_numpy(own.inv_freq)
+        group = heads // self.kv_heads
+        self.gate_query = nn.Parameter(
+            torch.empty(self.kv_heads, group * self.head_dim, width, **self.place)
+        )
+        self.gate_key = nn.Parameter(
+            torch.empty(self.kv_heads, 3 * self.head_dim, width, **self.place)
+        )
+        self.reset_gate()
+
+    @torch.no_grad()
+    def reset_gate(self) -> None:
+        """Score by the mean key and the mean query of the group, as far as the width allows."""
+        eye = torch.eye(self.head_dim, self.gate_key.shape[-1])
+        group = self.heads // self.kv_heads
+        self.gate_query.copy_(eye.repeat(group, 1) / group)
+        self.gate_key.copy_(pad(eye, (0, 0, 2 * self.head_dim, 0)))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        state: TokenState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        if self.level == "block" and (state is not None or return_state):
+            raise Refusal(
+                'BlockGate with level="block" cannot decode: its choice pools the queries of a '
+                'whole block. Use level="token"'
+            )
+        return super().forward(x, mask, state=state, return_state=return_state)
+
+    def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        # The base class rotates nothing, so it needs no places.
+        q, k, v = self.project(x, place)
+        if self._inv_freq is None:
+            return (q, q), (k, v, k)
+        turned = (rotate(t, place, self._inv_freq, self.factor) for t in (q, k))
+        return (next(turned), q), (next(turned), v, k)
+
+    def answer(
+        self,
+        asked: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        place: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        (turned, q), (k, v, plain) = asked, kept
+        with torch.no_grad():
+            chosen, counts = self._chosen(*self._scored(q, plain, place), place)
+        scale = self.head_dim**-0.5
+        return over_blocks(turned, k, v, chosen, counts, place, self.block, scale, self.impl)
+
+    def distill(self, x: Tensor, mask: Tensor | None = None, *, target: str = "mass") -> Tensor:
+        """Loss of the gate: how far its scores are from the attention it stands for.
+
+        Args:
+            x: tokens [B, N, d_model].
+            mask: True at tokens, False at padding [B, N].
+            target: of a block: ``mass``, the sum of its weights, mean over the heads of a group;
+                or ``max``, the largest weight of any.
+
+        Returns:
+            Mean over rows of KL(target || softmax of the scores) over earlier blocks, in nats.
+            Gradients reach the gate only. O(N^2 / S) memory.
+        """
+        if target not in TARGETS:
+            raise InputError(f"target must be mass or max, got {target!r}")
+        place, (turned, q), (k, _, plain) = self._look(x, mask)
+        asking, told = self._scored(q, plain, place)
+        wanted = self._mass(turned, k, place, target == "max")
+        own = self._own(place, len(x))
+        if self.level == "block":
+            index = own[:, None, :, None].expand_as(wanted)
+            blocks = wanted.new_zeros(*wanted.shape[:2], told.shape[2], told.shape[2])
+            how = "amax" if target == "max" else "sum"
+            wanted = blocks.scatter_reduce(2, index, wanted, how)
+            own = torch.arange(told.shape[2], device=x.device)[None]
+        past = (torch.arange(told.shape[2], device=x.device) < own[..., None])[:, None]
+        wanted = wanted.masked_fill(~past, 0.0)
+        total = wanted.sum(dim=-1, keepdim=True)
+        used = total > 0
+        wanted = wanted / total.masked_fill(~used, 1.0)
+        # A row without earlier blocks is computed unmasked, then left out.
+        score = (asking @ told.mT).masked_fill(~past & past.any(-1, keepdim=True), -torch.inf)
+        log = score.log_softmax(dim=-1).masked_fill(~past, 0.0)
+        apart = torch.special.xlogy(wanted, wanted) - wanted * log
+        return apart.sum() / used.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Share of the dense attention of x [B, N, d_model] inside the chosen blocks [K]."""
+        place, (turned, q), (k, _, plain) = self._look(x, mask)
+        chosen, counts = self._chosen(*self._scored(q, plain, place), place)
+        mass = self._mass(turned, k, place, False).gather(-1, chosen).masked_fill(~counts, 0.0)
+        real = (place >= 0).expand(len(x), -1).sum()
+        return mass.sum(dim=(0, 2, 3)) / real
+
+    def _look(
+        self, x: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Places, and what ``ask`` gives without its gradient."""
+        check(x, self.d_model, mask)
+        valid = None if mask is None else mask.to(torch.bool)
+        place = places(x.shape[1], valid, x.shape[1], x.device)
+        with torch.no_grad():
+            asked, new = self.ask(x, place)
+        return place, asked, tokens_first(valid, *new)
+
+    def _own(self, place: Tensor, batch: int) -> Tensor:
+        """Block of each row [B, N]; 0 at padding."""
+        return place.clamp_min(0).div(self.block, rounding_mode="floor").expand(batch, -1)
+
+    def _scored(self, q: Tensor, k: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows (or blocks) ask with, scaled, and what blocks answer [B, K, N or T, W]."""
+        work = torch.promote_types(q.dtype, torch.float32)
+        # Blocks that have not ended are never scored: the last may be left short.
+        k_BKTSD = pad(k.to(work), (0, 0, 0, -k.shape[2] % self.block))
+        k_BKTSD = k_BKTSD.unflatten(2, (-1, self.block))
+        pooled = torch.cat([k_BKTSD.amax(3), k_BKTSD.amin(3), k_BKTSD.mean(3)], dim=-1)
+        middle = (
+            torch.arange(pooled.shape[2], device=q.device) * self.block + (self.block - 1) // 2
+        )
+        told = pooled @ self.gate_key.to(work)
+        if self.level == "block":
+            index = self._own(place, len(q))[:, None, :, None]
+            q = q.to(work).masked_fill((place < 0)[:, None, :, None], 0.0)
+            blocks = q.new_zeros(*q.shape[:2], pooled.shape[2], q.shape[3])
+            real = (place >= 0).to(work)[:, None, :, None].expand(len(q), -1, -1, -1)
+            count = blocks[:, :1, :, :1].scatter_add(2, index, real)
+            q = blocks.scatter_add(2, index.expand_as(q), q) / count.clamp_min(1)
+            place = middle[None]
+        group = q.to(work).unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(3)
+        asking = group @ self.gate_query.to(work) * self.gate_query.shape[-1] ** -0.5
+        if self._gate_freq is not None:
+            asking = rotate(asking, place, self._gate_freq, self.factor)
+            told = rotate(told, middle, self._gate_freq, self.factor)
+        return asking, told
+
+    def _chosen(self, asking: Tensor, told: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks that each row sees [B, K, N, t], and which of them count."""
+        own = place.div(self.block, rounding_mode="floor")
+        if self.level == "block":
+            asking = rows_at(asking, self._own(place, len(asking)))
+        number = torch.arange(told.shape[2], device=told.device)
+        found = []
+        for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * len(number)):
+            forced = number == own[:, rows, None]
+            found.append(best_blocks(asking[:, :, rows] @ told.mT, own[:, rows], self.top, forced))
+        block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        return block, counts
+
+    @torch.no_grad()
+    def _mass(self, q: Tensor, k: Tensor, place: Tensor, largest: bool) -> Tensor:
+        """Dense causal attention of each row to each block [B, K, N, T]; 0 at padding."""
+        work = torch.promote_types(q.dtype, torch.float32)
+        keys = torch.arange(k.shape[2], device=k.device)
+        k = k.to(work).mT[:, :, None] * self.head_dim**-0.5
+        found = []
+        for rows in slices(q.shape[2], q.shape[0] * q.shape[1] * len(keys)):
+            logit = q[:, :, rows].to(work).unflatten(1, (self.kv_heads, -1)) @ k
+            hidden = (keys > place[:, rows, None])[:, None, None]
+            weight = logit.masked_fill(hidden, torch.finfo(work).min).softmax(dim=-1)
+            weight = weight.masked_fill(hidden, 0.0)
+            blocks = pad(weight, (0, -len(keys) % self.block)).unflatten(-1, (-1, self.block))
+            found.append(blocks.amax(dim=(2, 5)) if largest else blocks.sum(dim=5).mean(dim=2))
+        return torch.cat(found, dim=2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block={self.block}, top={self.top}, level={self.level!r}"
