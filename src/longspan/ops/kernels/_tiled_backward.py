@@ -88,17 +88,16 @@ def backward(
 def _add_to_keys(
     grad_LD: Tensor, w_JTS: Tensor, x_JTD: Tensor, batch: Batch, alpha: float
 ) -> None:
-    """Add alpha w^T x to the rows of the batch's keys, whose spans may overlap."""
-    span, jobs = batch.run.span, len(w_JTS)
+    """Add alpha w^T x to the rows of the batch's keys."""
+    jobs = len(w_JTS)
     step = batch.steps[1] if batch.count > 1 else batch.lane_steps[1]
     if jobs > 1 and step == 0:
         # All jobs share their keys: they are one taller job.
-        w_1TS, x_1TD = w_JTS.flatten(0, 1)[None], x_JTD.flatten(0, 1)[None]
-        key_rows(grad_LD, batch)[0, :1].baddbmm_(w_1TS.transpose(1, 2), x_1TD, alpha=alpha)
-        return
-    # Slices no wider than a step fall on disjoint rows, whichever jobs they belong to.
-    width = span if jobs == 1 else min(step, span)
-    for start in range(0, span, width):
-        stop = min(start + width, span)
-        grad_JSD = key_rows(grad_LD, batch, start, stop).flatten(0, 1)
-        grad_JSD.baddbmm_(w_JTS[..., start:stop].transpose(1, 2), x_JTD, alpha=alpha)
+        w_JTS, x_JTD, jobs = w_JTS.flatten(0, 1)[None], x_JTD.flatten(0, 1)[None], 1
+    grad_JSD = key_rows(grad_LD, batch).flatten(0, 1)[:jobs]
+    if jobs == 1 or step >= batch.run.span:
+        grad_JSD.baddbmm_(w_JTS.transpose(1, 2), x_JTD, alpha=alpha)
+    else:
+        # Jobs on overlapping keys take turns.
+        for grad_SD, w_TS, x_TD in zip(grad_JSD, w_JTS, x_JTD, strict=True):
+            grad_SD.addmm_(w_TS.T, x_TD, alpha=alpha)

@@ -21,6 +21,8 @@ Ints = NDArray[np.int64]
 ALIGN = 16
 # Keys that nobody in the tile sees are computed rather than skipped when they are fewer than this.
 _GAP = 64
+# Fewer keys than this, seen by neighbouring tiles alike, are not worth joining results for.
+_BODY = 512
 # Query rows of a job at most, bundled heads counted.
 _TALLEST = 1024
 
@@ -146,7 +148,7 @@ def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]
 def _bodies(
     tile_S: Ints, start_S: Ints, stop_S: Ints, left_S: Ints, right_S: Ints, block: int
 ) -> tuple[Ints, Ints]:
-    """Keys that all rows of ``block`` neighbouring tiles see, if that is half of what each sees.
+    """Keys that all rows of ``block`` neighbouring tiles see, if that is much of what each sees.
 
     Returns:
         First of these keys and one past their last for each segment; the whole segment if none.
@@ -161,7 +163,7 @@ def _bodies(
     first = -(-np.maximum.reduceat(left_S[order_S], heads) // ALIGN) * ALIGN
     last = np.minimum.reduceat(right_S[order_S], heads) // ALIGN * ALIGN
     longest = np.maximum.reduceat((stop_S - start_S)[order_S], heads)
-    good = (size == block) & (block > 1) & (2 * (last - first) >= longest)
+    good = (size == block) & (block > 1) & (last - first >= np.maximum(_BODY, longest / 2))
     body_S, rest_S = start_S.copy(), stop_S.copy()
     chosen = order_S[np.repeat(good, size)]
     body_S[chosen] = np.repeat(first, size)[np.repeat(good, size)]

@@ -130,12 +130,15 @@ class Schedule:
 
     def _cut(self, group: int, run: Run, lanes: Lanes, grid: bool) -> Iterator[Batch]:
         limit = max(1, self.area // (lanes.heads * run.rows * run.span))
-        if run.count >= lanes.count:
-            width = min(run.count, limit)
-            height = min(lanes.count, limit // width) if grid else 1
+        height = -(-lanes.count // -(-lanes.count // limit))
+        width = min(run.count, limit)
+        if grid:
+            width = min(width, limit // height)
+        # One or the other. Heads never share keys, jobs of a run often do and then take turns.
+        elif 2 * height >= width:
+            width = 1
         else:
-            height = min(lanes.count, limit)
-            width = min(run.count, limit // height) if grid else 1
+            height = 1
         for i in range(0, lanes.count, height):
             for j in range(0, run.count, width):
                 yield Batch(

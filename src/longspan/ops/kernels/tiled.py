@@ -48,8 +48,6 @@ _WORTH_THREADS = 1 << 27
 # Neighbouring tiles that the forward looks through for common keys. The backward multiplies as
 # fast without them.
 _BLOCK = 4
-# Parts for each thread, so that none waits long for the last.
-_PARTS = 2
 
 _plans: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
@@ -157,7 +155,7 @@ def _plan(
             for x in (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH.expand(batch, heads))
         )
         pairs = (hi_GNm - lo_GNm).sum(axis=(1, 2))[group_BH].sum()
-        parts = min(_PARTS * threads, batch * key_heads) if threads > 1 else 1
+        parts = min(threads, batch * key_heads) if threads > 1 else 1
         if pairs * width < _WORTH_THREADS:
             parts = 1
         tile = max(1, min(_TILE if heads == key_heads else _TILE // 2, queries))
