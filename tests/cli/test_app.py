@@ -103,6 +103,15 @@ def test_each_error_has_its_exit_code(
     assert call() == (code, "", "longspan: what and why\n")
 
 
+def test_a_file_that_cannot_be_written_is_one_paragraph(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path
+) -> None:
+    arguments = ["eval", "ppl", tiny_model, "--data", some_text, "--lengths", 64, "--limit", 1]
+    code, out, err = call(*arguments, "--out", "/proc/none.jsonl")
+    assert (code, out) == (1, "")
+    assert err == "longspan: /proc/none.jsonl: No such file or directory\n"
+
+
 def test_wrong_usage(call: Callable[..., Result]) -> None:
     code, _, err = call("extend")
     assert code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_resume_refuses_another_run(tmp_path):
         pretrain(dataclasses.replace(CONFIG, lr=1.0), TEXT, tmp_path / "cut", resume=True)
     with pytest.raises(DataError, match="not an empty folder"):
         pretrain(CONFIG, TEXT, tmp_path / "cut")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    config = dataclasses.replace(CONFIG, save_every=5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step, loss, validation):
+        if step == 10:
+            (state,) = tmp_path.rglob("state.pt")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (state.stat().st_size // 2, before[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            pretrain(config, TEXT, tmp_path / "model", on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    report = pretrain(config, TEXT, tmp_path / "model", resume=True)
+    assert report.history == pretrain(config, TEXT, tmp_path / "whole").history
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.0}, {"lr": -1.0}, {"weight_decay": -0.1}])
+def test_values_that_make_no_sense_are_refused(change):
+    with pytest.raises(InputError, match="lr must be positive"):
+        dataclasses.replace(CONFIG, **change)
 
 
 def test_too_little_text_fails_before_training(tmp_path):

@@ -54,12 +54,16 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; an error about the input becomes one paragraph and an exit code."""
+    """Run the command line; errors of input or disk become one paragraph and an exit code."""
     try:
         app()
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"longspan: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("longspan: interrupted; a run with --out continues with --resume", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.errors import InputError
-from longspan.hf.quiet import no_bars
+from longspan.hf.quiet import saving
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -109,9 +109,9 @@ def save_model(
 ) -> None:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with no_bars():
+    with saving():
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import DataError, InputError
-from longspan.hf.quiet import no_bars
+from longspan.hf.quiet import saving
 from longspan.hf.routes import routed
 from longspan.hf.unwrap import base_model
 
@@ -103,7 +103,8 @@ def embedding_and_norm_names(model: PreTrainedModel) -> list[str]:
 
 def save_adapter(model: Any, folder: str | Path) -> None:
     """Write the adapter as peft does; ``PeftModel.from_pretrained`` reads it without longspan."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with saving():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> Any:
@@ -142,10 +143,10 @@ def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrained
     """
     merged = model.merge_and_unload()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with no_bars():
+    with saving():
         merged.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     return merged
 
 

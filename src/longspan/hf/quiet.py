@@ -1,4 +1,4 @@
-"""Loading and saving without the progress bars of transformers."""
+"""Loading and saving without the progress bars of transformers, and with errors of one kind."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """A block that writes files: no bars, and a disk that is full is an OSError, whoever wrote."""
+    with no_bars():
+        try:
+            yield
+        except Exception as error:
+            # Libraries in Rust (safetensors, tokenizers) have errors of their own for it.
+            if isinstance(error, OSError) or "(os error" not in str(error):
+                raise
+            raise OSError(str(error)) from error

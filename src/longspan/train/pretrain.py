@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from longspan.errors import DataError, InputError
 from longspan.hf.build import build_llama, load_tokenizer, save_model, train_tokenizer
 from longspan.hf.models import check_device
+from longspan.hf.quiet import saving
+from longspan.train.checkpoint import write_atomically
 from longspan.train.data import (
     Document,
     Sampler,
@@ -69,6 +71,11 @@ class PretrainConfig:
         for name in ("context", "steps", "batch", "warmup", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise InputError(
+                "lr must be positive and weight_decay not negative, "
+                f"got {self.lr} and {self.weight_decay}."
+            )
         for name in ("recall_share", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
@@ -322,8 +329,6 @@ def _check_out(out: Path, checkpoint: Path, *, resume: bool) -> None:
 
 def _save_checkpoint(checkpoint: Path, tokenizer: Any, state: dict[str, Any]) -> None:
     checkpoint.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(checkpoint)
-    # Written beside and renamed: a kill or a full disk leaves the previous checkpoint whole.
-    partial = checkpoint / "state.pt.partial"
-    torch.save(state, partial)
-    partial.replace(checkpoint / "state.pt")
+    with saving():
+        tokenizer.save_pretrained(checkpoint)
+    write_atomically(checkpoint / "state.pt", lambda file: torch.save(state, file))
