@@ -105,6 +105,8 @@ def test_accuracy_by_length_and_depth(tmp_path: Path) -> None:
 
 
 def test_limit_leaves_cells_empty() -> None:
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        passkey(Knowing(10_000), Letters(), [600], [0.0], limit=0)  # type: ignore[arg-type]
     found = passkey(Knowing(10_000), Letters(), [600], [0.0, 1.0], trials=2, limit=3)  # type: ignore[arg-type]
     assert found["accuracy"] == [[1.0, 1.0]]
     found = passkey(Knowing(10_000), Letters(), [600], [0.0, 1.0], trials=2, limit=2)  # type: ignore[arg-type]

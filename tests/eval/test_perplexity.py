@@ -118,6 +118,13 @@ def test_positions_are_means_over_windows_and_bins() -> None:
     assert found["positions"]["nll"] == pytest.approx([float(e) for e in expected])
 
 
+def test_a_limit_takes_windows_from_all_over_the_text() -> None:
+    data = torch.cat([torch.full((32,), level) for level in (100, 200, 300, 400, 500, 600)])
+    found = perplexity(Known(), [data], [16], limit=3)  # type: ignore[arg-type]
+    assert found["lengths"][0]["windows"] == 3
+    assert found["lengths"][0]["nll"] == pytest.approx((2 + 4 + 6) / 3)
+
+
 def test_windows_that_are_done_are_not_measured_again(tmp_path: Path) -> None:
     path, data = tmp_path / "r.jsonl", text(96)
     loss = Known()
@@ -161,3 +168,6 @@ def test_wrong_requests_are_named() -> None:
         perplexity(Known(), [text(10)], [1])  # type: ignore[arg-type]
     with pytest.raises(DataError, match="10 tokens, too few for one window of 11"):
         perplexity(Known(), [text(10)], [11])  # type: ignore[arg-type]
+    for limit in (0, -1):
+        with pytest.raises(InputError, match=f"at least 1, got {limit}"):
+            perplexity(Known(), [text(10)], [5], limit=limit)  # type: ignore[arg-type]

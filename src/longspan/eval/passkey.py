@@ -18,6 +18,7 @@ import torch
 
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
+from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 
@@ -87,10 +88,11 @@ def passkey(
         left out is None.
 
     Raises:
-        InputError: unknown style, depth outside 0..1, or no trials.
+        InputError: unknown style, depth outside 0..1, no trials, or a limit below 1.
         DataError: a length that cannot hold the question.
     """
     check_passkey(depths, trials, style)
+    check_limit(limit)
     records = Records(None, {}) if records is None else records
     cells = [(n, d, t) for n in lengths for d in depths for t in range(trials)][:limit]
     for done, (length, depth, trial) in enumerate(cells, start=1):

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from longspan.eval.records import Records
 
 # Short windows go through the model together, up to so many tokens.
 _BATCH_TOKENS = 8192
+
+T = TypeVar("T")
 
 PROTOCOLS = ("blocks", "sliding", "new-tokens")
 
@@ -122,7 +124,7 @@ def perplexity(
         protocol: one of ``PROTOCOLS``.
         stride: tokens by which windows move (256 in both publications).
         bos: BOS id, used by ``new-tokens`` as published.
-        limit: at most so many windows per length.
+        limit: at most so many windows per length, spread evenly.
         bins: parts of the longest window for the curve by position.
         records: measurements that are already done; new ones are added.
         progress: called with (what, windows done, windows in all).
@@ -133,9 +135,10 @@ def perplexity(
         longest length.
 
     Raises:
-        InputError: unknown protocol, or a length below two tokens.
+        InputError: unknown protocol, a length below two tokens, or a limit below 1.
         DataError: a length for which the texts hold no whole window.
     """
+    check_limit(limit)
     texts = list(documents) if protocol == "new-tokens" else [torch.cat(list(documents))]
     records = Records(None, {}) if records is None else records
     by_length = {}
@@ -151,7 +154,7 @@ def perplexity(
                 f"{length} tokens "
                 f"with protocol {protocol!r}: give more text or a shorter length."
             )
-        by_length[length] = found[:limit]
+        by_length[length] = evenly(found, limit)
 
     total, done = sum(map(len, by_length.values())), 0
     front = bos if protocol == "new-tokens" else None
@@ -188,6 +191,20 @@ def perplexity(
         "nll": [sum(column) / len(column) if column else None for column in columns],
     }
     return {"protocol": protocol, "stride": stride, "lengths": rows, "positions": positions}
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise InputError for a limit that leaves nothing to measure."""
+    if limit is not None and limit < 1:
+        raise InputError(
+            f"A limit is at least 1, got {limit}; leave it out to measure everything."
+        )
+
+
+def evenly(items: Sequence[T], count: int | None) -> list[T]:
+    """``count`` of the items spread over all of them, always the same; None or too many: all."""
+    count = len(items) if count is None else min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def exp(nll: float) -> float:

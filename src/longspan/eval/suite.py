@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.passkey import check_passkey, passkey, probe
-from longspan.eval.perplexity import perplexity
+from longspan.eval.perplexity import evenly, perplexity
 from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.records import Records
 
@@ -131,8 +131,7 @@ def spread(text: Sequence[Tensor], length: int, count: int) -> list[Tensor]:
     pieces = _cut(text, length)
     if len(pieces) < count:
         pieces = _cut([torch.cat(list(text))], length)
-    count = min(count, len(pieces))
-    return [pieces[(2 * i + 1) * len(pieces) // (2 * count)] for i in range(count)]
+    return evenly(pieces, count)
 
 
 def _cut(text: Sequence[Tensor], length: int) -> list[Tensor]:
