@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,13 +120,55 @@ def test_adapter_and_merged_model_give_the_reported_numbers(
     expected = report["trained"]["perplexity"]["lengths"][-1]["nll"]
 
     how = json.loads((out / "adapter" / "longspan.json").read_text())
-    assert how == {"length": 256, "rope": "yarn", "pattern": "scca.flow(64)"}
+    asked_for = {"length": 256, "rope": "yarn", "pattern": "scca.flow(64)"}
+    assert asked_for.items() <= how.items()
     subject = Subject(model=asked.model, length=256, adapter=out / "adapter")
     merged, _ = load_model(out / "merged")
     assert merged.config.max_position_embeddings == 256
     with torch.no_grad(), subject.open() as (loss, _):
         assert loss(rows).mean().item() == pytest.approx(expected, abs=1e-4)
         assert TokenLoss(merged)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_card_of_the_adapter_loads_it_without_longspan(
+    finished: tuple[Path, dict[str, Any], ExtendSettings],
+) -> None:
+    out, _, asked = finished
+    card = (out / "adapter" / "README.md").read_text()
+    assert asked.model in card
+    assert "scca.flow(64)" in card
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "longspan" not in lines
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    merged, tokenizer = load_model(out / "merged")
+    assert tokenizer.model_max_length >= 256
+    ids = torch.arange(200)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(ids).logits, merged(ids).logits)
+
+
+def test_a_full_disk_while_writing_weights_is_one_clear_error(
+    tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    import resource
+
+    # Checkpoints fit, the merged model does not.
+    asked = settings(
+        tiny_model, some_text, rank=1, embeddings_and_norms=False, suite={"trials": 0}
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"could not be written.*--resume"):
+            extend(asked, tmp_path / "run", merge=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    report = extend(asked, tmp_path / "run", merge=True, resume=True)
+    assert len(report["trained"]["losses"]) == 4
+    load_model(tmp_path / "run" / "merged")
 
 
 def test_finished_run_resumes_without_work(

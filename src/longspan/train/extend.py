@@ -7,7 +7,7 @@ skipped when it is found there: so ``resume`` continues wherever the run was int
     settings.json                     what was asked; compared on resume
     eval/NAME.*.jsonl                 measurements: base, scaled (positions), trained, dense
     NAME.train.jsonl, NAME/           losses and checkpoints of each training
-    adapter/                          a PEFT adapter; longspan.json: what to set before loading
+    adapter/                          a PEFT adapter; README.md: what to set before loading it
     merged/                           on request, a model folder that transformers loads
     report.json, report.html          everything above on one page
 """
@@ -35,6 +35,7 @@ from longspan.hf import lora
 from longspan.hf.recompute import recompute_layers
 from longspan.hf.rope import set_rope
 from longspan.pattern import Pattern
+from longspan.train.card import write_card
 from longspan.train.checkpoint import Checkpoints, write_atomically
 from longspan.train.loop import train
 from longspan.train.prepare import SETTINGS_NAME, Job, prepare
@@ -94,9 +95,11 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
 
     report["trained"], adapted = _arm(job, job.model, job.pattern, "trained", progress)
     lora.save_adapter(adapted, out / "adapter")
-    how = {"length": settings.length, "rope": settings.rope, "pattern": settings.pattern}
-    write_json(out / "adapter" / "longspan.json", how)
+    write_card(out / "adapter", settings, job.model.config)
     if merge:
+        # Else the tokenizer would go on cutting text at the old length where asked to truncate.
+        limit = max(job.tokenizer.model_max_length, settings.length)
+        job.tokenizer.model_max_length = limit
         lora.merge_and_save(adapted, job.tokenizer, out / "merged")
     del adapted
 
