@@ -1,9 +1,11 @@
 """Strided and dilated patterns in residue order against a plain window of as many keys.
 
     python benchmarks/residue_order.py [--length 16384] [--rounds 5] [--clock wall] [--write NAME]
+    python benchmarks/residue_order.py --device cuda [--length 32768] [--out FOLDER] [--write NAME]
 
-Batch 1, 4 heads, width 64, float32, the tiled kernel; gathering keys and queries and putting
-results back is included. *Ratio* is the time per useful pair over that of the causal window with
+On the CPU batch 1, 4 heads, width 64, float32, the tiled kernel; on a GPU 32 heads on 8 key heads,
+width 128, bfloat16, the flex kernel. Gathering keys and queries and putting results back is
+included. *Ratio* is the time per useful pair over that of the causal window with
 the same mean number of keys. *Masked* is what a kernel pays that keeps the keys where they are and
 masks: how many times the tiles it visits, and the time per useful pair of visiting them without
 any mask, over the same window. Rivals take turns in each round; the median counts. With
@@ -20,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,23 @@ from rich.table import Table
 
 import longspan as ls
 
-HEADS, WIDTH = 4, 64
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed, and by what."""
+
+    heads: int
+    key_heads: int
+    width: int
+    dtype: torch.dtype
+    impl: str
+    length: int
+
+
+SETTINGS = {
+    "cpu": Setting(4, 4, 64, torch.float32, "tiled", 16384),
+    "cuda": Setting(32, 8, 128, torch.bfloat16, "flex", 32768),
+}
 RESULTS = Path(__file__).parent / "results"
 # Pattern, and the plain pattern whose tiles a masking kernel would visit.
 CASES = {
@@ -46,15 +65,19 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--length", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", metavar="NAME")
     options = parser.parse_args()
     if options.clock == "cpu":
         torch.set_num_threads(1)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    rows = [compare(text, hull, options, clock) for text, hull in CASES.items()]
+    setting = SETTINGS[options.device]
+    length = options.length or setting.length
+    rows = [compare(text, hull, length, setting, options, clock) for text, hull in CASES.items()]
     table = Table(
         "pattern",
         "keys",
@@ -72,9 +95,9 @@ def main() -> None:
             row["pattern"],
             f"{row['keys_per_query']:.0f}",
             str(row["passes"]),
-            f"{row['forward_s'] * 1e3:.0f} ms",
+            f"{row['forward_s'] * 1e3:.1f} ms",
             f"{row['forward_ratio']:.2f}",
-            f"{row['both_s'] * 1e3:.0f} ms",
+            f"{row['both_s'] * 1e3:.1f} ms",
             f"{row['both_ratio']:.2f}",
             f"x{row['masked_tiles']:.1f}",
             f"{row['masked_forward_ratio']:.2f}",
@@ -83,30 +106,39 @@ def main() -> None:
     Console(width=160).print(table)
     if options.write:
         about = {
-            "length": options.length,
-            "heads": HEADS,
-            "width": WIDTH,
-            "dtype": "float32",
+            "length": length,
+            "heads": setting.heads,
+            "key_heads": setting.key_heads,
+            "width": setting.width,
+            "dtype": str(setting.dtype).removeprefix("torch."),
+            "kernel": setting.impl,
             "clock": options.clock,
             "threads": torch.get_num_threads(),
             "rounds": options.rounds,
-            "processor": platform.processor() or platform.machine(),
+            "processor": torch.cuda.get_device_name()
+            if options.device == "cuda"
+            else platform.processor() or platform.machine(),
             "torch": torch.__version__,
             "longspan": ls.__version__,
         }
-        target = RESULTS / f"{options.write}.json"
+        target = options.out / f"{options.write}.json"
         target.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
 
 
 def compare(
-    text: str, hull: str, options: argparse.Namespace, clock: Callable[[], float]
+    text: str,
+    hull: str,
+    n: int,
+    setting: Setting,
+    options: argparse.Namespace,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
-    n = options.length
-    ours = ls.plan(ls.parse(text), n, HEADS)
-    keys = ours.pairs / (HEADS * n)
-    window = ls.plan(ls.Window(max(1, round(keys))), n, HEADS)
-    masked = ls.plan(ls.parse(hull), n, HEADS)
-    seconds = timed([ours, window, masked], options.rounds, clock)
+    heads = setting.heads
+    ours = ls.plan(ls.parse(text), n, heads)
+    keys = ours.pairs / (heads * n)
+    window = ls.plan(ls.Window(max(1, round(keys))), n, heads)
+    masked = ls.plan(ls.parse(hull), n, heads)
+    seconds = timed([ours, window, masked], setting, options, clock)
     forward, both = ([each[kind] for each in seconds] for kind in (0, 1))
     per_pair = window.pairs / ours.pairs
     return {
@@ -125,30 +157,47 @@ def compare(
 
 
 def timed(
-    plans: list[ls.Plan], rounds: int, clock: Callable[[], float]
+    plans: list[ls.Plan],
+    setting: Setting,
+    options: argparse.Namespace,
+    clock: Callable[[], float],
 ) -> list[tuple[float, float]]:
     """Median seconds of forward, and of forward and backward, of each plan."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, HEADS, plans[0].n, WIDTH)
-    q, k, v, d_out = (torch.randn(shape, generator=generator) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    device = torch.device(options.device)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(
+            (1, heads, plans[0].n, setting.width),
+            generator=generator,
+            device=device,
+            dtype=setting.dtype,
+        )
+        for heads in (setting.heads, setting.key_heads, setting.key_heads, setting.heads)
+    )
+    inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
 
     def forward(plan: ls.Plan) -> None:
         with torch.no_grad():
-            ls.attend(*inputs, plan, impl="tiled")
+            ls.attend(*inputs, plan, impl=setting.impl)
 
     def both(plan: ls.Plan) -> None:
-        torch.autograd.grad(ls.attend(*inputs, plan, impl="tiled"), inputs, d_out)
+        torch.autograd.grad(ls.attend(*inputs, plan, impl=setting.impl), inputs, d_out)
+
+    def finish() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock()
 
     found: list[dict[str, list[float]]] = [{"forward": [], "both": []} for _ in plans]
-    for turn in range(rounds + 1):
+    for turn in range(options.rounds + 1):
         for plan, kept in zip(plans, found, strict=True):
             for name, call in (("forward", forward), ("both", both)):
-                start = clock()
+                start = finish()
                 call(plan)
+                seconds = finish() - start
                 # The first round builds schedules and warms up.
                 if turn:
-                    kept[name].append(clock() - start)
+                    kept[name].append(seconds)
     return [
         (statistics.median(kept["forward"]), statistics.median(kept["both"])) for kept in found
     ]
