@@ -1,0 +1,497 @@
+"""The CUDA routes (cudnn, flex_flash, flex) on one GPU: right first, then how fast.
+
+    PYTHONPATH=src python benchmarks/gpu_routes.py --out FOLDER [--seconds 450]
+
+1. Every kernel at widths 64, 96 and 128 against float32: out, log-sum-exp and all gradients, for
+   odd lengths, batches, grouped queries, packed documents, several passes. In processes side by
+   side, which also fill the caches of compiled kernels.
+2. N 32768, bfloat16, batch 1, 32 heads over 8 key heads: forward, and forward + backward, of each
+   kernel that was right, in turns with dense causal attention. Results at full length are compared
+   with each other, and some rows with float32.
+3. N 131072, then N 1,048,576 forward with its peak memory, then more patterns.
+
+A kernel that is wrong is not timed. Every finished record is a line of FOLDER/routes.jsonl; what
+fails is a line too, with its error. FOLDER/measured.json is the table that ``auto`` goes by: copy
+it to src/longspan/ops/measured.json. FOLDER/routes.md is for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import longspan as ls
+from longspan.bench import dense, oracle
+from longspan.bench.timing import in_turns, summary
+from longspan.errors import Refusal
+from longspan.eval.environment import environment, version
+
+KERNELS = ("cudnn", "flex_flash", "flex")
+WIDTHS = (128, 64, 96)
+HEADS, KEY_HEADS = 32, 8
+CORE = (
+    "causal()",
+    "window(4096)",
+    "window(1024)",
+    "window(1024) | sink(128)",
+    "shifted_chunk(8192)",
+    "scca.flow(2048)",
+)
+MORE = (
+    "shifted_chunk(2048)",
+    "scca.flow(1024)",
+    "scca.fixed(2048)",
+    "chunk(2048)",
+    "strided(8)",
+    "dilated(2048, 8)",
+    "ssa(1024, 8)",
+    "sda(16384, 8)",
+    "sda.neighborhood(2048, 8)",
+    "longnet([2048, 8192, 32768], [1, 4, 16])",
+    "neighborhood(2048)",
+    "random_blocks(128, 16)",
+)
+LONG = ("scca.flow(1024)", "ssa(1024, 64)", "longnet([2048, 32768, 524288], [1, 16, 256])")
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def share_caches() -> None:
+    """Let the process that times find what the checking processes compiled."""
+    folder = os.environ.setdefault("LONGSPAN_BENCH_CACHE", tempfile.mkdtemp(prefix="routes-"))
+    for library in ("FLEX_ATTENTION", "FLASH_ATTENTION"):
+        os.environ[f"{library}_CUTE_DSL_CACHE_ENABLED"] = "1"
+        os.environ[f"{library}_CUTE_DSL_CACHE_DIR"] = f"{folder}/{library.lower()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+
+
+class Log:
+    """Records as lines of a file, and on the terminal."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+        shown = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
+        shown.pop("trace", None)
+        print(json.dumps(shown, default=str), flush=True)
+
+
+def failed(error: Exception) -> dict[str, str]:
+    text = f"{type(error).__name__}: {error}"
+    return {"error": text[:500], "trace": traceback.format_exc()[-2000:]}
+
+
+def tensors(
+    n: int, width: int, *, heads: int = HEADS, key_heads: int = KEY_HEADS, batch: int = 1
+) -> list[Tensor]:
+    make = torch.Generator("cuda").manual_seed(n + width)
+    shapes = [(batch, h, n, width) for h in (heads, key_heads, key_heads)]
+    return [torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes]
+
+
+def through(kernel: str, plan: ls.Plan) -> Call:
+    return lambda q, k, v: ls.attend(q, k, v, plan, impl=kernel)
+
+
+# Step 1, each kernel and width in a process of its own.
+
+
+def check_cases() -> dict[str, tuple[str, int, np.ndarray | None]]:
+    n = 2048
+    documents = np.stack(
+        [np.repeat([0, 1, 2], [700, 900, n - 1600]), np.repeat([-1, 0, 1], [130, 900, n - 1030])]
+    )
+    return {
+        "window": ("window(400)", n, None),
+        "per head": ("scca.flow(256)", n, None),
+        "shifted": ("shifted_chunk(512)", n, None),
+        "two ranges": ("window(200) | sink(64)", n, None),
+        "odd length": ("scca.flow(250)", 1999, None),
+        "packed, padded": ("window(400)", n, documents),
+        "two passes": ("ssa(256, 8)", n, None),
+    }
+
+
+def check(kernel: str, width: int, log: Log) -> None:
+    lse_gradient = kernel != "flex_flash"
+    for name, (text, n, segments) in check_cases().items():
+        about = {"kind": "check", "kernel": kernel, "width": width, "case": name, "pattern": text}
+        start = time.perf_counter()
+        try:
+            plan = ls.plan(ls.parse(text), n, 8, segments=segments)
+            inputs = tensors(n, width, heads=8, key_heads=2, batch=2)
+
+            def ours(q: Tensor, k: Tensor, v: Tensor, plan=plan) -> tuple[Tensor, Tensor]:
+                if lse_gradient:
+                    return ls.attend(q, k, v, plan, impl=kernel, return_lse=True)
+                with torch.no_grad():
+                    _, lse = ls.attend(q, k, v, plan, impl=kernel, return_lse=True)
+                return ls.attend(q, k, v, plan, impl=kernel), lse
+
+            theirs = oracle.reference(plan, width**-0.5)
+            found = oracle.errors(ours, theirs, inputs, use_lse=lse_gradient)
+            wrong = oracle.wrong(found, torch.bfloat16)
+            log.add(**about, errors=found, wrong=wrong, seconds=time.perf_counter() - start)
+        except Refusal as refusal:
+            log.add(**about, refused=str(refusal))
+        except Exception as error:
+            log.add(**about, **failed(error), seconds=time.perf_counter() - start)
+    if width != 96:
+        warm(kernel, width, log)
+
+
+def warm(kernel: str, width: int, log: Log) -> None:
+    """Compile what will be timed."""
+    for text in CORE:
+        start = time.perf_counter()
+        about = {"kind": "warm", "kernel": kernel, "width": width, "pattern": text}
+        try:
+            plan = ls.plan(ls.parse(text), 32768, HEADS)
+            inputs = tensors(32768, width)
+            for call in both_ways(through(kernel, plan), inputs).values():
+                call()
+            torch.cuda.synchronize()
+            log.add(**about, seconds=time.perf_counter() - start)
+        except Exception as error:
+            log.add(**about, **failed(error))
+
+
+def checks(out: Path, log: Log, seconds: float) -> None:
+    """Run all checks side by side and collect their records."""
+    folder = Path(tempfile.mkdtemp())
+    command = [sys.executable, __file__, "--out", str(folder), "--check"]
+    jobs = {}
+    for width in WIDTHS:
+        for kernel in KERNELS:
+            name = f"{kernel}-{width}"
+            # A few threads each: they compile at the same time.
+            own = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
+            with (folder / f"{name}.log").open("w") as text:
+                jobs[name] = subprocess.Popen(
+                    [*command, name], env=own, stdout=text, stderr=subprocess.STDOUT
+                )
+    until = time.monotonic() + seconds
+    for name, job in jobs.items():
+        try:
+            code = job.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+            code = "stopped: no time left"
+        path = folder / f"{name}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            log.add(**json.loads(line))
+        if code:
+            tail = (folder / f"{name}.log").read_text()[-1500:]
+            log.add(kind="check process", name=name, code=code, output=tail)
+
+
+def verdicts(log: Log) -> dict[tuple[str, int], str]:
+    """Why a kernel is not timed at a width; empty where it is right."""
+    found = {}
+    for kernel in KERNELS:
+        for width in WIDTHS:
+            rows = [
+                r
+                for r in log.rows
+                if (r["kind"], r.get("kernel"), r.get("width")) == ("check", kernel, width)
+            ]
+            right = [r for r in rows if "errors" in r and not r["wrong"]]
+            bad = [r["case"] for r in rows if r.get("wrong")]
+            if bad:
+                found[kernel, width] = f"wrong: {', '.join(bad)}"
+            elif not right:
+                found[kernel, width] = "no check passed"
+            else:
+                found[kernel, width] = ""
+    return found
+
+
+# Step 2.
+
+
+def both_ways(call: Call, inputs: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Forward without gradients, and forward + backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    slope = torch.ones_like(inputs[0])
+
+    def forward() -> object:
+        with torch.no_grad():
+            return call(*inputs)
+
+    return {
+        "forward": forward,
+        "forward+backward": lambda: torch.autograd.grad(call(*leaves), leaves, slope),
+    }
+
+
+def compare(
+    text: str, n: int, width: int, rivals: tuple[str, ...], log: Log, *, rounds: int
+) -> None:
+    """Check and time some kernels and dense attention on one pattern."""
+    about = {"kind": "speed", "pattern": text, "n": n, "width": width}
+    start = time.perf_counter()
+    plan = ls.plan(ls.parse(text), n, HEADS)
+    planned = time.perf_counter() - start
+    inputs = tensors(n, width)
+    calls: dict[str, Call] = {}
+    first: dict[str, float] = {}
+    results: dict[str, list[Tensor]] = {}
+    for kernel in rivals:
+        try:
+            ways = both_ways(through(kernel, plan), inputs)
+            out = ways["forward"]()
+            row_error = oracle.row_error(plan, inputs, out, [0, n // 3, n - 1])
+            # The ranges are on the device by now; what is left is what a new pattern costs.
+            fresh = ls.plan(ls.parse(text), n, HEADS)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            both_ways(through(kernel, fresh), inputs)["forward"]()
+            torch.cuda.synchronize()
+            first[kernel] = time.perf_counter() - start
+            results[kernel] = [out, *ways["forward+backward"]()]
+            lead = next(iter(results.values()))
+            apart = [oracle.relative(a, b) for a, b in zip(results[kernel], lead, strict=True)]
+            log.add(**{**about, "kind": "full length"}, kernel=kernel, rows=row_error, apart=apart)
+            if not row_error <= 1e-2 or not max(apart) <= 1e-2:
+                results.pop(kernel)
+                log.add(**about, kernel=kernel, error="wrong at full length: not timed")
+                continue
+            calls[kernel] = through(kernel, plan)
+        except Exception as error:
+            log.add(**about, kernel=kernel, **failed(error))
+    results.clear()
+    pairs = dict.fromkeys(calls, plan.pairs)
+    for name, call in dense.on_gpu().items():
+        try:
+            with torch.no_grad():
+                call(*inputs)
+            calls[f"dense {name}"] = call
+            pairs[f"dense {name}"] = HEADS * n * (n + 1) // 2
+        except Exception as error:
+            log.add(kind="peer", name=name, **failed(error))
+    for way, flops in (("forward", 4), ("forward+backward", 14)):
+        steps = {}
+        for name, call in calls.items():
+            step = both_ways(call, inputs)[way]
+            try:
+                step()
+                steps[name] = step
+            except Exception as error:
+                log.add(**about, kernel=name, way=way, **failed(error))
+        seconds = in_turns(steps, rounds=rounds, device="cuda", warm_up=2)
+        rate = {
+            name: flops * width * pairs[name] / summary(taken)["seconds"] / 1e12
+            for name, taken in seconds.items()
+        }
+        best = max((x for name, x in rate.items() if name.startswith("dense")), default=None)
+        for name, taken in seconds.items():
+            log.add(
+                **about,
+                kernel=name,
+                way=way,
+                passes=len(plan.passes),
+                keys=plan.pairs / (HEADS * n),
+                apart=len({one for p in plan.passes for one in p.head_class}) > 1,
+                **summary(taken),
+                tflops=rate[name],
+                of_dense=rate[name] / best if best else None,
+                plan_seconds=planned,
+                first_seconds=first.get(name),
+            )
+    del calls, inputs
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# Step 3.
+
+
+def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
+    """Forward of one layer: time, and peak memory as a share of q, k, v and out."""
+    about = {"kind": "long", "pattern": text, "n": n, "kernel": "cudnn", "width": width}
+    try:
+        start = time.perf_counter()
+        plan = ls.plan(ls.parse(text), n, HEADS)
+        planned = time.perf_counter() - start
+        inputs = tensors(n, width)
+        own = sum(x.nbytes for x in inputs) + inputs[0].nbytes
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call = both_ways(through("cudnn", plan), inputs)["forward"]
+        start = time.perf_counter()
+        out = call()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        peak_first = torch.cuda.max_memory_allocated()
+        rows = oracle.row_error(plan, inputs, out, [0, n // 2 + 1, n - 1])
+        del out
+        torch.cuda.reset_peak_memory_stats()
+        seconds = in_turns({"": call}, rounds=3, device="cuda", warm_up=1)[""]
+        log.add(
+            **about,
+            rows=rows,
+            right=rows <= 1e-2,
+            **summary(seconds),
+            tflops=4 * width * plan.pairs / summary(seconds)["seconds"] / 1e12,
+            peak_of_qkvo=torch.cuda.max_memory_allocated() / own,
+            peak_of_qkvo_with_plan=peak_first / own,
+            plan_seconds=planned,
+            first_seconds=first,
+        )
+    except Exception as error:
+        log.add(**about, **failed(error))
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measured(log: Log, command: str) -> dict[str, Any]:
+    """The table of rates that ``auto`` goes by."""
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in log.rows:
+        if row["kind"] != "speed" or row.get("kernel") not in KERNELS or "tflops" not in row:
+            continue
+        # Passes are chosen for one by one, so only patterns of one pass say which is faster.
+        if row["n"] != 32768 or row["passes"] > 1:
+            continue
+        name = (row["pattern"], row["width"], row["way"])
+        case = cases.setdefault(
+            name,
+            {
+                "pattern": row["pattern"],
+                "width": row["width"],
+                "keys": round(row["keys"]),
+                "apart": row["apart"],
+                "backward": row["way"] != "forward",
+                "tflops": {},
+            },
+        )
+        case["tflops"][row["kernel"]] = round(row["tflops"], 1)
+    return {
+        "what": "TFLOP/s of each kernel on visible pairs (4 D per pair and head, 14 D with "
+        "backward) at N 32768, bfloat16",
+        "gpus": {
+            torch.cuda.get_device_name(): {
+                "command": command,
+                "torch": torch.__version__,
+                "nvidia-cudnn-frontend": version("nvidia-cudnn-frontend"),
+                "flash-attn-4": version("flash-attn-4"),
+                "cases": list(cases.values()),
+            }
+        },
+    }
+
+
+def as_markdown(log: Log) -> str:
+    lines = ["# CUDA routes on one GPU", "", torch.cuda.get_device_name(), ""]
+    lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
+    for r in log.rows:
+        if r["kind"] in ("speed", "long") and "tflops" in r:
+            share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
+            cells = (
+                r["pattern"].replace("|", "\\|"),
+                r["n"],
+                r["width"],
+                r.get("way", "forward"),
+                r["kernel"],
+                f"{r['seconds'] * 1e3:.2f}",
+                f"{r['tflops']:.0f}",
+                share,
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--check", metavar="KERNEL-WIDTH", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs a CUDA device")
+    share_caches()
+    if options.check:
+        kernel, width = options.check.split("-")
+        check(kernel, int(width), Log(options.out / f"{options.check}.jsonl"))
+        return
+    begin = time.monotonic()
+
+    def left() -> float:
+        return options.seconds - (time.monotonic() - begin)
+
+    log = Log(options.out / "routes.jsonl")
+    log.add(kind="machine", **environment())
+    checks(options.out, log, 0.5 * options.seconds)
+    found = verdicts(log)
+    log.add(kind="verdicts", **{f"{k} {w}": v or "right" for (k, w), v in found.items()})
+
+    def right(width: int, among: tuple[str, ...] = KERNELS) -> tuple[str, ...]:
+        return tuple(kernel for kernel in among if not found[kernel, width])
+
+    work: list[tuple[str, float, Callable[[], None]]] = [
+        *(
+            (f"core {t} 128", 8, lambda t=t: compare(t, 32768, 128, right(128), log, rounds=15))
+            for t in CORE
+        ),
+        *((f"long {t}", 45, lambda t=t: long(t, log, n=1 << 20)) for t in LONG[:1]),
+        *(
+            (
+                f"more {t} 128",
+                6,
+                lambda t=t: compare(t, 32768, 128, right(128, ("cudnn",)), log, rounds=7),
+            )
+            for t in MORE
+        ),
+        *(
+            (
+                f"131072 {t}",
+                10,
+                lambda t=t: compare(t, 131072, 128, right(128, ("cudnn",)), log, rounds=3),
+            )
+            for t in ("window(1024)", "shifted_chunk(8192)", "scca.flow(2048)", "ssa(1024, 8)")
+        ),
+        *(
+            (f"core {t} 64", 8, lambda t=t: compare(t, 32768, 64, right(64), log, rounds=9))
+            for t in CORE
+        ),
+        *((f"linear {t}", 10, lambda t=t: long(t, log, n=1 << 17)) for t in LONG),
+        *((f"long {t}", 50, lambda t=t: long(t, log, n=1 << 20)) for t in LONG[1:]),
+    ]
+    command = f"python benchmarks/gpu_routes.py --seconds {options.seconds:.0f}"
+    for name, needed, step in work:
+        if left() < needed:
+            log.add(kind="skipped", name=name, why="no time left")
+            continue
+        try:
+            step()
+        except Exception as error:
+            log.add(kind="failed", name=name, **failed(error))
+            gc.collect()
+            torch.cuda.empty_cache()
+        table = json.dumps(measured(log, command), indent=2) + "\n"
+        (options.out / "measured.json").write_text(table, encoding="utf-8")
+        (options.out / "routes.md").write_text(as_markdown(log), encoding="utf-8")
+    log.add(kind="done", seconds=time.monotonic() - begin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks: how fast patterns run, against dense attention and other libraries."""

@@ -1,0 +1,49 @@
+"""Dense causal attention of other libraries: what every pattern is measured against.
+
+Axes: B batch, H query heads, K key heads, N rows, D head width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def on_cpu() -> dict[str, Call]:
+    """PyTorch's own, the only one there is."""
+    return {"SDPA": _sdpa}
+
+
+def on_gpu() -> dict[str, Call]:
+    """cuDNN through PyTorch, and FlashAttention-4 where it is installed."""
+    found = {"cuDNN SDPA": _with_backend(SDPBackend.CUDNN_ATTENTION)}
+    if importlib.util.find_spec("flash_attn") is not None:
+        found["FlashAttention-4"] = _flash_attention_4
+    return found
+
+
+def _sdpa(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
+    grouped = q_BHND.shape[1] != k_BKND.shape[1]
+    return scaled_dot_product_attention(q_BHND, k_BKND, v_BKND, is_causal=True, enable_gqa=grouped)
+
+
+def _with_backend(backend: SDPBackend) -> Call:
+    def attend(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(q_BHND, k_BKND, v_BKND)
+
+    return attend
+
+
+def _flash_attention_4(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
+    interface = importlib.import_module("flash_attn.cute")
+    turned = (x.transpose(1, 2) for x in (q_BHND, k_BKND, v_BKND))
+    found = interface.flash_attn_func(*turned, causal=True)
+    return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)

@@ -1,0 +1,117 @@
+"""Compare what a kernel gives with dense attention in higher precision, before it is timed.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.ops import attend
+from longspan.planning import Plan
+from longspan.planning.passes import Pass, rows_at
+
+# Relative to the norm of the exact result.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 1e-2,
+}
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; NaN stays NaN."""
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def errors(
+    ours: Attend, theirs: Attend, inputs: Sequence[Tensor], *, use_lse: bool = True
+) -> dict[str, float]:
+    """Relative errors of output, log-sum-exp and the gradients.
+
+    Args:
+        ours: what is tested, from q, k and v.
+        theirs: the oracle; it gets them in float32, or float64 on a CPU.
+        inputs: q [B, H, N, D], k and v [B, K, M, D].
+        use_lse: send gradients through the log-sum-exp too.
+    """
+    exact = torch.float64 if inputs[0].device.type == "cpu" else torch.float32
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    sharp = [x.detach().to(exact).requires_grad_() for x in inputs]
+    given, expected = ours(*leaves), theirs(*sharp)
+    seen = expected[1] > -torch.inf
+    make = torch.Generator(inputs[0].device).manual_seed(1)
+    slopes = [torch.randn(x.shape, generator=make, device=x.device) for x in expected]
+    if not (given[1][~seen] == -torch.inf).all():
+        return dict.fromkeys(NAMES, float("nan"))
+
+    def gradients(results: tuple[Tensor, Tensor], of: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        out, lse = results
+        ends, starts = [out], [slopes[0].to(out.dtype)]
+        if use_lse:
+            ends, starts = [out, lse], [*starts, slopes[1].masked_fill(~seen, 0.0).to(lse.dtype)]
+        return torch.autograd.grad(ends, of, starts)
+
+    sides = [
+        (out, lse.masked_fill(~seen, 0.0), *gradients((out, lse), of))
+        for (out, lse), of in ((given, leaves), (expected, sharp))
+    ]
+    return {name: relative(a, b) for name, a, b in zip(NAMES, *sides, strict=True)}
+
+
+def reference(plan: Plan, scale: float) -> Attend:
+    """Dense masked attention over a plan: O(N M) memory for each head."""
+    return lambda q, k, v: attend(q, k, v, plan, impl="reference", scale=scale, return_lse=True)
+
+
+def wrong(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """The errors beyond the tolerance of a dtype; NaN is one."""
+    return {name: error for name, error in found.items() if not error <= TOLERANCE[dtype]}
+
+
+def row_error(
+    plan: Plan, inputs: Sequence[Tensor], out_BHND: Tensor, rows: Sequence[int]
+) -> float:
+    """Relative error of some rows of an output, where the whole oracle would not fit.
+
+    Collects the keys of each row from the ranges of all passes, and computes them in float32.
+    """
+    q, k, v = (x.detach() for x in inputs)
+    group = q.shape[1] // k.shape[1]
+    given, expected = [], []
+    places = [_places(part, plan.n) for part in plan.passes]
+    for row in rows:
+        for head in range(q.shape[1]):
+            keys = [
+                key
+                for part, place in zip(plan.passes, places, strict=True)
+                for key in _keys(part, place.get(row), head, plan.keys)
+            ]
+            at = torch.cat(keys).to(q.device) if keys else torch.zeros(0, dtype=torch.long)
+            logits = k[0, head // group, at].float() @ q[0, head, row].float()
+            weight = (logits * q.shape[-1] ** -0.5).softmax(0)
+            expected.append(weight @ v[0, head // group, at].float())
+            given.append(out_BHND[0, head, row].float())
+    return relative(torch.stack(given), torch.stack(expected))
+
+
+def _places(part: Pass, n: int) -> dict[int, int]:
+    rows = rows_at(part.query_order, 0, n)
+    return {int(row): place for place, row in enumerate(rows)}
+
+
+def _keys(part: Pass, place: int | None, head: int, keys: int) -> list[Tensor]:
+    if place is None:
+        return []
+    own = part.head_class[head]
+    order = rows_at(part.key_order, 0, keys)
+    ranges = zip(part.lo[0, own, place], part.hi[0, own, place], strict=True)
+    return [torch.from_numpy(order[a:b].copy()) for a, b in ranges if a < b]
