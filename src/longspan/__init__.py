@@ -57,6 +57,7 @@ _HOME = {
     "etc": "longspan.pattern",
     "explain": "longspan.ops",
     "hf": "",
+    "kv": "",
     "longformer": "longspan.pattern",
     "longmixed": "longspan.pattern",
     "mechanism": "",
@@ -107,6 +108,7 @@ __all__ = [
     "etc",
     "explain",
     "hf",
+    "kv",
     "longformer",
     "longmixed",
     "mechanism",
@@ -135,7 +137,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from longspan import hf, mechanism, nn
+    from longspan import hf, kv, mechanism, nn
     from longspan.analysis import coverage
     from longspan.errors import LongspanError
     from longspan.mechanism import DualChunk

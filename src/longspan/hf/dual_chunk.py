@@ -15,8 +15,7 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 from longspan.errors import InputError, Refusal
 from longspan.hf.register import Attention, autocast, checked_rows, enlist, registered
 from longspan.hf.rope import rotary_modules
-from longspan.hf.routes import CHANGES, routed
+from longspan.hf.rotation import rotation, why_not_turn
+from longspan.hf.routes import CHANGES
 from longspan.hf.rows import Rows
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism.dual_chunk import attend_in_passes
@@ -74,19 +74,12 @@ def settle(base: PreTrainedModel) -> None:
 
 def why_not(base: PreTrainedModel) -> Iterator[str]:
     """Reasons why Dual Chunk Attention cannot be put into a model that routes."""
-    name, config = type(base).__name__, base.config.get_text_config()
-    rotary = [module for _, module in rotary_modules(base)]
-    if len(rotary) != 1 or not hasattr(rotary[0], "inv_freq"):
-        yield f"{name} has {len(rotary)} rotary modules instead of one with one set of frequencies"
-        return
+    config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+        name = type(base).__name__
         yield f"{name} has layers with a window of their own, whose distances must not change"
-    for path, module in routed(base):
-        if getattr(module, "use_rope", True) in (False, 0):
-            yield f"{path} does not rotate its queries"
-        elif not _rotations_add(module, rotary[0]):
-            yield f"{path} ({type(module).__name__}) rotates in a way that does not add up"
+    yield from why_not_turn(base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +110,7 @@ def _attention(name: str, config: DualChunk, impl: str) -> Attention:
                 "pass its keyword arguments on to its layers, or longspan.hf.apply was not used."
             )
         laid = _lay(rows, config, rotary, query, kwargs.get("position_ids"))
-        turn = _rotation(module)
+        turn = rotation(module)
 
         def queries(index: int) -> Tensor:
             turned = laid.turns[index]
@@ -202,28 +195,3 @@ def _count(rotary: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         count = (mask.to(torch.int64).cumsum(dim=-1) - 1).clamp_min(0)
         given = count[:, -tokens.shape[1] :]
     return args, {**kwargs, "position_ids": given, _ROTARY: own}
-
-
-def _rotation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The model's own rotation of queries [B, H, N, D] by cosine and sine [B, N, D]."""
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise Refusal(f"{type(module).__name__} has no apply_rotary_pos_emb beside it.")
-    # It rotates a query and a key; one head of a key is the least it takes.
-    return lambda q, cos, sin: apply(q, q[:, :1], cos, sin)[0]
-
-
-def _rotations_add(module: nn.Module, rotary: nn.Module) -> bool:
-    """Whether turning by 5 and then by 7 is turning by 12, with the width that queries have."""
-    device = next(module.parameters()).device
-    x = torch.linspace(-1, 1, int(module.head_dim), device=device)[None, None, None]  # pyright: ignore
-    scale = getattr(rotary, "attention_scaling", 1.0)
-    try:
-        turn = _rotation(module)
-        places = [torch.tensor([[p]], device=device) for p in (5, 7, 12)]
-        first, second, both = (
-            [part / scale for part in rotary.forward(x.new_empty(0), place)] for place in places
-        )
-        return torch.allclose(turn(turn(x, *first), *second), turn(x, *both), atol=1e-5)
-    except (Refusal, RuntimeError, AttributeError, TypeError, ValueError):
-        return False

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
-from longspan.hf.rows import Rows, rows_mask
+from longspan.hf._cache_asked import Asked, kept_layer
+from longspan.hf.rows import Rows, rows_mask, within
 from longspan.ops import attend
 from longspan.pattern import Pattern
 
@@ -96,14 +97,31 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
+        kept = kept_layer(key)
         rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
         rows.check_positions(kwargs.get("position_ids"))
         query, key, value = autocast(query, key, value)
         layer = getattr(module, "layer_idx", None) or 0
-        laid = rows.plan(pattern, layer, query.shape[1])
-        out, lse = attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
         sink = kwargs.get("s_aux")
+
+        def new_rows() -> tuple[Tensor, Tensor]:
+            own = rows if kept is None else rows.newest()
+            laid = own.plan(pattern, layer, query.shape[1])
+            return attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
+
+        if kept is None:
+            out, lse = new_rows()
+        else:
+            asked = Asked(
+                rows=rows,
+                pattern=within(pattern.at_layer(layer), rows.own),
+                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                position_ids=kwargs.get("position_ids"),
+                with_lse=sink is not None,
+            )
+            out, lse = kept.attend(query, key, value, asked, new_rows)
         if sink is not None:
+            assert lse is not None
             # A learned logit per head that takes weight and gives no value (gpt-oss):
             # e^lse / (e^lse + e^sink) is what remains for the keys.
             share = torch.sigmoid(lse - sink.to(lse.dtype)[None, :, None])
@@ -159,10 +177,12 @@ def checked_rows(
         raise Refusal(f"{kind} asks for attention to both sides but made a causal mask.")
     if kwargs.get("output_attentions"):
         raise InputError("Attention weights are never formed; call without output_attentions.")
-    if (query.shape[2], key.shape[2]) != (attention_mask.queries, attention_mask.keys):
+    # A cache with a policy hands on new keys alone, and reads the others by itself.
+    keys = attention_mask.queries if kept_layer(key) else attention_mask.keys
+    if (query.shape[2], key.shape[2]) != (attention_mask.queries, keys):
         raise Refusal(
             f"{kind} attends from {query.shape[2]} to {key.shape[2]} rows, but its mask was made "
-            f"for {attention_mask.queries} and {attention_mask.keys}: this cache gives layers of "
+            f"for {attention_mask.queries} and {keys}: this cache gives layers of "
             "one type different lengths."
         )
     return attention_mask

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -120,6 +120,21 @@ class Rows:
                 )
             self.kept[seen, heads] = found
         return self.kept[seen, heads]
+
+    def newest(self) -> Rows:
+        """The same queries over their own rows alone, without what a cache held before."""
+        if self.keys == self.queries:
+            return self
+        if "newest" not in self.kept:
+            self.kept["newest"] = replace(
+                self,
+                keys=self.queries,
+                key_start=self.query_start,
+                key_positions=self.positions,
+                key_segments=self.segments,
+                kept={},
+            )
+        return self.kept["newest"]
 
     def check_positions(self, position_ids: Any) -> None:
         """Refuse packed documents that transformers did not recognise as such; once per forward.

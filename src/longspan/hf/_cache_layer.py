@@ -1,0 +1,456 @@
+"""One layer of a cache that follows a policy.
+
+transformers calls ``update`` with the new keys and values; the attention function then calls
+``attend``, which stores them, reads what is kept, and lets the policy decide. So the new rows see
+the kept tokens and themselves, and what goes, goes afterwards. transformers is told the tokens
+*seen* as the length, so that positions go on counting, and the tokens *kept* as the mask's size.
+
+    first rows          the pattern's kernel over the new rows
+    more than one row   dense over the kept tokens, kernel over the new rows, merged by lse
+    one row             stored first, then read with the rest
+
+Padding is never stored. What is stored is detached: gradients do not reach earlier calls.
+
+Axes: B batch, H query heads, G key heads, C places, N new rows, D head width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from longspan.errors import InputError, Refusal
+from longspan.hf._cache_asked import Asked, NewRows, mark
+from longspan.hf.register import registered
+from longspan.hf.rows import Rows
+from longspan.kv.policy import Policy
+from longspan.kv.quest import PageBounds, Quest
+from longspan.kv.read import read, read_one
+from longspan.kv.store import Store
+from longspan.kv.view import Moments, Turn, View, column_sums, over_group
+from longspan.ops import attend, merge
+from longspan.pattern import Causal, Dense, Pattern
+
+
+class KeptLayer(CacheLayerMixin):
+    """Keys and values of one layer, and what its policy needs to know of them."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Any,
+        *,
+        layer: int,
+        layers: int,
+        packed: bool = False,
+        turn: Turn | None = None,
+    ) -> None:
+        """A new layer.
+
+        Args:
+            policy: what stays.
+            config: of the model; consulted for its present attention.
+            layer: which of the layers that take part.
+            layers: how many take part.
+            packed: read kept keys as if they lay side by side before the newest token.
+            turn: rotates by so many positions more; needed for ``packed`` and for moments.
+        """
+        self.policy = policy
+        self.layer, self.layers = layer, layers
+        self.packed, self.turn = packed, turn
+        self._config = weakref.ref(config)
+        self._quest = next((part for part in policy.parts if isinstance(part, Quest)), None)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store: Store | None = None
+        self.is_initialized = False
+        self.seen = 0
+        self._pending = self._due = self._evicted = False
+        self._since = 0
+        self._scale = 1.0
+        self._real: Tensor | None = None
+        self._queries: Tensor | None = None
+        self._query_at: Tensor | None = None
+        self._moments: Moments | None = None
+        self._bounds: PageBounds | None = None
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Kept keys [B, G, C, D]; heads that keep fewer are filled up at the end."""
+        return None if self.store is None else self.store.padded("keys")
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Kept values [B, G, C, Dv], as ``keys``."""
+        return None if self.store is None else self.store.padded("values")
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Positions of the kept tokens among the real ones of their row [B, G, C]; -1: none."""
+        if self.store is None:
+            return None
+        return self.store.padded("positions").long().masked_fill(~self.store.valid(), -1)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated: tokens with their room, and what the policy notes of them."""
+        held = [self._queries, self._query_at]
+        if self._moments is not None:
+            held += [self._moments.first, self._moments.second]
+        noted = sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        stored = 0 if self.store is None else self.store.bytes
+        return stored + noted + (0 if self._bounds is None else self._bounds.bytes)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Nothing to do ahead: the attention function stores."""
+
+    @torch.compiler.disable
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys [B, G, N, D] and values; the attention function finds this layer by them.
+
+        Raises:
+            Refusal: if the model does not compute attention through longspan.
+        """
+        config = self._config()
+        name = None if config is None else config._attn_implementation
+        if self._pending or not isinstance(registered(name), Pattern):
+            raise Refusal(
+                "This cache is read by longspan's attention, which the model does not use (any "
+                "more), or which did not receive the cache's keys as they were. Make the cache "
+                "with longspan.kv.cache(model, ...) after the model's attention is settled, and "
+                "keep it applied while the cache is in use."
+            )
+        if self.store is not None and len(key_states) != len(self.store.length):
+            raise InputError(
+                f"the cache holds {len(self.store.length)} sequences, got {len(key_states)}; use "
+                "batch_repeat_interleave or batch_select_indices of the cache to change that."
+            )
+        if self._due and key_states.shape[2] == 1:
+            self.evict()
+        self._pending = True
+        mark(key_states, self)
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, asked: Asked, new_rows: NewRows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over what is kept and the new rows; then store, and let the policy decide.
+
+        Args:
+            query: [B, H, N, D].
+            key: new keys [B, G, N, D].
+            value: new values [B, G, N, Dv].
+            asked: where the rows stand and may look.
+            new_rows: gives (out, lse) of attention among the new rows.
+
+        Returns:
+            out [B, H, N, Dv], and lse [B, H, N] if it was computed.
+        """
+        self._pending = False
+        self._scale = asked.scale
+        at, real = self._stand(asked.rows, len(query))
+        kept = 0 if self.store is None else self.store.longest
+        lse: Tensor | None
+        if kept == 0:
+            out, lse = new_rows()
+            self._append(key, value, at, real)
+        elif query.shape[2] > 1 and asked.pattern == Causal():
+            out, lse = merge([self._read_old(query, at), new_rows()])
+            self._append(key, value, at, real)
+        else:
+            self._append(key, value, at, real)
+            out, lse = self._read(query, at, real, asked)
+        exact = asked.dense and asked.pattern == Causal()
+        self._observe(query, at, real, lse if exact else None, asked)
+        self._after(query.shape[2])
+        return out, lse
+
+    def evict(self) -> None:
+        """Let the policy decide now."""
+        self._due, self._since = False, 0
+        if self.store is None or self.store.longest <= self.policy.least:
+            return
+        keep = self.policy.keep(self.view())
+        if bool((keep.sum(-1).cpu() == self.store.length).all()):
+            return
+        self.store.keep(keep)
+        self._evicted = True
+        self._bounds = None
+
+    def view(self) -> View:
+        """What the policy sees."""
+        assert self.store is not None
+        assert self._real is not None
+        positions = self.positions
+        assert positions is not None
+        sums = self.store.padded("sums") if "sums" in self.store.buffers else None
+        return View(
+            keys=self._as_read(self.store.padded("keys")),
+            values=self.store.padded("values"),
+            positions=positions,
+            seen=self._real,
+            scale=self._scale,
+            layer=self.layer,
+            layers=self.layers,
+            queries=self._queries,
+            query_positions=self._query_at,
+            sums=sums,
+            moments=self._moments,
+            turn=self.turn,
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding counted."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """(keys that the next rows can see at most, rows before the first of them)."""
+        rows = query_length if isinstance(query_length, int) else len(query_length)
+        kept = 0 if self.store is None else self.store.longest
+        return kept + rows, self.seen - kept
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take batch rows by index, as beam search does."""
+        if self.store is None:
+            return
+        assert self._real is not None
+        self.store.select(beam_idx)
+        self._real = self._real[beam_idx.cpu()]
+        self._bounds = None
+        for name in ("_queries", "_query_at"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held[beam_idx.to(held.device)])
+        if self._moments is not None:
+            old = self._moments
+            rows = beam_idx.to(old.first.device)
+            self._moments = Moments(
+                count=old.count[rows], first=old.first[rows], second=old.second[rows]
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows, by index or boolean mask."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        if self.store is not None:
+            self.reorder_cache(torch.arange(len(self.store.length)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to take back of 0 tokens; more cannot be taken back.
+
+        Raises:
+            Refusal: for other numbers: what was evicted for them is gone.
+        """
+        if tokens_to_remove:
+            raise Refusal(
+                "A cache with a policy cannot take tokens back, which assisted and prompt-lookup "
+                "decoding need: what was evicted for them is gone. Decode without them."
+            )
+
+    def offload(self) -> None:
+        """Not offered.
+
+        Raises:
+            Refusal: always.
+        """
+        raise Refusal("A cache with a policy is not offloaded; it is small by itself.")
+
+    prefetch = offload
+
+    def _stand(self, rows: Rows, batch: int) -> tuple[Tensor, Tensor | None]:
+        """Positions [B, N] of the new rows, and which are real (None: all); counts them."""
+        if rows.positions is None or rows.segments is None:
+            at = (rows.query_start + torch.arange(rows.queries)).expand(batch, -1)
+            self._real = torch.full((batch,), rows.query_start + rows.queries)
+            self.seen += rows.queries
+            return at, None
+        at, real = torch.from_numpy(rows.positions), torch.from_numpy(rows.segments >= 0)
+        before = torch.zeros(batch, dtype=torch.int64) if self._real is None else self._real
+        last = (at + 1).masked_fill(~real, 0).amax(1)
+        self._real = torch.maximum(before, last)
+        self.seen += rows.queries
+        return at, None if bool(real.all()) else real
+
+    def _append(self, key: Tensor, value: Tensor, at: Tensor, real: Tensor | None) -> None:
+        batch, heads, new, _ = key.shape
+        place = at.to(key.device, torch.int32)[:, None].expand(-1, heads, -1)
+        rows = {"keys": key, "values": value, "positions": place}
+        if self.policy.needs_sums:
+            rows["sums"] = torch.zeros(batch, heads, new, device=key.device)
+        if self.store is None:
+            like = {
+                name: row if name in ("keys", "values") else row[0, 0, 0]
+                for name, row in rows.items()
+            }
+            self.store = Store(batch, heads, like)
+            self.is_initialized = True
+        before = self.store.length
+        self.store.append(rows, real)
+        if self._bounds is not None and real is None:
+            self._bounds.extend(key, before, torch.full_like(before, new))
+        else:
+            self._bounds = None
+
+    def _as_read(self, keys: Tensor, newest: Tensor | None = None) -> Tensor:
+        """Kept keys, moved next to each other if positions are packed.
+
+        Args:
+            keys: [B, G, C, D], the stored ones.
+            newest: position before which the last of them is to lie [B]; None: the last one stays.
+        """
+        if not (self.packed and self._evicted):
+            return keys
+        assert self.store is not None
+        assert self.turn is not None
+        positions = self.positions
+        assert positions is not None
+        last = positions.amax((1, 2)) if newest is None else newest.to(keys.device) - 1
+        length = self.store.length.to(keys.device)
+        place = torch.arange(keys.shape[2], device=keys.device)
+        goal = last[:, None, None] - (length[..., None] - 1 - place)
+        shift = (goal - positions).masked_fill(positions < 0, 0)
+        return self.turn(keys.flatten(0, 1)[:, None], shift.flatten(0, 1)).view_as(keys)
+
+    def _read_old(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of new rows, all later, over everything that is kept."""
+        assert self.store is not None
+        keys = self._as_read(self.store.padded("keys"), at.amin(1))
+        values = self.store.padded("values")
+        if self.store.even:
+            # Nothing to mask: any kernel does it.
+            return attend(
+                query,
+                keys.contiguous(),
+                values.contiguous(),
+                Dense(),
+                positions=torch.arange(query.shape[2]),
+                scale=self._scale,
+                return_lse=True,
+            )
+        positions = self.positions
+        assert positions is not None
+        return read(query, keys, values, at.to(query.device), positions, self._scale)
+
+    def _read(
+        self, query: Tensor, at: Tensor, real: Tensor | None, asked: Asked
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over what is stored, the new rows among it."""
+        assert self.store is not None
+        store, device = self.store, query.device
+        simple = asked.pattern == Causal() and query.shape[2] == 1 and real is None
+        places = self._pages(query) if simple else None
+        if places is not None:
+            keys, values = store.gather("keys", places), store.gather("values", places)
+            valid = places < store.length.to(device)[..., None]
+            at_keys = store.gather("positions", places).long().masked_fill(~valid, -1)
+        else:
+            keys, values = self._as_read(store.padded("keys")), store.padded("values")
+            if simple and not asked.with_lse:
+                valid = None if store.even else store.valid()
+                return read_one(query, keys, values, valid, self._scale), None
+            at_keys = self.positions
+            assert at_keys is not None
+            valid = at_keys >= 0
+        if simple and not asked.with_lse:
+            return read_one(query, keys, values, valid, self._scale), None
+        return read(query, keys, values, at.to(device), at_keys, self._scale, asked.pattern)
+
+    def _pages(self, query: Tensor) -> Tensor | None:
+        """Places that Quest reads [B, G, S]; None for all."""
+        if self._quest is None or self.layer < self._quest.dense_layers:
+            return None
+        assert self.store is not None
+        if self._bounds is None:
+            self._bounds = PageBounds(
+                self._quest.page, self.store.padded("keys"), self.store.length
+            )
+        return self._bounds.choose(query[:, :, 0], self.store.length, self._quest.tokens)
+
+    def _observe(
+        self,
+        query: Tensor,
+        at: Tensor,
+        real: Tensor | None,
+        lse: Tensor | None,
+        asked: Asked,
+    ) -> None:
+        """Note of the queries what the policy needs."""
+        assert self.store is not None
+        query = query.detach()
+        known = at if real is None else at.masked_fill(~real, -1)
+        place = known.to(query.device)
+        if self.policy.observes:
+            old = (self._queries, self._query_at)
+            queries = query if old[0] is None else torch.cat([old[0], query], 2)
+            places = place if old[1] is None else torch.cat([old[1], place], 1)
+            # A copy: a view would hold on to the queries of the whole prompt.
+            self._queries = queries[:, :, -self.policy.observes :].clone()
+            self._query_at = places[:, -self.policy.observes :].clone()
+        if self.policy.needs_sums and (query.shape[2] > 1 or self.policy.sums_steps):
+            positions = self.positions
+            assert positions is not None
+            received = column_sums(
+                query,
+                self._as_read(self.store.padded("keys")),
+                place,
+                positions,
+                self._scale,
+                lse=None if lse is None else lse.detach(),
+                aligned=real is None and self.store.even,
+            )
+            self.store.add("sums", over_group(received, positions.shape[1]).sum(2))
+        if self.policy.needs_moments:
+            self._add_moments(query, place, asked.position_ids)
+
+    def _add_moments(self, query: Tensor, place: Tensor, position_ids: Any) -> None:
+        """Sums of q and q q^T before rotation, over the real tokens that count."""
+        assert self.turn is not None
+        batch, heads, _, width = query.shape
+        rotated = place if position_ids is None else position_ids.expand(batch, -1)
+        counted = place >= self.policy.skips
+        kind = torch.promote_types(query.dtype, torch.float32)
+        plain = self.turn(query.to(kind), -rotated) * counted[:, None, :, None]
+        if self._moments is None:
+            self._moments = Moments(
+                count=plain.new_zeros(batch),
+                first=plain.new_zeros(batch, heads, width),
+                second=plain.new_zeros(batch, heads, width, width),
+            )
+        old = self._moments
+        self._moments = Moments(
+            count=old.count + counted.sum(1),
+            first=old.first + plain.sum(2),
+            second=old.second + plain.mT @ plain,
+        )
+
+    def _after(self, new: int) -> None:
+        if not self.policy.evicts:
+            return
+        self._since += new
+        if self.policy.when == 0:
+            self._due = self._due or new > 1
+        elif self._since >= self.policy.when:
+            self.evict()

@@ -1,0 +1,92 @@
+"""Turning keys and queries on with a model's own rotation.
+
+Rotations add, R(a) R(b) = R(a + b), so what a model has rotated to one place is moved to another
+by the difference. The angles are those of the model's rotary module, scaled frequencies included;
+its ``attention_scaling`` is in the tensors already and is divided out.
+
+Axes: B batch, H heads, N rows, D head width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import Refusal
+from longspan.hf.rope import rotary_modules
+from longspan.hf.routes import routed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Their frequencies change with the longest position that they are asked for.
+_CHANGING = ("dynamic", "longrope")
+
+
+def rotation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The model's own rotation of queries [B, H, N, D] by cosine and sine [B, N, D]."""
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        raise Refusal(f"{type(module).__name__} has no apply_rotary_pos_emb beside it.")
+    # It rotates a query and a key; one head of a key is the least it takes.
+    return lambda q, cos, sin: apply(q, q[:, :1], cos, sin)[0]
+
+
+def rotations_add(module: nn.Module, rotary: nn.Module) -> bool:
+    """Whether turning by 5 and then by 7 is turning by 12, with the width that queries have."""
+    device = next(module.parameters()).device
+    x = torch.linspace(-1, 1, int(module.head_dim), device=device)[None, None, None]  # pyright: ignore
+    scale = getattr(rotary, "attention_scaling", 1.0)
+    try:
+        turn = rotation(module)
+        places = [torch.tensor([[p]], device=device) for p in (5, 7, 12)]
+        first, second, both = (
+            [part / scale for part in rotary.forward(x.new_empty(0), place)] for place in places
+        )
+        return torch.allclose(turn(turn(x, *first), *second), turn(x, *both), atol=1e-5)
+    except (Refusal, RuntimeError, AttributeError, TypeError, ValueError):
+        return False
+
+
+def why_not_turn(base: PreTrainedModel) -> Iterator[str]:
+    """Reasons why rotated keys or queries of a model cannot be turned on."""
+    name = type(base).__name__
+    rotary = [module for _, module in rotary_modules(base)]
+    if len(rotary) != 1 or not hasattr(rotary[0], "inv_freq"):
+        yield f"{name} has {len(rotary)} rotary modules instead of one with one set of frequencies"
+        return
+    for path, module in routed(base):
+        if getattr(module, "use_rope", True) in (False, 0):
+            yield f"{path} does not rotate its queries"
+        elif not rotations_add(module, rotary[0]):
+            yield f"{path} ({type(module).__name__}) rotates in a way that does not add up"
+
+
+def turner(base: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that turns x [B, H, N, D] on by places [B, N], which may be negative.
+
+    It computes in float32 at least and gives the dtype of ``x``.
+
+    Raises:
+        Refusal: if the model's rotations do not add up, or change with the length.
+    """
+    reasons = list(why_not_turn(base))
+    kind = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
+    if kind.get("rope_type") in _CHANGING:
+        reasons.append(f"its {kind['rope_type']} frequencies change with the length")
+    if reasons:
+        raise Refusal(f"keys cannot be moved to other positions: {'; '.join(reasons)}.")
+    ((_, rotary),) = rotary_modules(base)
+    module = next(module for _, module in routed(base))
+    own, scale = rotation(module), getattr(rotary, "attention_scaling", 1.0)
+
+    def turn(x: Tensor, places: Tensor) -> Tensor:
+        kind = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary.forward(x.new_empty(0, dtype=kind), places)
+        return own(x.to(kind), cos / scale, sin / scale).to(x.dtype)
+
+    return turn

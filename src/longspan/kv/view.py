@@ -1,0 +1,142 @@
+"""What a policy sees of a layer when it decides, and the attention that keys have received.
+
+Column sums are streamed over tiles of query rows, so no N x C tensor is formed; with the
+log-sum-exp of the attention kernel each tile needs one product and no second pass.
+
+Axes: B batch, H query heads, G key heads, C places, N query rows, W observed queries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Logits in a tile of query rows: 64 MiB of float32.
+TILE = 1 << 24
+
+Turn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Moments:
+    """Sums over the queries so far, before rotation, in float32.
+
+    Attributes:
+        count: [B].
+        first: sum of q [B, H, D].
+        second: sum of q q^T [B, H, D, D].
+    """
+
+    count: Tensor
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class View:
+    """One layer of a cache.
+
+    Attributes:
+        keys: as they are read, [B, G, C, D].
+        values: [B, G, C, Dv].
+        positions: place of each token among the real ones of its row, int64 [B, G, C], rising;
+            -1 where a place holds none.
+        seen: real tokens so far, int64 [B].
+        scale: factor on the logits.
+        layer: which layer.
+        layers: of how many that take part.
+        queries: the last queries [B, H, W, D]; None if no part asked for them.
+        query_positions: int64 [B, W], -1 for padding.
+        sums: attention received so far [B, G, C], summed over the query heads of a group.
+        moments: of the queries.
+        turn: (x [B, H, N, D], places [B, N]) rotated by so many positions more.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    seen: Tensor
+    scale: float
+    layer: int = 0
+    layers: int = 1
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    sums: Tensor | None = None
+    moments: Moments | None = None
+    turn: Turn | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Where there is a token, bool [B, G, C]."""
+        return self.positions >= 0
+
+    def observed(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Attention of the last ``rows`` queries, summed: [B, H, C], and their positions."""
+        assert self.queries is not None
+        assert self.query_positions is not None
+        places = self.query_positions[:, -rows:]
+        queries = self.queries[:, :, -rows:]
+        return column_sums(queries, self.keys, places, self.positions, self.scale), places
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    *,
+    lse: Tensor | None = None,
+    aligned: bool = False,
+) -> Tensor:
+    """Attention that each key receives from all queries together.
+
+        sum_i exp(scale q_i . k_j - lse_i),   j at or before i
+
+    O(H N C D) time, O(H C) memory and a bounded tile.
+
+    Args:
+        q: [B, H, N, D].
+        k: [B, G, C, D].
+        q_positions: int64 [B, N]; rows below 0 do not count.
+        k_positions: int64 [B, G, C]; places below 0 hold no key.
+        scale: factor on the logits.
+        lse: [B, H, N] over exactly these keys, if it is known; else it is computed.
+        aligned: the queries are the last N places of every head, so a tile need not look past
+            its own.
+
+    Returns:
+        float32 (float64 for float64) [B, H, C].
+    """
+    batch, heads, n, width = q.shape
+    groups, places = k.shape[1:3]
+    share = heads // groups
+    kind = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(kind).transpose(2, 3)
+    total = q.new_zeros(batch, groups, share, places, dtype=kind)
+    step = max(1, min(n, TILE // max(1, batch * heads * places)))
+    for begin in range(0, n, step):
+        end = min(n, begin + step)
+        reach = places - n + end if aligned else places
+        rows = q[:, :, begin:end].to(kind).reshape(batch, groups, -1, width)
+        logits = (rows @ keys[..., :reach]).view(batch, groups, share, end - begin, reach) * scale
+        k_at = k_positions[:, :, None, None, :reach]
+        q_at = q_positions[:, None, None, begin:end, None]
+        logits = logits.masked_fill((k_at < 0) | (k_at > q_at), -torch.inf)
+        if lse is None:
+            norm = logits.logsumexp(-1, keepdim=True)
+        else:
+            norm = lse[:, :, begin:end].to(kind).view(batch, groups, share, -1, 1)
+        # A row without keys, as of padding, has no weights.
+        norm = norm.masked_fill(norm == -torch.inf, 0.0)
+        weight = (logits - norm).exp_().masked_fill(q_at < 0, 0.0)
+        total[..., :reach] += weight.sum(3)
+    return total.view(batch, heads, places)
+
+
+def over_group(score: Tensor, groups: int) -> Tensor:
+    """Query heads beside each other in their group: [B, H, C] to [B, G, H / G, C]."""
+    return score.view(score.shape[0], groups, -1, score.shape[-1])

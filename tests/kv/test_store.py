@@ -1,0 +1,109 @@
+"""The ragged store against plain lists of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.kv.store import SPARE, Store
+
+WIDTH = 3
+
+
+class Lists:
+    """The oracle: a list of (key, number) for every batch row and head."""
+
+    def __init__(self, batch, heads):
+        self.rows = [[[] for _ in range(heads)] for _ in range(batch)]
+
+    def append(self, keys, numbers, real):
+        for b, row in enumerate(self.rows):
+            for g, head in enumerate(row):
+                for n in range(keys.shape[2]):
+                    if real is None or real[b, n]:
+                        head.append((keys[b, g, n], numbers[b, g, n]))
+
+    def check(self, store):
+        lengths = [[len(head) for head in row] for row in self.rows]
+        assert store.length.tolist() == lengths
+        assert store.longest == max(map(max, lengths))
+        assert (store.room >= store.length).all()
+        keys, numbers, valid = store.padded("keys"), store.padded("numbers"), store.valid()
+        assert keys.shape == (*store.length.shape, store.longest, WIDTH)
+        assert keys.isfinite().all()
+        for b, row in enumerate(self.rows):
+            for g, head in enumerate(row):
+                assert valid[b, g].tolist() == [n < len(head) for n in range(store.longest)]
+                for n, (key, number) in enumerate(head):
+                    assert (keys[b, g, n] == key).all()
+                    assert numbers[b, g, n] == number
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_order_of_operations(seed, padded):
+    draw = torch.Generator().manual_seed(seed)
+    batch, heads = 3, 2
+    like = {"keys": torch.empty(1, WIDTH), "numbers": torch.tensor(0.0)}
+    store, lists = Store(batch, heads, like), Lists(batch, heads)
+    for step in range(8):
+        kind = int(torch.randint(5, (), generator=draw)) if step else 0
+        if kind <= 1:
+            n = int(torch.randint(1, 25, (), generator=draw))
+            keys = torch.rand(len(lists.rows), heads, n, WIDTH, generator=draw)
+            numbers = torch.rand(len(lists.rows), heads, n, generator=draw)
+            real = None
+            if padded:
+                real = torch.rand(len(lists.rows), n, generator=draw) < 0.7
+            store.append({"keys": keys, "numbers": numbers}, real)
+            lists.append(keys, numbers, real)
+        elif kind == 2:
+            mask = store.valid() & (torch.rand(store.valid().shape, generator=draw) < 0.6)
+            store.keep(mask)
+            for b, row in enumerate(lists.rows):
+                for g, head in enumerate(row):
+                    row[g] = [item for n, item in enumerate(head) if mask[b, g, n]]
+        elif kind == 3:
+            rows = torch.randint(len(lists.rows), (4,), generator=draw)
+            store.select(rows)
+            lists.rows = [[list(head) for head in lists.rows[int(r)]] for r in rows]
+        else:
+            store.add("numbers", torch.ones(store.valid().shape))
+            for row in lists.rows:
+                row[:] = [[(key, number + 1) for key, number in head] for head in row]
+        lists.check(store)
+
+
+def test_freed_memory_is_free():
+    store = Store(1, 4, {"keys": torch.empty(1, 64), "values": torch.empty(1, 64)})
+    rows = torch.rand(1, 4, 1000, 64)
+    store.append({"keys": rows, "values": rows})
+    per_token = 2 * 64 * 4
+    assert store.bytes == 4 * (1000 + SPARE) * per_token
+    counts = torch.tensor([10, 500, 30, 60])
+    store.keep(torch.arange(1000) < counts[None, :, None])
+    assert store.bytes == (600 + 4 * SPARE) * per_token
+
+
+def test_appends_mostly_write_in_place():
+    store = Store(2, 2, {"keys": torch.empty(1, 4)})
+    moves = 0
+    for step in range(100):
+        before = store.buffers["keys"].data_ptr()
+        store.append({"keys": torch.full((2, 2, 1, 4), float(step))})
+        moves += store.buffers["keys"].data_ptr() != before
+    assert moves <= 100 / SPARE + 1
+    assert store.padded("keys")[1, 1, :, 0].tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_gather(even):
+    store = Store(2, 2, {"keys": torch.empty(1, 4)})
+    real = None if even else torch.tensor([[True] * 9, [False] * 3 + [True] * 6])
+    store.append({"keys": torch.rand(2, 2, 9, 4)}, real)
+    store.keep(store.valid() & (torch.arange(store.longest) != 2))
+    places = torch.tensor([[[0, 3], [1, 1]], [[2, 4], [4, 0]]])
+    expected = store.padded("keys").gather(2, places[..., None].expand(-1, -1, -1, 4))
+    assert (store.gather("keys", places) == expected).all()
