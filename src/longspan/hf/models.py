@@ -88,7 +88,7 @@ def check_device(name: str | torch.device) -> torch.device:
     # Builds without a backend fail in ways of their own: AssertionError, NotImplementedError.
     except Exception as error:
         raise InputError(
-            f"Device {str(name)!r} cannot be used here: {_short(error)} "
+            f"Device {str(name)!r} cannot be used here: {_short(error).rstrip('.')}. "
             "Give cpu, or cuda where torch sees a GPU."
         ) from error
     return device
