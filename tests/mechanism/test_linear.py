@@ -15,10 +15,11 @@ from tests.mechanism.oracles import (
 )
 
 from longspan.errors import InputError
-from longspan.mechanism import Laplace, LinearAttention, linear_attention
+from longspan.mechanism import Hedgehog, Laplace, LinearAttention, linear_attention
 from longspan.mechanism.feature_maps import NAMES
 
 FREQUENCIES = torch.randn(24, 8, generator=torch.Generator().manual_seed(3)).double() / 8
+TURN = torch.randn(8, 8, generator=torch.Generator().manual_seed(4)).double()
 
 
 def oracle_weights(name, q, k):
@@ -33,6 +34,9 @@ def oracle_weights(name, q, k):
         mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
         q, k = (0.5 * (1 + torch.erf((x - mean) / (deviation * math.sqrt(2)))) for x in (q, k))
         return q @ k.T
+    if name == "hedgehog":
+        q, k = (x * 8**-0.25 @ TURN.T for x in (q, k))
+        return q.exp() @ k.exp().T + (-q).exp() @ (-k).exp().T
     if name == "laplace":
         return ((q[:, None] - k[None]) @ FREQUENCIES.T).cos().mean(-1)
     i = torch.arange(len(q), dtype=torch.float64)
@@ -49,6 +53,10 @@ def oracle(name, causal, floor):
 
 
 def map_of(name):
+    if name == "hedgehog":
+        found = Hedgehog(8)
+        found.weight.data = TURN
+        return found
     if name != "laplace":
         return name
     found = Laplace(8, features=24)

@@ -14,15 +14,18 @@ _HOME = {
     "add_lora": "lora",
     "apply": "switch",
     "build_llama": "build",
+    "convert": "convert",
     "extend": "switch",
     "inspect": "routes",
     "load_adapter": "lora",
+    "load_mechanism": "convert",
     "load_model": "models",
     "merge_and_save": "lora",
     "recompute_layers": "recompute",
     "remove": "switch",
     "rope_parameters": "rope",
     "save_adapter": "lora",
+    "save_mechanism": "convert",
     "save_model": "build",
     "set_rope": "rope",
     "train_tokenizer": "build",
@@ -35,15 +38,18 @@ __all__ = [
     "add_lora",
     "apply",
     "build_llama",
+    "convert",
     "extend",
     "inspect",
     "load_adapter",
+    "load_mechanism",
     "load_model",
     "merge_and_save",
     "recompute_layers",
     "remove",
     "rope_parameters",
     "save_adapter",
+    "save_mechanism",
     "save_model",
     "set_rope",
     "train_tokenizer",
@@ -65,6 +71,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.hf.build import build_llama, save_model, train_tokenizer
+    from longspan.hf.convert import convert, load_mechanism, save_mechanism
     from longspan.hf.lora import add_lora, load_adapter, merge_and_save, save_adapter
     from longspan.hf.models import load_model
     from longspan.hf.recompute import recompute_layers

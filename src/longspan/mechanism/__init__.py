@@ -17,6 +17,7 @@ _HOME = {
     "DualChunkAttention": "dual_chunk",
     "Favor": "performer",
     "FeatureMap": "feature_maps",
+    "Hedgehog": "feature_maps",
     "HierarchicalAttention": "hierarchical",
     "LSHAttention": "lsh",
     "Laplace": "feature_maps",
@@ -55,6 +56,7 @@ __all__ = [
     "DualChunkAttention",
     "Favor",
     "FeatureMap",
+    "Hedgehog",
     "HierarchicalAttention",
     "LSHAttention",
     "Laplace",
@@ -102,7 +104,7 @@ if TYPE_CHECKING:
     from longspan.mechanism.bigbird import BigBirdAttention, published_bigbird_attention
     from longspan.mechanism.block_gate import BlockGate
     from longspan.mechanism.dual_chunk import DualChunkAttention, dual_chunk_attention
-    from longspan.mechanism.feature_maps import FeatureMap, Laplace
+    from longspan.mechanism.feature_maps import FeatureMap, Hedgehog, Laplace
     from longspan.mechanism.hierarchical import HierarchicalAttention, hierarchical_attention
     from longspan.mechanism.linear import LinearAttention, linear_attention
     from longspan.mechanism.linformer import Linformer, linformer_attention

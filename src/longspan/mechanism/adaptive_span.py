@@ -22,7 +22,8 @@ rows, E = C + R - 1 keys that a block reads.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,8 @@ class AdaptiveSpan(PastLayer):
     Attributes:
         span: z' of each head [H], a parameter.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"start": 1.0}
 
     def __init__(
         self,

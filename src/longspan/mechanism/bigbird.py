@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, check_heads, positions, refuse_causal
+from longspan.mechanism.layer import MechanismLayer, check_heads, positions
 from longspan.nn.attention import check
 from longspan.nn.compiled import attend
 from longspan.ops import merge
@@ -127,6 +127,8 @@ class BigBirdAttention(MechanismLayer):
         Refusal: for ``causal=True``.
     """
 
+    no_causal_form = "every row sees the last block"
+
     def __init__(
         self,
         d_model: int,
@@ -142,7 +144,7 @@ class BigBirdAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         if causal:
-            refuse_causal("BigBirdAttention", "every row sees the last block")
+            self.refuse_causal()
         self.pattern = str(bigbird(block, random, seed=seed))
         self.block, self.random, self.published, self.impl = block, random, published, impl
 

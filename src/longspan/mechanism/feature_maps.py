@@ -3,6 +3,8 @@
     elu      elu(x) + 1                                  Katharopoulos et al. 2020, 2006.16236
     relu     max(x, 0)
     exp      exp(x), element-wise
+    hedgehog [exp(W x'), exp(-W x')], W learned, x' = D^-1/4 x: spiky like a softmax once trained
+             to copy one (Zhang et al. 2024, 2402.04347; there each head has its W for q and k)
     laplace  m^-1/2 [cos(W x), sin(W x)], W Cauchy: E[phi(x) . phi(y)] = exp(-|x - y|_1 / b)
              (random Fourier features, Rahimi and Recht 2007); signed
     mega     (1 + erf((x - sqrt(1/2)) sqrt(2 pi))) / 2: the bell of Mega (Ma et al. 2022,
@@ -138,7 +140,24 @@ class Cosformer(FeatureMap):
         return f"max_length={self.max_rows}"
 
 
-NAMES = ("cosformer", "elu", "exp", "laplace", "mega", "relu")
+class Hedgehog(FeatureMap):
+    """exp(W x'), exp(-W x') with learned W and x' = D^-1/4 x; W starts as the identity.
+
+    Args:
+        head_dim: width D of a head; all heads share W.
+        place: device and dtype of W.
+    """
+
+    def __init__(self, head_dim: int, **place: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(head_dim, **place))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Features:
+        turned = (x * x.shape[-1] ** -0.25) @ self.weight.to(x.dtype).T
+        return stable_exp(torch.cat([turned, -turned], dim=-1))
+
+
+NAMES = ("cosformer", "elu", "exp", "hedgehog", "laplace", "mega", "relu")
 
 
 def build(
@@ -158,8 +177,8 @@ def build(
                 "cos(pi (i - j) / (2 max_length)) and must not change while a sequence grows"
             )
         return Cosformer(max_length)
-    if name == "laplace":
-        return Laplace(head_dim, **place)
+    if name in ("hedgehog", "laplace"):
+        return (Hedgehog if name == "hedgehog" else Laplace)(head_dim, **place)
     plain = {"elu": Elu, "exp": Exp, "mega": Mega, "relu": Relu}
     if name not in plain:
         raise InputError(

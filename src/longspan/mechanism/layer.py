@@ -10,7 +10,8 @@ Axes: B batch, N tokens, H query heads, K key heads, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,18 @@ class MechanismLayer(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
+    Attributes:
+        no_causal_form: why there is none; empty if there is one.
+        near_dense: options that start a layer near dense attention, for models trained with it.
+        grouped: whether query heads may share key heads.
+
     Raises:
         InputError: if the sizes do not fit each other.
     """
+
+    no_causal_form: ClassVar[str] = ""
+    near_dense: ClassVar[Mapping[str, Any]] = {}
+    grouped: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -124,6 +134,22 @@ class MechanismLayer(nn.Module):
             k = q if self.key is None else rotate(k, places, self._inv_freq, factor)
         return q, k, v
 
+    def start_near_dense(self) -> None:
+        """Set the mechanism's own weights so that the layer is as near to dense attention, with
+        the present projections, as the mechanism allows. Nothing to do for most.
+        """
+
+    def refuse_causal(self) -> None:
+        """Refuse the causal form of a mechanism that has none.
+
+        Raises:
+            Refusal: always.
+        """
+        raise Refusal(
+            f"{type(self).__name__} has no causal form: {self.no_causal_form}. Use causal=False "
+            "(encoders), or a mechanism with a causal form such as LinearAttention or Performer"
+        )
+
     def join(self, out_BHND: Tensor) -> Tensor:
         """Heads side by side, through the output projection."""
         return self.output(out_BHND.transpose(1, 2).flatten(2))
@@ -184,15 +210,3 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(f"expected equal batch, rows and (for q and k) width; got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise InputError(f"the key heads must divide the query heads; got {shapes}")
-
-
-def refuse_causal(name: str, why: str) -> None:
-    """Refuse the causal form of a mechanism that has none.
-
-    Raises:
-        Refusal: always.
-    """
-    raise Refusal(
-        f"{name} has no causal form: {why}. Use causal=False (encoders), or a mechanism with a "
-        "causal form such as LinearAttention or Performer"
-    )

@@ -18,8 +18,9 @@ E = D + 1 (the values and a one, whose sum is the denominator), T chunks of C ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,10 +97,10 @@ def linear_attention(
     at_least_one(chunk=chunk)
     if not causal and (state is not None or return_state):
         raise InputError("a state exists only for causal=True")
-    if feature_map == "laplace":
+    if feature_map in ("hedgehog", "laplace"):
         raise InputError(
-            "laplace draws random frequencies: make them once with "
-            "longspan.mechanism.Laplace(head_dim) and pass that as feature_map"
+            f"{feature_map} has weights: make them once with longspan.mechanism."
+            f"{str(feature_map).capitalize()}(head_dim) and pass that as feature_map"
         )
     phi = build(feature_map, q.shape[-1], max_length)
     start, rows = (0, k.shape[2]) if state is None else (state.count, state.rows + k.shape[2])
@@ -144,14 +145,16 @@ class LinearAttention(MechanismLayer):
     Args:
         d_model: width of the tokens.
         heads: query heads.
-        feature_map: ``elu``, ``relu``, ``exp``, ``laplace``, ``mega``, ``cosformer``, or a
-            ``FeatureMap``.
+        feature_map: ``elu``, ``relu``, ``exp``, ``hedgehog``, ``laplace``, ``mega``,
+            ``cosformer``, or a ``FeatureMap``.
         causal: row i sees tokens up to i.
         max_length: longest sequence, for ``cosformer``.
         chunk: rows of a chunk; changes speed, not results.
         kwargs: of ``MechanismLayer``: ``kv_heads``, ``head_dim``, ``rope``, ``bias``, ``device``,
             ``dtype``.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"feature_map": "hedgehog"}
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least_one,
     check_heads,
-    refuse_causal,
     to_front,
 )
 
@@ -94,6 +93,8 @@ class Linformer(MechanismLayer):
         Refusal: for ``causal=True``.
     """
 
+    no_causal_form = "each projected key and value mixes all positions"
+
     def __init__(
         self,
         d_model: int,
@@ -107,7 +108,7 @@ class Linformer(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         if causal:
-            refuse_causal("Linformer", "each projected key and value mixes all positions")
+            self.refuse_causal()
         at_least_one(max_length=max_length, rank=rank)
         if sharing not in SHARING:
             raise InputError(f"sharing must be one of {', '.join(SHARING)}; got {sharing!r}")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, positions, refuse_causal, rows_at, to_front
+from longspan.mechanism.layer import MechanismLayer, positions, rows_at, to_front
 from longspan.nn.attention import check
 from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
@@ -56,6 +56,8 @@ class LongformerAttention(MechanismLayer):
         Refusal: for ``causal=True``.
     """
 
+    no_causal_form = "global tokens see, and show, later tokens"
+
     def __init__(
         self,
         d_model: int,
@@ -70,7 +72,7 @@ class LongformerAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         if causal:
-            refuse_causal("LongformerAttention", "global tokens see, and show, later tokens")
+            self.refuse_causal()
         local = longformer(window, dilation=dilation)
         local.check(heads)
         if any(not isinstance(t, int) or t < 0 for t in global_tokens):

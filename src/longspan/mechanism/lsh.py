@@ -27,8 +27,9 @@ Axes: B batch, H heads, R rounds, N rows, D head width, T chunks of C rows over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,9 @@ class LSHAttention(MechanismLayer):
         kwargs: of ``MechanismLayer``: ``head_dim``, ``rope``, ``bias``, ``project_output``,
             ``device``, ``dtype``.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"selection": "window"}
+    grouped = False
 
     def __init__(
         self,

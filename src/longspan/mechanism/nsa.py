@@ -98,6 +98,18 @@ class NSA(PastLayer):
         self.factor = 1.0 if turns is None else turns.attention_factor
         self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)
 
+    @torch.no_grad()
+    def start_near_dense(self) -> None:
+        """Copy the projections to each branch, and open the gate of the window alone."""
+        for branch in ("compressed", "window"):
+            for part in ("key", "value"):
+                own = getattr(self, f"{part}_{branch}")
+                own.load_state_dict(getattr(self, part).state_dict())
+        nn.init.zeros_(self.gate.weight)
+        # Sigmoids of 0.0025, 0.0025 and 0.9975: open or closed, and still with a gradient.
+        start = torch.tensor([-6.0, -6.0, 6.0]).repeat_interleave(self.heads)
+        self.gate.bias.copy_(start)
+
     def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         # The base class rotates nothing, so it needs no places.
         q, k, v = self.project(x, place)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads, refuse_causal
+from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
 
 
 def nystrom_attention(
@@ -99,6 +99,8 @@ class Nystromformer(MechanismLayer):
         Refusal: for ``causal=True``.
     """
 
+    no_causal_form = "landmarks mix later tokens into earlier rows"
+
     def __init__(
         self,
         d_model: int,
@@ -113,7 +115,7 @@ class Nystromformer(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         if causal:
-            refuse_causal("Nystromformer", "landmarks mix later tokens into earlier rows")
+            self.refuse_causal()
         if conv_kernel is not None and conv_kernel % 2 == 0:
             raise InputError(f"conv_kernel must be odd, got {conv_kernel}")
         self.landmarks, self.iterations, self.shared_start = landmarks, iterations, shared_start

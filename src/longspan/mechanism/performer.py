@@ -24,7 +24,8 @@ Axes: B batch, H heads, N rows, D head width, m features.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ class Performer(LinearAttention):
         kwargs: of ``LinearAttention`` and ``MechanismLayer``: ``chunk``, ``kv_heads``,
             ``head_dim``, ``rope``, ``bias``, ``device``, ``dtype``.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,

@@ -25,7 +25,8 @@ Axes: B batch, H query heads, K key heads, N rows, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ class PooledChunkAttention(MechanismLayer):
     """
 
     of_outputs = False
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"combine": "joint", "count_bias": True}
 
     def __init__(
         self,

@@ -26,8 +26,9 @@ Axes: B batch, H query heads, K key heads, N rows, D head width, c clusters, w r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,8 @@ class RoutingAttention(MechanismLayer):
         kwargs: of ``MechanismLayer``: ``kv_heads``, ``head_dim``, ``rope``, ``bias``, ``device``,
             ``dtype``.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"selection": "window"}
 
     def __init__(
         self,

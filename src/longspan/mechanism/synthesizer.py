@@ -21,8 +21,8 @@ Axes: B batch, H heads, K value heads, N rows, L longest sequence, F hidden widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class Synthesizer(MechanismLayer):
         kwargs: of ``MechanismLayer``: ``kv_heads`` (of the values, and of the keys of
             ``dot_product``), ``head_dim``, ``rope``, ``bias``, ``device``, ``dtype``.
     """
+
+    near_dense: ClassVar[Mapping[str, Any]] = {"kind": ("dot_product", "dense")}
 
     def __init__(
         self,
@@ -96,6 +98,13 @@ class Synthesizer(MechanismLayer):
             self.fine_key = self._parameter(heads, self.side, width)
         if len(self.kinds) > 1:
             self.mixture = nn.Parameter(torch.zeros(len(self.kinds), **self.place))
+
+    @torch.no_grad()
+    def start_near_dense(self) -> None:
+        """Give nearly all weight to the dot product, where it is part of a mixture."""
+        if "dot_product" in self.kinds and len(self.kinds) > 1:
+            self.mixture.fill_(-4.0)
+            self.mixture[self.kinds.index("dot_product")] = 4.0
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         check(x, self.d_model, mask)
