@@ -64,7 +64,7 @@ class RandomBlocks(Atom):
         return at.head
 
     def _drawn(self, query: Positions, at: At) -> tuple[Any, Any]:
-        """Blocks [..., r] that each query sees, and which of them there are."""
+        """Blocks drawn for each query [count, ...], and which of them there are."""
         own = np.asarray(query) // self.size
         # Eligible blocks are [skip, stop) but for the hole around the query's own block.
         if self.causal:
@@ -75,22 +75,21 @@ class RandomBlocks(Atom):
             hole = np.clip(own - self.apart + 1, self.skip, np.maximum(stop, self.skip))
             after = np.clip(own + self.apart, hole, np.maximum(stop, hole))
         eligible = np.maximum(0, stop - self.skip - (after - hole))
-        drawn = np.zeros((*own.shape, self.count), np.int64)
-        real = np.arange(self.count) < eligible[..., None]
+        drawn = np.empty((self.count, *own.shape), np.int64)
         # Floyd's sampling: the t-th draw is from one more candidate, and a repetition becomes the
         # new candidate.
         for t in range(self.count):
             newest = np.maximum(eligible - self.count, 0) + t
             number = _mix(self.seed, at.head, own, t) % (newest + 1).astype(np.uint64)
-            choice = number.astype(np.int64)
-            again = (drawn[..., :t] == choice[..., None]).any(axis=-1)
-            drawn[..., t] = np.where(again, newest, choice)
+            drawn[t] = number.astype(np.int64)
+            drawn[t] = np.where((drawn[:t] == drawn[t]).any(axis=0), newest, drawn[t])
         block = drawn + self.skip
-        return np.where(block < hole[..., None], block, block + (after - hole)[..., None]), real
+        real = np.arange(self.count).reshape(-1, *[1] * own.ndim) < eligible
+        return np.where(block < hole, block, block + (after - hole)), real
 
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:
         block, real = self._drawn(query, at)
-        met = ((np.asarray(key)[..., None] // self.size == block) & real).any(axis=-1)
+        met = ((np.asarray(key) // self.size == block) & real).any(axis=0)
         return met & (key <= query) if self.causal else met
 
     def intervals(self, query: Positions, at: At) -> Sequence[Interval]:
@@ -98,8 +97,8 @@ class RandomBlocks(Atom):
         lo = block * self.size
         hi = np.where(real, lo + self.size, lo)
         if self.causal:
-            hi = np.minimum(hi, query[:, None] + 1)
-        return [(lo[:, t], hi[:, t]) for t in range(self.count)]
+            hi = np.minimum(hi, query + 1)
+        return list(zip(lo, hi, strict=True))
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -126,11 +125,12 @@ class Random(RandomBlocks):
 
 def _mix(seed: int, head: int, block: Positions, turn: int) -> Any:
     """64 scrambled bits for each block (splitmix64 of the four numbers)."""
-    state = np.asarray(block, np.uint64)
+    state = np.array(block, np.uint64)
     with np.errstate(over="ignore"):
         for number in (turn, head, seed):
-            state = state + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
+            state += np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                state ^= state >> np.uint64(shift)
+                state *= np.uint64(factor)
+            state ^= state >> np.uint64(31)
     return state

@@ -17,6 +17,9 @@ import numpy as np
 from longspan.pattern.algebra import END, Interval, Positions
 from longspan.pattern.lattice import Flags
 
+# Behind every interval that is written as one number.
+_UNUSED = END << 32
+
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
@@ -97,46 +100,40 @@ class Ranges:
 
 
 def normal(lo: Positions, hi: Positions) -> Ranges:
-    """Normal form of any intervals [n, m]: rows may hold empty and overlapping ones, unsorted."""
-    used = lo < hi
-    if lo.shape[1] > 1:
-        # Columns in the order of the last row: for most patterns that sorts nearly all rows.
-        column = np.argsort(np.where(used[-1], lo[-1], END), kind="stable")
-        if (np.diff(column) < 0).any():
-            lo, hi, used = lo[:, column], hi[:, column], used[:, column]
-    lo, hi = np.where(used, lo, 0), np.where(used, hi, 0)
-    # Sorted and apart, unused ones last: nothing is left to do for such rows.
-    ready = ((hi[:, :-1] < lo[:, 1:]) | ~used[:, 1:]).all(axis=1)
-    ready &= (used[:, :-1] | ~used[:, 1:]).all(axis=1)
-    if not ready.all():
-        rest = ~ready
-        own_lo, own_hi = _merged(lo[rest], hi[rest])
-        width = own_lo.shape[1]
-        lo[rest, :width], hi[rest, :width] = own_lo, own_hi
-        lo[rest, width:], hi[rest, width:] = 0, 0
+    """Normal form of any intervals [n, m] in [0, END]: they may be empty, overlap, be unsorted."""
+    # An interval in one number, so that sorting numbers sorts intervals.
+    code = np.where(lo < hi, lo << 32 | hi, _UNUSED)
+    if not _rises(code):
+        # Columns in the order of the last row: for most patterns that sorts all rows.
+        code = code[:, np.argsort(code[-1], kind="stable")]
+        if not _rises(code):
+            code.sort(axis=1)
+    code[code == _UNUSED] = 0
+    lo, hi = code >> 32, code & (1 << 32) - 1
+    touch = (hi[:, :-1] >= lo[:, 1:]) & (hi[:, 1:] > 0)
+    if touch.any():
+        rows = touch.any(axis=1)
+        lo[rows], hi[rows] = _merged(lo[rows], hi[rows])
     width = lo.shape[1]
     while width > 1 and not hi[:, width - 1].any():
         width -= 1
     return Ranges(lo[:, :width], hi[:, :width])
 
 
+def _rises(code: Positions) -> bool:
+    return bool((code[:, :-1] <= code[:, 1:]).all())
+
+
 def _merged(lo: Positions, hi: Positions) -> tuple[Positions, Positions]:
-    """Sort rows of intervals and join those that touch; empty ones are 0 and come in any order."""
-    # Empty intervals sort behind all others.
-    lo = np.where(lo < hi, lo, END)
-    order = np.argsort(lo, axis=1, kind="stable")
-    lo = np.take_along_axis(lo, order, axis=1)
-    hi = np.where(lo < END, np.take_along_axis(hi, order, axis=1), 0)
+    """Join intervals that touch, in sorted rows with unused ones last."""
+    used = hi > 0
     reach = np.maximum.accumulate(hi, axis=1)
     # An interval opens a new one unless it touches what came before it.
-    opens = lo < END
+    opens, closes = used.copy(), used.copy()
     opens[:, 1:] &= lo[:, 1:] > reach[:, :-1]
-    place = np.cumsum(opens, axis=1) - 1
-    out_lo, out_hi = np.zeros_like(lo), np.zeros_like(lo)
-    for column in range(lo.shape[1]):
-        row = np.flatnonzero(lo[:, column] < END)
-        target = place[row, column]
-        first = opens[row, column]
-        out_lo[row[first], target[first]] = lo[row[first], column]
-        out_hi[row, target] = reach[row, column]
-    return out_lo, out_hi
+    closes[:, :-1] &= opens[:, 1:] | ~used[:, 1:]
+    # Both rise along a row: sorting brings the ends of each joined interval together.
+    lo = np.sort(np.where(opens, lo, _UNUSED), axis=1)
+    hi = np.sort(np.where(closes, reach, _UNUSED), axis=1)
+    used = lo < _UNUSED
+    return lo * used, hi * used
