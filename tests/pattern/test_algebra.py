@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import longspan as ls
 from longspan.errors import PatternError
+from longspan.pattern import names
 
 N, HEADS = 23, 4
 
@@ -166,6 +169,35 @@ def test_errors_name_what_was_passed_and_expected(make, words):
         make()
     for word in words:
         assert word in str(caught.value)
+
+
+FLAGS = [
+    (name, field.name)
+    for name, cls in names().items()
+    if dataclasses.is_dataclass(cls)
+    for field in dataclasses.fields(cls)
+    if isinstance(field.default, bool)
+]
+SIZES = {"blocks": ([[0]], 2), "global": (0,), "longnet": ([4], [2]), "longnet_set": ([4], [2])}
+
+
+@pytest.mark.parametrize(("name", "flag"), FLAGS)
+def test_flags_are_true_or_false(name, flag):
+    make, sizes = names()[name], SIZES.get(name)
+    if sizes is None:
+        own = [f for f in dataclasses.fields(make) if f.default is dataclasses.MISSING]
+        sizes = (2,) if name == "random" else (4,) * len(own)
+    assert getattr(make(*sizes, **{flag: False}), flag) is False
+    # "maybe" would count as true, and 0 would not survive the text form.
+    for wrong in ("maybe", 0, None):
+        with pytest.raises(PatternError, match=f"{flag} must be True or False, got {wrong!r}"):
+            make(*sizes, **{flag: wrong})
+
+
+def test_presets_check_their_flags():
+    for make in (ls.longformer, ls.bigbird):
+        with pytest.raises(PatternError, match="causal must be True or False"):
+            make(causal="maybe")
 
 
 def test_operators_refuse_what_is_no_pattern():

@@ -212,6 +212,17 @@ def whole(owner: str, field: str, value: Any, least: int) -> int:
     return number
 
 
+def flag(owner: str, field: str, value: Any) -> bool:
+    """Check a parameter that is true or false: any other word would count as true.
+
+    Raises:
+        PatternError: if ``value`` is neither.
+    """
+    if not isinstance(value, bool):
+        raise PatternError(f"{owner}: {field} must be True or False, got {value!r}")
+    return value
+
+
 def wholes(
     owner: str, field: str, values: Any, least: int, *, may_be_empty: bool = False
 ) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from longspan.pattern.algebra import (
     Interval,
     Mask,
     Positions,
+    flag,
     whole,
     wholes,
 )
@@ -51,6 +52,7 @@ class Blocks(Atom):
 
     def __post_init__(self) -> None:
         whole("Blocks", "size", self.size, 1)
+        flag("Blocks", "causal", self.causal)
         if isinstance(self.map, str) or not isinstance(self.map, Sequence) or not self.map:
             raise PatternError(
                 "Blocks: map must hold a list of key blocks for each query block, such as "

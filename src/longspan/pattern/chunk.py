@@ -4,15 +4,12 @@
     ShiftedChunk   the same with o = 0 in the first half of the heads, g / 2 in the others
 
 Papers: LongLoRA (Chen et al. 2023, arXiv 2309.12307, S2-Attn); Swin Transformer (Liu et al. 2021,
-    arXiv 2103.14030),
-whose 1-D form shifts whole layers: ``PerLayer(Chunk(g, causal=False), Chunk(g, offset=g // 2,
-causal=False))``.
+arXiv 2103.14030), whose 1-D form shifts whole layers: ``PerLayer(Chunk(g, causal=False), Chunk(g,
+offset=g // 2, causal=False))``.
 
 How ours differs: the first and the last half chunk of a shifted head stand alone, as in LongLoRA's
-    flash path. Its other
-path rolls the sequence, so that the first tokens see the last ones: (g/2)^2 future pairs in every
-    shifted head.
-With an odd number of heads the larger half is unshifted.
+flash path. Its other path rolls the sequence, so that the first tokens see the last ones: (g/2)^2
+future pairs in every shifted head. With an odd number of heads the larger half is unshifted.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +41,7 @@ class Chunk(Atom):
 
     def __post_init__(self) -> None:
         whole("Chunk", "size", self.size, 1)
+        flag("Chunk", "causal", self.causal)
         if whole("Chunk", "offset", self.offset, 0) >= self.size:
             raise PatternError(
                 f"Chunk: offset must be below size, got offset {self.offset} with size {self.size}"
@@ -76,6 +74,7 @@ class ShiftedChunk(Atom):
     name: ClassVar[str] = "shifted_chunk"
 
     def __post_init__(self) -> None:
+        flag("ShiftedChunk", "causal", self.causal)
         if whole("ShiftedChunk", "size", self.size, 2) % 2:
             raise PatternError(
                 f"ShiftedChunk: size must be even (half of it is the shift), got {self.size}"

@@ -4,8 +4,8 @@
     Document()              the whole segment                       both O(sum of n^2)
 
 Documents that are packed differently in every batch are not part of a pattern: they are
-    ``segments=`` of a call, which
-isolate rows whatever the pattern, and inside which positions start again from 0.
+``segments=`` of a call, which isolate rows whatever the pattern, and inside which positions start
+again from 0.
 """
 
 from __future__ import annotations

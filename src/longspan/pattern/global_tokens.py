@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import END, At, Atom, Mask, Positions, Progression, wholes
+from longspan.pattern.algebra import END, At, Atom, Mask, Positions, Progression, flag, wholes
 from longspan.pattern.lattice import EVERY
 from longspan.pattern.listed import stretches
 
@@ -35,7 +35,7 @@ class Global(Atom):
 
     def __init__(self, *positions: int, causal: bool = False) -> None:
         object.__setattr__(self, "positions", wholes("Global", "positions", positions, 0))
-        object.__setattr__(self, "causal", bool(causal))
+        object.__setattr__(self, "causal", flag("Global", "causal", causal))
 
     @property
     def is_causal(self) -> bool:

@@ -6,10 +6,9 @@
              two-sided: |i - j| <= w // 2                O(N w)
 
 Paper: Longformer (Beltagy et al. 2020, arXiv 2004.05150) for the window. A causal window counts
-    the query itself
-(``Window(1)`` sees only itself), as Hugging Face's ``sliding_window`` does. A two-sided window
-holds ``w`` keys in all for odd ``w``; for even ``w`` it is the ``attention_window`` of Longformer,
-``w / 2`` keys on each side.
+the query itself (``Window(1)`` sees only itself), as Hugging Face's ``sliding_window`` does. A
+two-sided window holds ``w`` keys in all for odd ``w``; for even ``w`` it is the
+``attention_window`` of Longformer, ``w / 2`` keys on each side.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, flag, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +89,7 @@ class Window(Atom):
 
     def __post_init__(self) -> None:
         whole("Window", "size", self.size, 1)
+        flag("Window", "causal", self.causal)
 
     @property
     def is_causal(self) -> bool:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, whole
+from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, flag, whole
 from longspan.pattern.lattice import Residue
 
 
@@ -52,6 +52,7 @@ class LongNetBranch(Atom):
 
     def __post_init__(self) -> None:
         whole("LongNet", "segment", self.segment, 1)
+        flag("LongNet", "causal", self.causal)
         if whole("LongNet", "dilation", self.dilation, 1) > self.segment:
             raise PatternError(
                 f"LongNet: a dilation must not exceed its segment, got dilation {self.dilation} "

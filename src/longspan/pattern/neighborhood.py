@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, whole
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, flag, whole
 from longspan.pattern.lattice import Residue
 
 
@@ -47,6 +47,7 @@ class Neighborhood(Atom):
     def __post_init__(self) -> None:
         whole("Neighborhood", "size", self.size, 2)
         whole("Neighborhood", "dilation", self.dilation, 1)
+        flag("Neighborhood", "causal", self.causal)
         if whole("Neighborhood", "stride", self.stride, 1) > self.size:
             raise PatternError(
                 f"Neighborhood: stride must not exceed size, got stride {self.stride} with size "

@@ -4,9 +4,8 @@
     Prefix   j < n                the first n tokens, both ways     O(N n)
 
 Papers: StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) for attention sinks; prefix language
-    models (Raffel et al.
-2020, arXiv 1910.10683), whose mask is ``Causal() | Prefix(n)``: the prefix sees itself in both
-directions. ``Sink(n)`` equals ``Prefix(n) & Causal()``.
+models (Raffel et al. 2020, arXiv 1910.10683), whose mask is ``Causal() | Prefix(n)``: the prefix
+sees itself in both directions. ``Sink(n)`` equals ``Prefix(n) & Causal()``.
 """
 
 from __future__ import annotations

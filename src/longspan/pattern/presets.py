@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import Pattern, whole
+from longspan.pattern.algebra import Pattern, flag, whole
 from longspan.pattern.blocks import BandBlocks, EdgeBlocks
 from longspan.pattern.chunk import Chunk
 from longspan.pattern.global_tokens import Global
@@ -53,6 +53,7 @@ def bigbird(
         seed: chooses the random blocks.
         causal: see above.
     """
+    flag("bigbird", "causal", causal)
     parts = BandBlocks(block, ahead=0 if causal else 1)
     parts = parts | EdgeBlocks(block, first=edges, last=0 if causal else edges)
     if random:

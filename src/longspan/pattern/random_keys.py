@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +51,7 @@ class RandomBlocks(Atom):
         whole(owner, "count", self.count, 1)
         for field in ("seed", "apart", "skip"):
             whole(owner, field, getattr(self, field), 0)
+        flag(owner, "causal", self.causal)
 
     @property
     def is_causal(self) -> bool:

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +45,7 @@ class SCCAFixed(Atom):
 
     def __post_init__(self) -> None:
         whole("SCCA.fixed", "chunk", self.chunk, 1)
+        flag("SCCA.fixed", "causal", self.causal)
         if self.shift is not None:
             whole("SCCA.fixed", "shift", self.shift, 0)
 
@@ -89,6 +90,7 @@ class SCCAFlow(Atom):
 
     def __post_init__(self) -> None:
         whole("SCCA.flow", "chunk", self.chunk, 1)
+        flag("SCCA.flow", "causal", self.causal)
         if self.wrap not in ("past", "none"):
             raise PatternError(f'SCCA.flow: wrap must be "past" or "none", got {self.wrap!r}')
         if not self.causal and self.wrap != "past":

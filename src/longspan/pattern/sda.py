@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, whole
+from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, flag, whole
 from longspan.pattern.lattice import Residue
 from longspan.pattern.scca import SCCA
 from longspan.pattern.vary import PerHead, PerLayer
@@ -77,6 +77,7 @@ class SDA(Atom):
 
     def __post_init__(self) -> None:
         whole("SDA", "segment", self.segment, 1)
+        flag("SDA", "causal", self.causal)
         if whole("SDA", "step", self.step, 1) > self.segment:
             raise PatternError(
                 f"SDA: step must not exceed segment, got step {self.step} with segment "

@@ -30,6 +30,7 @@ from longspan.pattern.algebra import (
     Mask,
     Positions,
     Progression,
+    flag,
     whole,
 )
 from longspan.pattern.lattice import Residue
@@ -52,6 +53,8 @@ class Strided(Atom):
 
     def __post_init__(self) -> None:
         whole("Strided", "step", self.step, 1)
+        flag("Strided", "per_head", self.per_head)
+        flag("Strided", "causal", self.causal)
 
     @property
     def is_causal(self) -> bool:
@@ -85,6 +88,7 @@ class Diagonals(Atom):
 
     def __post_init__(self) -> None:
         whole("Diagonals", "step", self.step, 1)
+        flag("Diagonals", "causal", self.causal)
 
     @property
     def is_causal(self) -> bool:
@@ -117,6 +121,7 @@ class Dilated(Atom):
 
     def __post_init__(self) -> None:
         whole("Dilated", "size", self.size, 1)
+        flag("Dilated", "causal", self.causal)
         if isinstance(self.step, list | tuple):
             steps = tuple(whole("Dilated", "step", step, 1) for step in self.step)
             if not steps:
