@@ -21,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import longspan as ls
+from longspan.bench import oracle
+from longspan.bench.memory import peak
+from longspan.bench.peers import flex_over
+from longspan.bench.timing import in_turns
+from longspan.eval.environment import environment
 from longspan.ops.kernels.reference import reference
 from longspan.ops.kernels.tiled import tiled
 from longspan.ops.ranges import KeyRanges
@@ -69,61 +72,15 @@ def check(pattern: str, dtype: str) -> dict[str, float]:
     """Relative errors of out, lse and the gradients through both, against float64."""
     n = 1500
     ranges = ranges_of(pattern, n)
-    inputs = tensors(n, DTYPES[dtype], grad=True)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    theirs = reference(*exact, ranges, SCALE)
-    ours = tiled(*inputs, ranges, SCALE)
-    slopes = [torch.randn_like(x) for x in theirs]
-    grads = [
-        torch.autograd.grad(
-            results, leaves, [s.to(x.dtype) for s, x in zip(slopes, results, strict=True)]
-        )
-        for results, leaves in ((ours, inputs), (theirs, exact))
-    ]
-    names = ("out", "lse", "dq", "dk", "dv")
-    found = (*ours, *grads[0]), (*theirs, *grads[1])
-    errors = {
-        name: ((a.double() - b).norm() / b.norm()).item()
-        for name, a, b in zip(names, *found, strict=True)
-    }
+    errors = oracle.errors(
+        lambda *x: tiled(*x, ranges, SCALE),
+        lambda *x: reference(*x, ranges, SCALE),
+        tensors(n, DTYPES[dtype]),
+    )
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
     if wrong:
         sys.exit(f"{pattern} in {dtype} is wrong, nothing is timed: relative errors {wrong}")
     return errors
-
-
-def flex(ranges: KeyRanges, n: int, tile: int = 128) -> Callable[..., Tensor]:
-    """FlexAttention as it wants to be used: compiled, visiting only the tiles it must."""
-    lo_HN, hi_HN = (x[ranges.group_BH[0], :, 0] for x in (ranges.lo_GNm, ranges.hi_GNm))
-    if ranges.lo_GNm.shape[2] != 1:
-        raise ValueError("expected one range for each query")
-    lo_HQ, hi_HQ = lo_HN.unflatten(1, (-1, tile)), hi_HN.unflatten(1, (-1, tile))
-    start_C = torch.arange(0, n, tile)
-    any_HQC = ((lo_HQ[..., None] < start_C + tile) & (start_C < hi_HQ[..., None])).any(2)
-    all_HQC = ((lo_HQ[..., None] <= start_C) & (start_C + tile <= hi_HQ[..., None])).all(2)
-    lists: list[Tensor] = []
-    for tiles_HQC in (any_HQC & ~all_HQC, all_HQC):
-        lists.append(tiles_HQC.sum(-1, dtype=torch.int32)[None])
-        lists.append(tiles_HQC.int().argsort(stable=True, dim=-1, descending=True).int()[None])
-
-    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (lo_HN[head, i] <= j) & (j < hi_HN[head, i])
-
-    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=(n, n))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, scale=SCALE)
-
-
-def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def compare(
@@ -140,7 +97,7 @@ def compare(
         attend[pattern] = lambda ranges=ranges: tiled(q, k, v, ranges, SCALE)[0]
         pairs[pattern] = useful_pairs(ranges)
         if with_flex:
-            rival = flex(ranges, n)
+            rival = flex_over(ranges, n, SCALE)
             attend[f"{pattern} flex"] = lambda rival=rival: rival(q, k, v)
             pairs[f"{pattern} flex"] = pairs[pattern]
             difference = (attend[f"{pattern} flex"]() - attend[pattern]()).abs().max().item()
@@ -151,7 +108,7 @@ def compare(
         return lambda: torch.autograd.grad(call(), (q, k, v), slope)
 
     calls = {name: with_gradients(call) if backward else call for name, call in attend.items()}
-    seconds = time_in_turns(calls, rounds)
+    seconds = in_turns(calls, rounds=rounds)
     dense = seconds["dense"]
     return [
         {
@@ -172,12 +129,6 @@ def compare(
     ]
 
 
-def resident(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(field))
-
-
 def peak_memory(n: int) -> None:
     """In a process of its own: print MiB before forward and backward, and at their peak."""
     ranges = ranges_of(PATTERNS[0], n)
@@ -185,11 +136,10 @@ def peak_memory(n: int) -> None:
     # Threads and libraries are loaded by a short call first.
     short = tensors(256, torch.float32)
     tiled(*short, ranges_of(PATTERNS[0], 256), SCALE)
-    before = resident("VmRSS")
-    # Linux forgets the peak so far.
-    Path("/proc/self/clear_refs").write_text("5")
-    torch.autograd.grad(tiled(q, k, v, ranges, SCALE)[0].sum(), (q, k, v))
-    print(json.dumps({"length": n, "before_mib": before, "peak_mib": resident("VmHWM")}))
+    before, most = peak(
+        lambda: torch.autograd.grad(tiled(q, k, v, ranges, SCALE)[0].sum(), (q, k, v))
+    )
+    print(json.dumps({"length": n, "before_mib": before / 2**20, "peak_mib": most / 2**20}))
 
 
 def measure_memory(lengths: list[int]) -> list[dict[str, float]]:
@@ -243,14 +193,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    )
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -279,7 +221,7 @@ def main() -> None:
                     n, dtype, options.rounds, backward=backward, with_flex=with_flex
                 )
     report["machine"] = {
-        "processor": processor(),
+        "processor": environment()["cpu"],
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,

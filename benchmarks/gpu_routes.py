@@ -36,6 +36,7 @@ from torch import Tensor
 
 import longspan as ls
 from longspan.bench import dense, oracle
+from longspan.bench.setting import WAYS, Call, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
 from longspan.eval.environment import environment, version
@@ -66,7 +67,6 @@ MORE = (
     "random_blocks(128, 16)",
 )
 LONG = ("scca.flow(1024)", "ssa(1024, 64)", "longnet([2048, 32768, 524288], [1, 16, 256])")
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def share_caches() -> None:
@@ -228,21 +228,6 @@ def verdicts(log: Log) -> dict[tuple[str, int], str]:
 # Step 2.
 
 
-def both_ways(call: Call, inputs: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Forward without gradients, and forward + backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    slope = torch.ones_like(inputs[0])
-
-    def forward() -> object:
-        with torch.no_grad():
-            return call(*inputs)
-
-    return {
-        "forward": forward,
-        "forward+backward": lambda: torch.autograd.grad(call(*leaves), leaves, slope),
-    }
-
-
 def compare(
     text: str, n: int, width: int, rivals: tuple[str, ...], log: Log, *, rounds: int
 ) -> None:
@@ -288,7 +273,7 @@ def compare(
             pairs[f"dense {name}"] = HEADS * n * (n + 1) // 2
         except Exception as error:
             log.add(kind="peer", name=name, **failed(error))
-    for way, flops in (("forward", 4), ("forward+backward", 14)):
+    for way, flops in WAYS.items():
         steps = {}
         for name, call in calls.items():
             step = both_ways(call, inputs)[way]

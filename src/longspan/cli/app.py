@@ -11,11 +11,14 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.bench import bench
 from longspan.cli.demo import demo
 from longspan.cli.doctor import doctor
 from longspan.cli.eval import app as eval_app
 from longspan.cli.extend import extend
+from longspan.cli.generate import generate
 from longspan.cli.pretrain import pretrain
+from longspan.cli.report import report
 from longspan.cli.show import show
 from longspan.errors import LongspanError
 
@@ -28,10 +31,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extend)
+app.command()(generate)
 app.add_typer(eval_app, name="eval")
 app.command()(demo)
 app.command()(pretrain)
 app.command()(show)
+app.command()(bench)
+app.command()(report)
 app.command()(doctor)
 
 

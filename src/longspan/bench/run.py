@@ -1,0 +1,287 @@
+"""Measure patterns: oracle first, then time and memory in turns with dense attention and peers.
+
+A result is a record per pattern, length and way (forward, or forward + backward), in it a row for
+each competitor. Records are kept as they come; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.bench import dense, memory, oracle
+from longspan.bench.peers import PEERS, Peer
+from longspan.bench.setting import WAYS, Call, Setting, both_ways
+from longspan.bench.timing import in_turns, summary
+from longspan.errors import InputError, Refusal
+from longspan.eval.environment import environment, version
+from longspan.eval.records import Records
+from longspan.ops import attend, explain
+from longspan.ops.capability import KERNELS
+from longspan.pattern import Pattern, parse
+from longspan.planning import Plan, plan
+
+# Rows of the check against the whole oracle; longer ones are checked on a few rows besides.
+CHECKED_ROWS = 1024
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is asked.
+
+    Attributes:
+        patterns: their texts.
+        lengths: numbers of rows.
+        setting: all other sizes; its ``n`` is not used.
+        impls: kernels, or ``auto``.
+        ways: keys of ``WAYS``.
+        peers: whether other libraries take part.
+        rounds: rounds that count.
+        memory: whether peak memory is measured.
+    """
+
+    patterns: tuple[str, ...]
+    lengths: tuple[int, ...]
+    setting: Setting
+    impls: tuple[str, ...] = ("auto",)
+    ways: tuple[str, ...] = tuple(WAYS)
+    peers: bool = False
+    rounds: int = 9
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        known = ("auto", *(kernel.name for kernel in KERNELS))
+        for given, allowed, what in (
+            (self.impls, known, "impl"),
+            (self.ways, tuple(WAYS), "way"),
+        ):
+            for one in given:
+                if one not in allowed:
+                    raise InputError(f"{what} must be one of {', '.join(allowed)}, got {one!r}")
+        if not self.patterns or not self.lengths or self.rounds < 1:
+            raise InputError("expected at least one pattern, one length and one round")
+        for text in self.patterns:
+            parse(text)
+
+    def settings(self) -> dict[str, Any]:
+        """What a record depends on besides its pattern, length and way; versions and machine."""
+        sizes = {key: value for key, value in vars(self.setting).items() if key != "n"}
+        packages = {peer.package: version(peer.package) for peer in PEERS if peer.package}
+        return {
+            **sizes,
+            "impls": self.impls,
+            "peers": self.peers,
+            "rounds": self.rounds,
+            "memory": self.memory,
+            "environment": environment(),
+            "peer_versions": packages,
+        }
+
+
+def run(
+    bench: Bench, records: Records, progress: Progress = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Measure what is asked and not in the records yet; returns all records asked for.
+
+    Raises:
+        Refusal: if a kernel that was named cannot do it.
+    """
+    work = [(text, n, way) for n in bench.lengths for text in bench.patterns for way in bench.ways]
+    found = []
+    for done, (text, n, way) in enumerate(work):
+        key = f"{text} | {n} | {way}"
+        progress("bench", done, len(work), key)
+        if key not in records:
+            records.add(key, measure(bench, text, replace(bench.setting, n=n), way))
+        found.append(records[key])
+    progress("bench", len(work), len(work), "")
+    return found
+
+
+def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, Any]:
+    """One record."""
+    pattern = parse(text)
+    laid = plan(pattern, setting.n, setting.heads)
+    inputs = setting.tensors()
+    rows: list[dict[str, Any]] = []
+    calls: dict[str, Call] = {}
+    for impl in bench.impls:
+        name = f"longspan {impl}"
+        call = _ours(laid, impl, setting)
+        row = {"name": name, "kernels": _kernels(inputs, laid, impl, way)}
+        row |= _check(_ours_at(pattern, impl), call, pattern, laid, setting, way, 0)
+        rows.append(row)
+        if not row["wrong"]:
+            calls[name] = call
+    if bench.peers:
+        for peer in PEERS:
+            row = {"name": peer.name, **_admit(peer, pattern, laid, setting, way, calls)}
+            rows.append(row)
+    pairs = dict.fromkeys(calls, laid.pairs)
+    for name, call in _dense(setting, inputs, way).items():
+        calls[f"dense {name}"] = call
+        pairs[f"dense {name}"] = setting.dense_pairs
+        rows.append({"name": f"dense {name}"})
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    steps = {name: both_ways(call, inputs)[way] for name, call in calls.items()}
+    seconds = in_turns(steps, rounds=bench.rounds, device=setting.device, warm_up=2)
+    rates = {name: pairs[name] / summary(taken)["seconds"] for name, taken in seconds.items()}
+    best = max(rate for name, rate in rates.items() if name.startswith("dense "))
+    for row in rows:
+        name = row["name"]
+        if name not in seconds:
+            continue
+        row |= summary(seconds[name])
+        row["pairs_per_second"] = rates[name]
+        row["tflops"] = rates[name] * WAYS[way] * setting.width / 1e12
+        row["of_dense"] = rates[name] / best
+        if bench.memory:
+            row["memory_bytes"] = _memory(name, steps[name], text, setting, way)
+    return {
+        "pattern": text,
+        "n": setting.n,
+        "way": way,
+        "pairs": laid.pairs,
+        "density": laid.density,
+        "passes": len(laid.passes),
+        "load": load,
+        "rows": rows,
+    }
+
+
+def _ours(laid: Plan, impl: str, setting: Setting) -> Call:
+    return lambda q, k, v: attend(q, k, v, laid, impl=impl, scale=setting.scale)
+
+
+def _ours_at(pattern: Pattern, impl: str) -> Callable[[Setting], Call]:
+    return lambda setting: _ours(plan(pattern, setting.n, setting.heads), impl, setting)
+
+
+def _kernels(inputs: list[Tensor], laid: Plan, impl: str, way: str) -> list[str]:
+    """The kernel of each pass."""
+    q, k, v = (x.detach().requires_grad_(way != "forward") for x in inputs)
+    said = explain(q, k, v, laid, impl=impl).splitlines()
+    return [x.split("kernel ")[1].split(":")[0] for x in said if x.startswith("pass ")]
+
+
+def _admit(
+    peer: Peer,
+    pattern: Pattern,
+    laid: Plan,
+    setting: Setting,
+    way: str,
+    calls: dict[str, Call],
+) -> dict[str, Any]:
+    """Let a peer take part if it is there, can do it, and does it right; else say why not."""
+    if setting.device not in peer.devices:
+        return {"refused": f"does not run on {setting.device}"}
+    if peer.absent():
+        return {"absent": f"not installed: pip install {peer.package}"}
+    if way != "forward" and setting.device not in peer.trains:
+        return {"refused": f"has no backward on {setting.device}"}
+    try:
+        call = peer.make(pattern, setting)
+        border = peer.border(pattern)
+        row = _check(
+            lambda own: peer.make(pattern, own), call, pattern, laid, setting, way, border
+        )
+    except Refusal as refusal:
+        return {"refused": str(refusal)}
+    # What another library raises is told and does not stop the run.
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+    if not row["wrong"]:
+        calls[peer.name] = call
+    return row
+
+
+def _check(
+    at: Callable[[Setting], Call],
+    call: Call,
+    pattern: Pattern,
+    laid: Plan,
+    setting: Setting,
+    way: str,
+    border: int,
+) -> dict[str, Any]:
+    """Errors against the oracle at a short length, and of some rows at full length."""
+    dtype = getattr(torch, setting.dtype)
+    short, own = laid, replace(setting, n=min(setting.n, CHECKED_ROWS))
+    if own.n != setting.n:
+        short = plan(pattern, own.n, own.heads)
+    found: dict[str, float] = {}
+    try:
+        short_call = call if own.n == setting.n else at(own)
+        found = _errors(short_call, short, own, way, border)
+    except Refusal:
+        # Some libraries need whole blocks, which the short length is not.
+        if own.n == setting.n:
+            raise
+    if own.n != setting.n:
+        n = setting.n
+        rows = [row for row in (0, n // 3, n // 2 + 1, n - 1) if border <= row < n - border]
+        with torch.no_grad():
+            inputs = setting.tensors()
+            found["rows"] = oracle.row_error(laid, inputs, call(*inputs), rows)
+    return {"errors": found, "wrong": oracle.wrong(found, dtype)}
+
+
+def _errors(call: Call, laid: Plan, setting: Setting, way: str, border: int) -> dict[str, float]:
+    inner = slice(border, setting.n - border)
+    theirs = oracle.reference(laid, setting.scale)
+
+    def inside(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return pair[0][:, :, inner], pair[1][:, :, inner]
+
+    def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # A call gives no log-sum-exp: the oracle's stands in, so that only the rest is compared.
+        with torch.no_grad():
+            lse = theirs(*(x.float() for x in (q, k, v)))[1]
+        return inside((call(q, k, v), lse))
+
+    if way == "forward":
+        with torch.no_grad():
+            inputs = setting.tensors()
+            exact = inside(theirs(*(x.double() for x in inputs)))[0]
+            return {"out": oracle.relative(call(*inputs)[:, :, inner], exact)}
+    found = oracle.errors(
+        with_lse, lambda *x: inside(theirs(*x)), setting.tensors(), use_lse=False
+    )
+    del found["lse"]
+    return found
+
+
+def _dense(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:
+    offered = dense.on_gpu() if setting.device == "cuda" else dense.on_cpu()
+    able: dict[str, Call] = {}
+    reasons = []
+    for name, call in offered.items():
+        try:
+            both_ways(call, inputs)[way]()
+            able[name] = call
+        except (RuntimeError, ImportError, AssertionError, TypeError) as error:
+            reasons.append(f"{name}: {error}")
+    if not able:
+        raise Refusal(f"no dense attention to compare with: {'; '.join(reasons)}")
+    return able
+
+
+def _memory(
+    name: str, step: Callable[[], object], text: str, setting: Setting, way: str
+) -> int | None:
+    if setting.device == "cuda":
+        return memory.on_gpu(step)
+    if name == "longspan auto":
+        return memory.in_fresh_process(text, setting, way)
+    return memory.in_fresh_process(None, setting, way) if name == "dense SDPA" else None
+
+
+def patterns_or_default(given: Sequence[str]) -> tuple[str, ...]:
+    """The patterns asked for, or three that stand for the rest."""
+    return tuple(given) or ("window(512)", "scca.flow(512)", "shifted_chunk(1024)")

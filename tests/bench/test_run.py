@@ -1,0 +1,243 @@
+"""Benchmarks: nothing wrong is timed, peers compute what we compute, runs are resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.bench import memory, oracle, peers, run
+from longspan.bench.run import Bench
+from longspan.bench.setting import Setting, both_ways
+from longspan.bench.timing import in_turns, summary
+from longspan.errors import DataError, InputError, Refusal
+from longspan.eval.records import Records
+
+SMALL = Setting(n=1, heads=4, key_heads=2, width=16)
+
+
+def bench(*patterns: str, **changed) -> Bench:
+    asked = {"lengths": (96,), "setting": SMALL, "rounds": 2, "memory": False}
+    return Bench(patterns=patterns, **{**asked, **changed})
+
+
+def names(record, key="seconds"):
+    return [row["name"] for row in record["rows"] if key in row]
+
+
+def test_calls_take_turns_and_warm_up_does_not_count():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = in_turns(calls, rounds=3, warm_up=2)
+    assert order == list("ab" * 5)
+    assert {name: len(taken) for name, taken in found.items()} == {"a": 3, "b": 3}
+
+
+def test_summary():
+    found = summary([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert found["seconds"] == 3.0
+    assert found["least"] == 1.0
+    assert found["spread"] == pytest.approx(1.0)
+    assert summary([2.0])["spread"] == 0.0
+
+
+@pytest.mark.parametrize("n", [96, 1500])
+def test_a_record_says_how_fast_and_how_exact(n):
+    asked = bench("window(20)", lengths=(n,))
+    first, second = run.run(asked, Records(None, {}))
+    assert (first["way"], second["way"]) == ("forward", "forward+backward")
+    ours, dense = second["rows"]
+    assert ours["kernels"] == ["tiled"]
+    assert set(ours["errors"]) == {"out", "dq", "dk", "dv"} | ({"rows"} if n > 1024 else set())
+    assert max(ours["errors"].values()) < 2e-5
+    assert dense["of_dense"] == 1.0
+    pairs = ls.plan(ls.Window(20), n, 4).pairs
+    assert ours["pairs_per_second"] == pytest.approx(pairs / ours["seconds"])
+    assert dense["pairs_per_second"] == pytest.approx(4 * n * (n + 1) / 2 / dense["seconds"])
+    assert ours["of_dense"] == pytest.approx(ours["pairs_per_second"] / dense["pairs_per_second"])
+
+
+def spoil(call, where):
+    """A call whose output or gradients are a little wrong."""
+
+    def wrong(q, k, v, *rest, **named):
+        out = call(q, k, v, *rest, **named)
+        if where == "out":
+            return out * 1.01
+        # Right forward, wrong backward.
+        return out + (v * 0.01).mean(1, keepdim=True) - (v * 0.01).mean(1, keepdim=True).detach()
+
+    return wrong
+
+
+@pytest.mark.parametrize(("where", "found"), [("out", "out"), ("gradient", "dv")])
+def test_what_is_wrong_is_not_timed(monkeypatch, where, found):
+    monkeypatch.setattr(run, "attend", spoil(run.attend, where))
+    record = run.measure(
+        bench("window(20)"), "window(20)", replace(SMALL, n=96), "forward+backward"
+    )
+    assert found in record["rows"][0]["wrong"]
+    assert names(record) == ["dense SDPA"]
+
+
+def test_what_is_wrong_only_at_full_length_is_not_timed(monkeypatch):
+    right = run.attend
+
+    def wrong(q, k, v, laid, **named):
+        out = right(q, k, v, laid, **named)
+        return out if q.shape[2] <= run.CHECKED_ROWS else out * 1.01
+
+    monkeypatch.setattr(run, "attend", wrong)
+    record = run.measure(bench("window(20)"), "window(20)", replace(SMALL, n=1300), "forward")
+    assert "rows" in record["rows"][0]["wrong"]
+
+
+@pytest.mark.parametrize("text", ["scca.flow(16)", "ssa(12, 4)", "longnet([16, 64], [1, 4])"])
+def test_rows_are_checked_through_orders_and_passes(text):
+    plan = ls.plan(ls.parse(text), 90, 4)
+    inputs = replace(SMALL, n=90).tensors()
+    out = ls.attend(*inputs, plan)
+    assert oracle.row_error(plan, inputs, out, [0, 40, 89]) < 1e-5
+    out[:, 3, 40, 2] += 1.0
+    assert oracle.row_error(plan, inputs, out, [0, 40, 89]) > 1e-3
+
+
+PEERS = {peer.name: peer for peer in peers.PEERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("LongLoRA's roll and reshape", "shifted_chunk(32)"),
+        ("transformers Longformer layer", "window(17, causal=false)"),
+    ],
+)
+def test_peers_compute_what_we_compute(name, text):
+    if PEERS[name].absent():
+        pytest.skip(f"needs {PEERS[name].package}")
+    for record in run.run(bench(text, lengths=(128,), peers=True), Records(None, {})):
+        row = next(row for row in record["rows"] if row["name"] == name)
+        assert row["wrong"] == {}
+        assert row["seconds"] > 0
+
+
+def test_flex_on_a_cpu_computes_what_we_compute(monkeypatch):
+    # Unfused, so that nothing is compiled here.
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    setting = Setting(n=256, heads=4, key_heads=4, width=16)
+    pattern = ls.parse("shifted_chunk(64)")
+    q, k, v = setting.tensors()
+    with pytest.warns(UserWarning, match="without torch.compile"):
+        out = PEERS["FlexAttention, mask by hand"].make(pattern, setting)(q, k, v)
+    torch.testing.assert_close(out, ls.attend(q, k, v, pattern), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "per_head"),
+    [("causal()", False), ("window(20)", False), ("shifted_chunk(32)", True)],
+)
+def test_masks_by_hand_are_the_patterns(text, per_head):
+    mask, apart = peers._mask(ls.parse(text), 4)
+    assert apart == per_head
+    h, i, j = (torch.arange(x) for x in (4, 90, 90))
+    seen = mask(torch.tensor(0), h[:, None, None], i[:, None], j).expand(4, 90, 90)
+    assert (seen.numpy() == ls.parse(text).mask(90, 4)).all()
+
+
+def test_peers_that_are_absent_or_cannot_are_named():
+    record = run.measure(
+        bench("window(20)", peers=True), "window(20)", replace(SMALL, n=96), "forward+backward"
+    )
+    said = {row["name"]: row for row in record["rows"]}
+    for name in ("flash-attn 2", "NATTEN"):
+        assert "cpu" in said[name]["refused"]
+    assert "backward" in said["FlexAttention, mask by hand"]["refused"]
+    assert {"absent", "seconds"} & set(said["local-attention"])
+    assert PEERS["NATTEN"].absent() == (peers.importlib.util.find_spec("natten") is None)
+
+
+def test_a_peer_that_fails_does_not_stop_the_run(monkeypatch):
+    def broken(pattern, setting):
+        raise OSError("no driver")
+
+    peer = peers.Peer(name="broken", package="", module="torch", make=broken)
+    monkeypatch.setattr(run, "PEERS", (peer,))
+    record = run.measure(
+        bench("window(9)", peers=True), "window(9)", replace(SMALL, n=50), "forward"
+    )
+    assert (
+        next(r for r in record["rows"] if r["name"] == "broken")["failed"] == "OSError: no driver"
+    )
+    assert "longspan auto" in names(record)
+
+
+def test_runs_are_resumed(tmp_path: Path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    asked = bench("window(9)")
+    run.run(asked, Records(path, asked.settings()))
+    calls = []
+    real = run.measure
+    monkeypatch.setattr(run, "measure", lambda *x: calls.append(x[1]) or real(*x))
+    more = bench("window(9)", "chunk(8)")
+    found = run.run(more, Records(path, more.settings()))
+    assert calls == ["chunk(8)", "chunk(8)"]
+    assert [r["pattern"] for r in found] == ["window(9)"] * 2 + ["chunk(8)"] * 2
+    header = json.loads(path.read_text().splitlines()[0])["header"]["settings"]
+    assert header["environment"]["packages"]["torch"] == torch.__version__
+    other = bench("window(9)", rounds=3)
+    with pytest.raises(DataError, match="rounds was 2, is 3"):
+        Records(path, other.settings())
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"impls": ("quick",)}, "quick"),
+        ({"ways": ("sideways",)}, "sideways"),
+        ({"rounds": 0}, "round"),
+    ],
+)
+def test_wrong_questions(changed, word):
+    with pytest.raises(InputError, match=word):
+        bench("window(9)", **changed)
+
+
+def test_wrong_sizes():
+    for changed, word in (
+        ({"dtype": "int8"}, "int8"),
+        ({"key_heads": 3}, "divide"),
+        ({"n": 0}, "n"),
+    ):
+        with pytest.raises(InputError, match=word):
+            replace(SMALL, **changed)
+
+
+def test_a_kernel_that_cannot_is_refused():
+    with pytest.raises(Refusal, match="flex"):
+        run.measure(
+            bench("window(9)", impls=("flex",)), "window(9)", replace(SMALL, n=50), "forward"
+        )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_of_a_fresh_process_sees_what_a_call_allocates():
+    setting = Setting(n=8192, heads=4, key_heads=4, width=64)
+    found = memory.in_fresh_process("window(64)", setting, "forward+backward")
+    assert found is not None
+    # Output, three gradients and what the kernel needs: at least four tensors like q.
+    assert found > 3 * 8192 * 4 * 64 * 4
+
+
+def test_both_ways():
+    inputs = replace(SMALL, n=8).tensors()
+    ways = both_ways(
+        lambda q, k, v: q * k.repeat_interleave(2, 1) + v.repeat_interleave(2, 1), inputs
+    )
+    assert not ways["forward"]().requires_grad
+    dq, _, dv = ways["forward+backward"]()
+    torch.testing.assert_close(dq, inputs[1].repeat_interleave(2, 1))
+    torch.testing.assert_close(dv, torch.full_like(inputs[2], 2.0))
