@@ -31,8 +31,7 @@ def causal(seen):
 
 @pytest.fixture(params=[1 << 24, 200], ids=["one tile", "many tiles"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(view_module, "TILE", request.param)
-    monkeypatch.setattr("longspan.kv.read.TILE", request.param)
+    monkeypatch.setattr(view_module, "CPU_TILE", request.param)
 
 
 @pytest.mark.usefixtures("tile")

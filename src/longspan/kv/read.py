@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.kv.view import TILE
+from longspan.kv.view import rows_in_tile
 from longspan.pattern import At, Causal, Pattern
 
 
@@ -45,7 +45,7 @@ def read(
     groups, places = k.shape[1:3]
     kind = torch.promote_types(q.dtype, torch.float32)
     keys, values = k.to(kind).mT, v.to(kind)
-    step = max(1, min(n, TILE // max(1, batch * heads * places)))
+    step = rows_in_tile(batch * heads * places, q.device)
     outs, sums = [], []
     for begin in range(0, n, step):
         rows = q[:, :, begin : begin + step].to(kind)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Logits in a tile of query rows: 64 MiB of float32.
-TILE = 1 << 24
+# Logits in a tile of query rows: what stays in a core's cache, or 256 MiB on an accelerator.
+CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 26
 
 Turn = Callable[[Tensor, Tensor], Tensor]
 
@@ -117,24 +117,32 @@ def column_sums(
     kind = torch.promote_types(q.dtype, torch.float32)
     keys = k.to(kind).transpose(2, 3)
     total = q.new_zeros(batch, groups, share, places, dtype=kind)
-    step = max(1, min(n, TILE // max(1, batch * heads * places)))
+    step = rows_in_tile(batch * heads * places, q.device)
     for begin in range(0, n, step):
         end = min(n, begin + step)
         reach = places - n + end if aligned else places
-        rows = q[:, :, begin:end].to(kind).reshape(batch, groups, -1, width)
-        logits = (rows @ keys[..., :reach]).view(batch, groups, share, end - begin, reach) * scale
-        k_at = k_positions[:, :, None, None, :reach]
+        rows = (q[:, :, begin:end].to(kind) * scale).reshape(batch, groups, -1, width)
+        logits = (rows @ keys[..., :reach]).view(batch, groups, share, end - begin, reach)
         q_at = q_positions[:, None, None, begin:end, None]
-        logits = logits.masked_fill((k_at < 0) | (k_at > q_at), -torch.inf)
+        # Keys before an aligned tile are seen by all of it.
+        first = reach - (end - begin) if aligned else 0
+        k_at = k_positions[:, :, None, None, first:reach]
+        logits[..., first:].masked_fill_((k_at < 0) | (k_at > q_at), -torch.inf)
         if lse is None:
             norm = logits.logsumexp(-1, keepdim=True)
         else:
             norm = lse[:, :, begin:end].to(kind).view(batch, groups, share, -1, 1)
         # A row without keys, as of padding, has no weights.
         norm = norm.masked_fill(norm == -torch.inf, 0.0)
-        weight = (logits - norm).exp_().masked_fill(q_at < 0, 0.0)
-        total[..., :reach] += weight.sum(3)
+        weight = logits.sub_(norm).exp_()
+        total[..., :reach] += (weight if aligned else weight.masked_fill_(q_at < 0, 0.0)).sum(3)
     return total.view(batch, heads, places)
+
+
+def rows_in_tile(logits: int, device: torch.device) -> int:
+    """Query rows in a tile, if each has so many logits; at least 1."""
+    tile = CPU_TILE if device.type == "cpu" else DEVICE_TILE
+    return max(1, tile // max(1, logits))
 
 
 def over_group(score: Tensor, groups: int) -> Tensor:

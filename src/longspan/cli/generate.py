@@ -1,0 +1,118 @@
+"""``longspan generate``: continue a prompt with a cache that forgets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from longspan.hf.generate import Generated
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Local folder of a causal language model.")],
+    prompt_file: Annotated[
+        str | None, typer.Option(help="File with the prompt; - reads standard input.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
+    kv: Annotated[
+        str,
+        typer.Option(help='What the cache keeps, e.g. "sinks(4) + recent(256) + heavy(256)".'),
+    ] = "everything()",
+    positions: Annotated[
+        str, typer.Option(help="Of kept keys: original, or packed side by side.")
+    ] = "original",
+    pattern: Annotated[
+        str | None,
+        typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.'),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Continue a prompt; say how fast it was and what the cache kept.
+
+    The text goes to standard output as it comes, the figures to standard error.
+    """
+    from longspan.cli.values import pick_device
+    from longspan.kv import cache, parse
+
+    policy = parse(kv)
+    text = _prompt(prompt, prompt_file)
+
+    import torch
+
+    from longspan import hf
+    from longspan.hf.generate import generate as run
+    from longspan.hf.generate import read_prompt
+
+    loaded, tokenizer = hf.load_model(model, dtype=dtype, device=pick_device(device))
+    if pattern is not None:
+        hf.apply(loaded, pattern)
+    ids = read_prompt(tokenizer, text, chat)
+    torch.manual_seed(seed)
+    made = run(
+        loaded,
+        tokenizer,
+        ids,
+        cache(loaded, policy, positions=positions),
+        tokens=tokens,
+        temperature=temperature,
+        write=(lambda _: None) if as_json else _write,
+    )
+    if as_json:
+        typer.echo(json.dumps(made.to_dict()))
+        return
+    _write("\n")
+    for line in figures(made):
+        typer.echo(line, err=True)
+
+
+def figures(made: Generated) -> list[str]:
+    """What a run took, in lines."""
+    held = made.cache
+    least = min(row.least for row in held.layers)
+    most = max(row.most for row in held.layers)
+    kept = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    share = held.bytes / held.dense_bytes
+    return [
+        f"prompt   {made.prompt_tokens:,} tokens in {made.prefill_seconds:.2f} s",
+        f"decoding {made.new_tokens:,} tokens, {made.tokens_per_second:.1f} tokens/s",
+        f"cache    {held.policy}",
+        f"kept     {kept} of {held.seen:,} tokens a head",
+        f"memory   {held.dense_bytes / 2**20:.2f} MiB before, {held.bytes / 2**20:.2f} MiB after "
+        f"({share:.1%})",
+    ]
+
+
+def _prompt(text: str | None, file: str | None) -> str:
+    from longspan.errors import DataError, InputError
+
+    if (text is None) == (file is None):
+        raise InputError("Give the prompt either as --prompt-file or as --prompt.")
+    if file is None:
+        assert text is not None
+        return text
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The prompt {file} cannot be read: {error}.") from error
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()

@@ -1,0 +1,94 @@
+"""``longspan generate`` from outside, with the embedded model."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import longspan
+from longspan.cli.app import main
+
+MODEL = f"{longspan.__path__[0]}/assets/demo_model"
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["longspan", "generate", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        else:
+            code = 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("def first(items):\n    return items[0]\n\n\n" * 25)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Token indices")
+def test_text_goes_to_stdout_and_figures_to_stderr(call, prompt):
+    options = ("--prompt-file", prompt, "--tokens", 6, "--device", "cpu")
+    code, dense, figures = call(MODEL, *options)
+    assert code == 0
+    assert "everything()" in figures
+    kv = "sinks(4) + recent(32) + heavy(32)"
+    code, text, figures = call(MODEL, *options, "--kv", kv)
+    assert code == 0
+    assert text.strip()
+    assert dense.strip()
+    assert kv in figures
+    assert "kept     68 of" in figures
+    assert "tokens/s" in figures
+
+
+def test_json_says_everything(call, prompt):
+    code, out, _ = call(
+        MODEL, "--prompt-file", prompt, "--kv", "snapkv(16, 8)", "--tokens", 5, "--json",
+        "--device", "cpu", "--pattern", "window(128) | sink(4)",
+    )  # fmt: skip
+    assert code == 0
+    made = json.loads(out)
+    assert made["new_tokens"] == 5
+    assert made["tokens_per_second"] > 0
+    cache = made["cache"]
+    assert cache["policy"] == "snapkv(16, 8)"
+    assert cache["seen"] == made["prompt_tokens"] + 4
+    # Sinks, window and recent, what was chosen, and the tokens since.
+    assert {row["most"] for row in cache["layers"]} == {4 + 32 + 16 + 4}
+    assert cache["bytes"] < cache["dense_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either as --prompt-file or as --prompt"),
+        (["--prompt", "a", "--kv", "hevy(3)"], "did you mean 'heavy'"),
+        (["--prompt-file", "nowhere.txt"], "cannot be read"),
+        (["--prompt", ""], "The prompt is empty"),
+        (["--prompt", "a", "--chat"], "no chat template"),
+        (["--prompt", "a", "--tokens", "0"], "at least 1 token"),
+        (["--prompt", "a", "--positions", "rolled"], "original or packed"),
+        (["--prompt", "a", "--pattern", "windw(3)"], "did you mean 'window'"),
+    ],
+)
+def test_errors_are_one_paragraph(call, options, message):
+    code, out, error = call(MODEL, *options, "--device", "cpu")
+    assert code == 2
+    assert message in error
+    assert not out
+    assert "Traceback" not in error
