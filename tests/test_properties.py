@@ -115,7 +115,7 @@ def counts(pattern, n):
     return found
 
 
-ORDERS = st.sampled_from(["auto", "apart", 1, 6])
+ORDERS = st.sampled_from(["auto", "apart", "joined", 1, 6])
 
 
 @cases

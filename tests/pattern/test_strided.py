@@ -148,11 +148,11 @@ def test_errors(make, words):
 def test_orders_can_be_chosen_and_are_seen_in_the_plan():
     pattern = ls.Window(64) | ls.Strided(8)
     apart = ls.plan(pattern, 4096, HEADS, orders="apart")
-    assert [one.step for one in apart.passes] == [1, 8]
+    assert [one.steps for one in apart.passes] == [(1,), (8,)]
     assert apart.passes[1].key_order.shape == (1, 4096)
     assert "keys by remainder mod 8" in str(apart)
     one = ls.plan(pattern, 4096, HEADS, orders=8)
-    assert [part.step for part in one.passes] == [8]
+    assert [part.steps for part in one.passes] == [(8,)]
     assert one.pairs == apart.pairs == ls.plan(pattern, 4096, HEADS, orders=1).pairs
     assert apart.tiles() < ls.plan(pattern, 4096, HEADS, orders=1).tiles() / 3
     own = ls.plan(ls.Diagonals(64), 4096, orders="apart")

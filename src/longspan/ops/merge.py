@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
+from longspan.ops.fused import can_fuse, merge_fused
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         raise InputError("merge needs at least one (out, lse) pair, got none")
     if len(parts) == 1:
         return parts[0]
+    if can_fuse(*(x for part in parts for x in part)):
+        return merge_fused(parts)
     lse_PBHN = torch.stack([lse for _, lse in parts])
     empty_BHN = torch.isneginf(lse_PBHN).all(dim=0)
     # Rows that are empty everywhere would be 0 / 0 in the gradient: they are joined with weights

@@ -52,14 +52,14 @@ class PassBuilder:
         if self._step > 1 and _scattered(lo, hi, rows[0], self._step):
             order = np.stack([query_rows(layout, self._step) for layout in rows])
             lo, hi = (np.take_along_axis(t, order[:, None, :, None], axis=2) for t in (lo, hi))
-            return [Pass(lo, hi, head_class, key_order, order, self._step)]
+            return [Pass(lo, hi, head_class, key_order, order, (self._step,))]
         wide = _wide(lo, hi) if self._step == 1 else np.array([], np.int64)
         if len(wide) == 0:
-            return [Pass(lo, hi, head_class, key_order, None, self._step)]
+            return [Pass(lo, hi, head_class, key_order, None, (self._step,))]
         order = wide[None].astype(np.int32)
-        apart = Pass(lo[:, :, wide], hi[:, :, wide], head_class, key_order, order, self._step)
+        apart = Pass(lo[:, :, wide], hi[:, :, wide], head_class, key_order, order, (self._step,))
         lo[:, :, wide], hi[:, :, wide] = 0, 0
-        return [Pass(lo, hi, head_class, key_order, None, self._step), apart]
+        return [Pass(lo, hi, head_class, key_order, None, (self._step,)), apart]
 
     def _tables(self, n: int, batch: int) -> tuple[Rows, Rows, tuple[int, ...]]:
         """Ranges [batch, classes, n, m]; heads that agree in every batch row form a class."""

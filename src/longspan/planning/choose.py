@@ -32,7 +32,7 @@ class Costs:
     Attributes:
         mask: of each further range, per pair of a touched tile.
         move: of gathering a row, or putting it back.
-        join: of joining the results of a further pass, per row.
+        join: of joining the results of a further order of keys, per row.
     """
 
     mask: float = 0.01
@@ -108,12 +108,14 @@ def _most_keys(pattern: Pattern, layout: Layout, heads: int) -> int:
 
 def _price(passes: tuple[Pass, ...], layout: Layout, rows: Layout, costs: Costs) -> float:
     """Cost of all heads, for all rows."""
-    n, keys = len(layout.query_position), len(layout.key_position)
+    n = len(layout.query_position)
     scale = n / len(rows.query_position)
-    total = costs.join * n * (len(passes) - 1) * len(passes[0].head_class)
+    parts = sum(len(one.steps) for one in passes)
+    total = costs.join * n * (parts - 1) * len(passes[0].head_class)
     for one in passes:
         width = one.lo.shape[3]
         total += one.tiles(TILE) * TILE * TILE * (1 + costs.mask * (width - 1)) * scale
-        moved = 2 * keys * (one.key_order is not None) + 2 * n * (one.query_order is not None)
+        places = 0 if one.key_order is None else one.key_order.shape[1]
+        moved = 2 * places + 2 * n * (one.query_order is not None)
         total += costs.move * moved * len(one.heads)
     return total

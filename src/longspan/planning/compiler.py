@@ -17,6 +17,7 @@ from longspan.pattern.algebra import And, At, Atom, Or, Pattern, Positions, Sub
 from longspan.pattern.lattice import EVERY
 from longspan.pattern.vary import PerHead
 from longspan.planning.builder import PassBuilder
+from longspan.planning.join import joined
 from longspan.planning.layout import Layout
 from longspan.planning.orders import Order, order_key, order_of
 from longspan.planning.passes import Pass
@@ -62,7 +63,12 @@ def pieces_of(pattern: Pattern, query: Positions, at: At) -> Pieces:
 
 
 def passes_of(
-    pattern: Pattern, rows: Sequence[Layout], heads: int, together: int | None = None
+    pattern: Pattern,
+    rows: Sequence[Layout],
+    heads: int,
+    together: int | None = None,
+    *,
+    join: bool = True,
 ) -> tuple[Pass, ...]:
     """Lay out a pattern for batch rows and heads.
 
@@ -71,6 +77,7 @@ def passes_of(
         rows: one layout, or one per batch row.
         heads: query heads.
         together: put all keys into this one order (1: their own) rather than each into its own.
+        join: let orders that can share a pass lie side by side in it.
     """
     every = [At(head=h, heads=heads) for h in range(heads)]
     # Heads whose class is equal share their ranges: 32 heads of a shifted pattern need two sets
@@ -102,7 +109,8 @@ def passes_of(
                 builder.orders[b] = orders[key].rows
     if not builders:
         builders[0, 1] = PassBuilder(len(rows), heads, 1)
-    return tuple(one for _, builder in sorted(builders.items()) for one in builder.build(rows))
+    passes = [one for _, builder in sorted(builders.items()) for one in builder.build(rows)]
+    return joined(passes, len(rows[0].key_position)) if join else tuple(passes)
 
 
 def sets_of(pattern: Pattern, query: Positions, at: At) -> list[Pieces]:

@@ -39,13 +39,17 @@ def explain_plan(plan: Plan, head_dim: int = 128, block: int = 128) -> str:
 
 
 def _order(part: Pass, n: int) -> str:
-    words = "keys in their own order"
-    if part.key_order is not None:
-        words = f"keys by remainder mod {part.step}" if part.step else "listed keys side by side"
+    words = "keys " + ", then ".join(_keys(step) for step in part.steps)
     if part.query_order is None:
         return words
     taken = part.query_order.shape[1]
     return words + (", queries too" if taken == n else f", {taken:,} of the queries")
+
+
+def _keys(step: int) -> str:
+    if step == 1:
+        return "in their own order"
+    return f"by remainder mod {step}" if step else "that are listed"
 
 
 def _unit(value: float, step: int = 1000) -> str:

@@ -25,8 +25,8 @@ class Pass:
             listed or repeated; None where place and row agree.
         query_order: int32 [batch or 1, n'], the query row at each place, each at most once; None
             where place and row agree. Rows that are missing see nothing in this pass.
-        step: the modulus of the residue order that the keys lie in, 1 for their own order, 0 for
-            listed keys.
+        steps: what orders of keys lie side by side: the modulus of a residue order, 1 for their
+            own order, 0 for listed keys.
     """
 
     lo: Rows
@@ -34,7 +34,7 @@ class Pass:
     head_class: tuple[int, ...]
     key_order: Rows | None = None
     query_order: Rows | None = None
-    step: int = 1
+    steps: tuple[int, ...] = (1,)
 
     @property
     def nbytes(self) -> int:

@@ -112,7 +112,8 @@ def plan(
         key_positions: key positions, [keys] or [batch, keys].
         key_segments: key segments, same shape.
         orders: ``"auto"`` lets the cost model choose; ``"apart"`` gives each order of the keys a
-            pass; a number r puts all keys in one pass by their remainder mod r, 1 in their own
+            pass; ``"joined"`` lets orders lie side by side in one pass where the queries stay in
+            place; a number r puts all keys in one pass by their remainder mod r, 1 in their own
             order (which takes a range for each strided key).
 
     Returns:
@@ -134,11 +135,12 @@ def plan(
     own = pattern.at_layer(layer)
     own.require(heads)
     rows = layouts(n, keys, positions, segments, key_positions, key_segments)
-    if orders not in ("auto", "apart") and not (isinstance(orders, int) and orders >= 1):
-        raise PlanError(f'orders must be "auto", "apart" or a number from 1, got {orders!r}')
+    words = ("auto", "apart", "joined")
+    if orders not in words and not (isinstance(orders, int) and orders >= 1):
+        raise PlanError(f"orders must be one of {words} or a number from 1, got {orders!r}")
     if orders == "auto":
         together = choose(own, rows[0], heads)
     else:
         together = orders if isinstance(orders, int) else None
-    passes = passes_of(own, rows, heads, together)
+    passes = passes_of(own, rows, heads, together, join=orders != "apart")
     return Plan(own, n, keys, heads, len(rows), passes)
