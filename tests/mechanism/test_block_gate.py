@@ -134,6 +134,16 @@ def test_recall_is_the_mass_of_the_choice():
         mass = sums.unflatten(0, (2, 2)).mean(1)
         wanted.append((mass * choice).sum(-1).mean(-1))
     torch.testing.assert_close(one.recall(x), torch.stack(wanted).mean(0))
+    best = one.recall(x, best=True)
+    assert (one.recall(x) < best).all()
+    i = torch.arange(41) // SIZE
+    wanted = []
+    for row in x:
+        mass = dense(one, row)[2].unflatten(0, (2, 2)).mean(1)
+        own = mass.gather(-1, i.expand(2, -1)[..., None])
+        rest = mass.scatter(-1, i.expand(2, -1)[..., None], 0.0).topk(2, -1).values
+        wanted.append((own[..., 0] + rest.sum(-1)).mean(-1))
+    torch.testing.assert_close(best, torch.stack(wanted).mean(0))
     assert torch.allclose(layer(top=9).recall(x), torch.ones(2).double())
 
 

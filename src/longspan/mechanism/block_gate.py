@@ -182,13 +182,23 @@ class BlockGate(PastLayer):
         return apart.sum() / used.sum().clamp_min(1)
 
     @torch.no_grad()
-    def recall(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Share of the dense attention of x [B, N, d_model] inside the chosen blocks [K]."""
+    def recall(self, x: Tensor, mask: Tensor | None = None, *, best: bool = False) -> Tensor:
+        """Share of dense attention that falls into the chosen blocks.
+
+        Args:
+            x: tokens [B, N, d_model].
+            mask: True at tokens, False at padding [B, N].
+            best: the most that any choice of as many blocks could hold, instead.
+
+        Returns:
+            Mean over rows and the heads of a group [K].
+        """
         place, (turned, q), (k, _, plain) = self._look(x, mask)
-        chosen, counts = self._chosen(*self._scored(q, plain, place), place)
-        mass = self._mass(turned, k, place, False).gather(-1, chosen).masked_fill(~counts, 0.0)
+        mass = self._mass(turned, k, place, False)
+        asking, told = (mass, None) if best else self._scored(q, plain, place)
+        chosen, counts = self._chosen(asking, told, place)
         real = (place >= 0).expand(len(x), -1).sum()
-        return mass.sum(dim=(0, 2, 3)) / real
+        return mass.gather(-1, chosen).masked_fill(~counts, 0.0).sum(dim=(0, 2, 3)) / real
 
     def _look(
         self, x: Tensor, mask: Tensor | None
@@ -231,16 +241,24 @@ class BlockGate(PastLayer):
             told = rotate(told, middle, self._gate_freq, self.factor)
         return asking, told
 
-    def _chosen(self, asking: Tensor, told: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks that each row sees [B, K, N, t], and which of them count."""
+    def _chosen(self, asking: Tensor, told: Tensor | None, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks that each row sees [B, K, N, t], and which of them count.
+
+        Args:
+            asking: what rows (or blocks) ask with; or scores, without ``told``.
+            told: what blocks answer.
+            place: of each row [1 or B, N].
+        """
         own = place.div(self.block, rounding_mode="floor")
-        if self.level == "block":
+        if self.level == "block" and told is not None:
             asking = rows_at(asking, self._own(place, len(asking)))
-        number = torch.arange(told.shape[2], device=told.device)
+        blocks = asking.shape[3] if told is None else told.shape[2]
+        number = torch.arange(blocks, device=place.device)
         found = []
-        for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * len(number)):
+        for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * blocks):
+            score = asking[:, :, rows] if told is None else asking[:, :, rows] @ told.mT
             forced = number == own[:, rows, None]
-            found.append(best_blocks(asking[:, :, rows] @ told.mT, own[:, rows], self.top, forced))
+            found.append(best_blocks(score, own[:, rows], self.top, forced))
         block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         return block, counts
 
