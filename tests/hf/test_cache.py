@@ -495,7 +495,7 @@ def test_what_cannot_work_is_refused(llama, tiny):
         with pytest.raises(Refusal, match="does not use"):
             llama(ids[:, :1], past_key_values=cache)
     ls.hf.apply(llama, ls.DualChunk(chunk=64, local=16))
-    with pytest.raises(Refusal, match="rotates keys by itself"):
+    with pytest.raises(Refusal, match="in its own way"):
         ls.kv.cache(llama, "recent(3)")
 
 

@@ -150,8 +150,8 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
         apply(base, Causal())
     elif not isinstance(present, Pattern):
         raise Refusal(
-            f"The model computes {described(config._attn_implementation)}, which rotates keys by "
-            "itself; a cache with a policy needs a pattern: longspan.hf.remove(model) first."
+            f"The model computes {described(config._attn_implementation)}, which keeps keys in "
+            "its own way; a cache with a policy needs a pattern: longspan.hf.remove(model) first."
         )
     for place, index in enumerate(chosen):
         layers[index] = KeptLayer(
