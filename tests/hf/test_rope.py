@@ -181,8 +181,9 @@ def test_refusals_leave_the_model_alone(tiny):
 
 def test_a_model_without_rotary_positions_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97))
-    with pytest.raises(InputError, match="GPT2Config has no rotary positions"):
+    with pytest.raises(Refusal, match="GPT2Config has no rotary positions") as caught:
         trained_length(model.config)
+    assert caught.value.exit_code == 3
 
 
 def test_other_reading_of_the_parameters_is_noticed(tiny, monkeypatch):

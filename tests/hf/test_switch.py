@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -386,3 +388,61 @@ def test_wrong_arguments_leave_the_model_alone(tiny):
         assert model.config._attn_implementation == "sdpa"
     with pytest.raises(InputError, match="transformers model"):
         ls.hf.apply(torch.nn.Linear(2, 2), ls.Window(4))
+
+
+def test_handles_go_in_any_order(tiny):
+    model = tiny.build("llama")
+    first, second = ls.hf.apply(model, ls.Window(3)), ls.hf.apply(model, ls.Window(4))
+    first.remove()
+    assert model.config._attn_implementation == second.name
+    second.remove()
+    assert model.config._attn_implementation == "sdpa"
+    # The same pattern twice is two entries.
+    outer, inner = ls.hf.apply(model, ls.Window(3)), ls.hf.apply(model, ls.Window(3))
+    outer.remove()
+    outer.remove()
+    assert model.config._attn_implementation == inner.name
+    inner.remove()
+    assert model.config._attn_implementation == "sdpa"
+    # What another hand chose in the meantime stays.
+    third = ls.hf.apply(model, ls.Window(3))
+    model.set_attn_implementation("eager")
+    third.remove()
+    assert model.config._attn_implementation == "eager"
+
+
+FRESH = """
+import sys, torch
+folder = sys.argv[1]
+ids = torch.load(folder + "/ids.pt")
+for name in sys.argv[2:]:
+    model = torch.load(f"{folder}/{name}.pt", weights_only=False)
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{folder}/{name}.found.pt")
+    import longspan as ls
+    ls.hf.remove(model)
+    assert model.config._attn_implementation == "sdpa", model.config._attn_implementation
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{folder}/{name}.plain.pt")
+"""
+
+
+def test_pickled_models_run_in_a_new_process(tiny, tmp_path):
+    ids = tiny.tokens(2, N)
+    torch.save(ids, tmp_path / "ids.pt")
+    plain = logits(tiny.build("llama"), ids)
+    expected = {}
+    for name, what, options in [
+        ("pattern", "window(4) | sink(1)", {}),
+        ("dual", ls.DualChunk.for_length(20), {}),
+        ("mechanism", ls.mechanism.MoBA, {"block": 4, "top": 2}),
+    ]:
+        model = tiny.build("llama")
+        ls.hf.apply(model, what, **options)
+        expected[name] = logits(model, ids)
+        assert not torch.allclose(expected[name], plain)
+        torch.save(model, tmp_path / f"{name}.pt")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path, *expected], check=True)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.found.pt"), wanted)
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.plain.pt"), plain)

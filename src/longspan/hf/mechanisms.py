@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect as python_inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +131,8 @@ def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: 
         )
     for path, owner, layer in built:
         owner.mechanism = layer
-        owner.forward = MethodType(_forward, owner)
+        # Unlike a method, which is pickled as a name of its owner.
+        owner.forward = partial(_forward, owner)
         text = f"{path} ({type(owner).__name__}) computes {wanted.kind.__name__}"
         changes.append((text, Undo(owner)))
     setattr(base, CHANGES, changes)

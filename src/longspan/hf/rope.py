@@ -36,12 +36,12 @@ def trained_length(config: PreTrainedConfig) -> int:
     """Length in tokens for which the model's positions are made.
 
     Raises:
-        InputError: if the configuration has no rotary positions.
+        Refusal: if the configuration has no rotary positions.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None)
     if length is None or not getattr(text, "rope_parameters", None):
-        raise InputError(
+        raise Refusal(
             f"{type(config).__name__} has no rotary positions (max_position_embeddings and "
             "rope_parameters); only models with RoPE can be extended."
         )
@@ -61,8 +61,9 @@ def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[st
         length: target length in tokens, at least the present ``max_position_embeddings``.
 
     Raises:
-        InputError: an unknown kind, a length below the trained one, a model without RoPE, or one
-            whose positions are already scaled by another kind.
+        InputError: an unknown kind, a length below the trained one, or positions that are already
+            scaled by another kind.
+        Refusal: a model without RoPE.
     """
     if kind not in KINDS:
         raise InputError(f"Unknown RoPE scaling {kind!r}; choose one of {', '.join(KINDS)}.")
@@ -96,7 +97,8 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
 
     Raises:
         InputError: as in ``rope_parameters``; the model is then unchanged.
-        Refusal: if the model's rotary modules cannot be rebuilt to these frequencies.
+        Refusal: a model without RoPE, or rotary modules that cannot be rebuilt to these
+            frequencies.
     """
     base = base_model(model)
     planned, rebuilt = _planned(base, kind, length)

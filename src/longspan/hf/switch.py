@@ -1,7 +1,7 @@
 """Put a pattern into a Hugging Face model, and take it out again.
 
 Only a name in the model's configuration changes, so everything built on the model keeps working:
-``generate``, gradient checkpointing, PEFT, copies. Saved models do not carry the name.
+``generate``, gradient checkpointing, PEFT, copies, pickles. Saved models do not carry the name.
 """
 
 from __future__ import annotations
@@ -11,16 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import InputError, PatternError, Refusal
-from longspan.hf.dual_chunk import register_dual_chunk, settle, why_not
-from longspan.hf.mechanisms import (
-    Method,
-    method,
-    register_method,
-    swap,
-    swapped,
-    why_not_swap,
-)
-from longspan.hf.register import PREFIX, register, registered
+from longspan.hf.dual_chunk import settle, why_not
+from longspan.hf.entries import Entries, Entry
+from longspan.hf.mechanisms import Method, method, swap, swapped, why_not_swap
 from longspan.hf.rope import set_rope
 from longspan.hf.routes import inspect
 from longspan.hf.unwrap import base_model
@@ -32,25 +25,27 @@ from longspan.pattern import Pattern, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# On the model, not in the configuration, which would be saved with it.
-_BEFORE = "_longspan_attention_before"
-
-
 @dataclass(frozen=True, eq=False)
 class Applied:
     """A pattern at work in a model; a context manager that takes it out at the end.
 
     Attributes:
         model: the transformers model.
-        pattern: its pattern, the sizes of its Dual Chunk Attention, or its mechanism.
-        name: its attention implementation.
-        before: the implementation that ``remove`` restores.
+        entry: what was put into it.
     """
 
     model: PreTrainedModel
-    pattern: Pattern | DualChunk | Method
-    name: str
-    before: str
+    entry: Entry
+
+    @property
+    def pattern(self) -> Pattern | DualChunk | Method:
+        """Its pattern, the sizes of its Dual Chunk Attention, or its mechanism."""
+        return self.entry.what
+
+    @property
+    def name(self) -> str:
+        """Its attention implementation."""
+        return self.entry.name
 
     @property
     def mechanisms(self) -> dict[str, MechanismLayer]:
@@ -58,9 +53,18 @@ class Applied:
         return swapped(self.model)
 
     def remove(self) -> None:
-        """Restore what was there before; does nothing if the pattern is no longer at work."""
-        if self.model.config.get_text_config()._attn_implementation == self.name:
-            _switch(self.model, self.before)
+        """Restore what was there before.
+
+        Handles may go in any order: if something else was applied since, that stays at work, and
+        this pattern does not come back when it goes. Does nothing a second time.
+        """
+        found = Entries.of(self.model)
+        if self.entry in found.entries:
+            last = self.entry is found.entries[-1]
+            found.entries.remove(self.entry)
+            found.keep(self.model)
+            if last:
+                _switch(self.model, found.name)
 
     def __enter__(self) -> Applied:
         """Enter a block; with gradient checkpointing, the backward pass belongs inside it too."""
@@ -156,29 +160,24 @@ def put(
     if isinstance(wanted, Pattern):
         for layer in range(config.num_hidden_layers):
             wanted.at_layer(layer).require(config.num_attention_heads)
-    before = str(config._attn_implementation)
-    if isinstance(registered(before), Method):
-        # Its name alone would not bring its layers back.
-        before = getattr(base, _BEFORE, "sdpa" if base._supports_sdpa else "eager")
-    match wanted:
-        case DualChunk():
-            name = register_dual_chunk(wanted, impl)
-        case Method():
-            name = register_method(wanted, impl)
-        case _:
-            name = register(wanted, impl)
-    if not before.startswith(PREFIX):
-        setattr(base, _BEFORE, before)
-    _switch(base, name)
-    if config._attn_implementation != name:
-        raise Refusal(f"transformers did not switch the attention of {report.model} to {name}.")
+    found, entry = Entries.of(base), Entry(wanted, impl)
+    # The name of a mechanism alone would not bring its layers back.
+    kept = [old for old in found.entries if not isinstance(old.what, Method)]
+    below = Entries(found.before, kept)
+    _switch(base, entry.name)
+    if config._attn_implementation != entry.name:
+        raise Refusal(
+            f"transformers did not switch the attention of {report.model} to {entry.name}."
+        )
     if isinstance(wanted, Method):
         try:
-            swap(base, wanted, name, new_weights=new_weights)
+            swap(base, wanted, entry.name, new_weights=new_weights)
         except Exception:
-            _switch(base, before)
+            below.keep(base)
+            _switch(base, below.name)
             raise
-    return Applied(base, wanted, name, before)
+    Entries(found.before, [*kept, entry]).keep(base)
+    return Applied(base, entry)
 
 
 def remove(model: Any) -> None:
@@ -188,11 +187,10 @@ def remove(model: Any) -> None:
         model: a Hugging Face model, or a PEFT model around one.
     """
     base = base_model(model)
-    if (base.config.get_text_config()._attn_implementation or "").startswith(PREFIX):
-        # A model that shares its configuration with the one that was changed has no note of it.
-        _switch(base, getattr(base, _BEFORE, "sdpa" if base._supports_sdpa else "eager"))
-    if hasattr(base, _BEFORE):
-        delattr(base, _BEFORE)
+    before = Entries.of(base).before
+    if base.config.get_text_config()._attn_implementation != before:
+        _switch(base, before)
+    Entries(before).keep(base)
 
 
 def extend(model: Any, length: int, pattern: Pattern | str, rope: str = "yarn") -> Any:
