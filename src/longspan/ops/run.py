@@ -47,11 +47,14 @@ class Loaded:
             q = self.queries.take(q)
         return (q, k, v) if self.keys is None else (q, self.keys.take(k), self.keys.take(v))
 
-    def outputs(self, out: Tensor, lse: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """What the kernel gave, for all rows and heads."""
+    def outputs(
+        self, out: Tensor, lse: Tensor, heads: int, *, use_lse: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """What the kernel gave, for all rows and heads; lse in any order if it is of no use."""
         if self.queries is not None:
             out = self.queries.put(out, 0.0)
-            lse = self.queries.put(lse[..., None], -torch.inf)[..., 0]
+            if use_lse:
+                lse = self.queries.put(lse[..., None], -torch.inf)[..., 0]
         if self.heads is None:
             return out, lse
         batch, _, n, width = out.shape
@@ -91,13 +94,13 @@ def compute(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, N, Dv] and log-sum-exp [B, H, N] of one pass.
 
-    Without ``use_lse`` the log-sum-exp may be without gradient.
+    Without ``use_lse`` the log-sum-exp may be without gradient, and its rows in any order.
     """
     loaded = load(one, q, k)
     own = loaded.inputs(q, k, v)
     kernel = choose(impl, *own, loaded.ranges, use_lse=use_lse).load()
     out, lse = kernel(*own, loaded.ranges, scale)
-    return loaded.outputs(out, lse, q.shape[1])
+    return loaded.outputs(out, lse, q.shape[1], use_lse=use_lse)
 
 
 def _taking_part(

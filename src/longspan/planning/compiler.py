@@ -110,7 +110,9 @@ def passes_of(
     if not builders:
         builders[0, 1] = PassBuilder(len(rows), heads, 1)
     passes = [one for _, builder in sorted(builders.items()) for one in builder.build(rows)]
-    return joined(passes, len(rows[0].key_position)) if join else tuple(passes)
+    if not join:
+        return tuple(passes)
+    return joined(passes, len(rows[0].query_position), len(rows[0].key_position))
 
 
 def sets_of(pattern: Pattern, query: Positions, at: At) -> list[Pieces]:

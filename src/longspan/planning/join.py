@@ -6,33 +6,85 @@
 Two passes read every query twice and merge two outputs; one pass over twice the keys does that in
 the kernel's own softmax. What it takes more is a copy of the keys, which grouped queries share. A
 pair that two of the passes hold counts twice, as it does when passes are merged.
+
+Passes go together whose queries stay in place, and those whose queries lie in residue orders that
+one of them refines: by remainder mod 8, remainders mod 4 and mod 2 lie side by side too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 
 from longspan.planning.passes import Pass, Rows
 
+# Rows of a tile, as GPU kernels see them.
+_TILE = 128
+# Pairs for every row that a pass less is worth.
+_WORTH = 160
 
-def joined(passes: Sequence[Pass], keys: int) -> tuple[Pass, ...]:
-    """The same pairs with fewer passes: those whose queries stay in place become one.
+
+def joined(passes: Sequence[Pass], n: int, keys: int) -> tuple[Pass, ...]:
+    """The same pairs with fewer passes.
 
     Args:
         passes: of one plan.
+        n: query rows.
         keys: key rows.
     """
-    side = [one for one in passes if one.query_order is None]
     # Few queries over many keys, as in decoding: copying the keys would cost more than merging.
-    if len(side) < 2 or 2 * side[0].lo.shape[2] < keys:
+    if len(passes) < 2 or 2 * n < keys:
         return tuple(passes)
-    return (_side_by_side(side, keys), *(one for one in passes if one.query_order is not None))
+    found: list[Pass] = []
+    stay = [one for one in passes if one.query_order is None]
+    move = [one for one in passes if one.query_order is not None]
+    # Passes over a few rows only stay alone.
+    whole = [one for one in move if one.query_order is not None and one.query_order.shape[1] == n]
+    if stay:
+        found.append(_side_by_side(stay, keys))
+    if whole:
+        finest = max(whole, key=lambda one: one.steps)
+        group = [finest]
+        for one in whole:
+            if one is finest:
+                continue
+            moved = _reordered(one, finest)
+            if moved is None:
+                found.append(one)
+            else:
+                group.append(moved)
+        found.append(_side_by_side(group, keys))
+    return (*found, *(one for one in move if one not in whole))
+
+
+def _reordered(one: Pass, finest: Pass) -> Pass | None:
+    """A pass with the queries of another, if that costs little."""
+    assert one.query_order is not None
+    assert finest.query_order is not None
+    if any(step == 0 or finest.steps[0] % step for step in one.steps):
+        return None
+    place = np.argsort(one.query_order, axis=1)
+    index = np.take_along_axis(*np.broadcast_arrays(place, finest.query_order), axis=1)
+    lo, hi = (np.take_along_axis(*_broadcast(table, index), axis=2) for table in (one.lo, one.hi))
+    moved = replace(one, lo=lo, hi=hi, query_order=finest.query_order)
+    extra = (moved.tiles(_TILE) - one.tiles(_TILE)) * _TILE**2
+    return moved if extra <= _WORTH * lo.shape[2] * len(one.head_class) else None
+
+
+def _broadcast(table: Rows, index: Rows) -> tuple[Rows, Rows]:
+    batch = max(len(table), len(index))
+    return (
+        np.broadcast_to(table, (batch, *table.shape[1:])),
+        np.broadcast_to(index[:, None, :, None], (batch, 1, index.shape[1], 1)),
+    )
 
 
 def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
+    if len(passes) == 1:
+        return passes[0]
     own = np.arange(keys, dtype=np.int32)[None]
     orders = [own if one.key_order is None else one.key_order for one in passes]
     starts = [0, *accumulate(order.shape[1] for order in orders)]
@@ -53,11 +105,16 @@ def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
         for edge in (0, 1)
     )
     # Unused ranges come last, and are left out where no query needs them.
-    order = np.argsort(lo >= hi, axis=-1, kind="stable")
-    width = max(1, int((lo < hi).sum(axis=-1).max()))
-    lo, hi = (np.take_along_axis(t, order, axis=-1)[..., :width].copy() for t in (lo, hi))
+    used = lo < hi
+    if (used[..., 1:] & ~used[..., :-1]).any():
+        order = np.argsort(~used, axis=-1, kind="stable")
+        lo, hi = (np.take_along_axis(t, order, axis=-1) for t in (lo, hi))
+    width = max(1, int(used.sum(axis=-1).max()))
+    lo, hi = (np.ascontiguousarray(t[..., :width]) for t in (lo, hi))
     steps = tuple(step for one in passes for step in one.steps)
-    return Pass(lo, hi, tuple(classes[c] for c in each), _beside(orders), None, steps)
+    return Pass(
+        lo, hi, tuple(classes[c] for c in each), _beside(orders), passes[0].query_order, steps
+    )
 
 
 def _beside(tables: Sequence[Rows]) -> Rows:
