@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 import longspan as ls
 from longspan.errors import InputError
+from longspan.mechanism.layer import MechanismLayer
 
 LAYERS = {
     "AdaptiveSpan": {"max_span": 9, "ramp": 4, "start": 0.5},
@@ -47,6 +49,21 @@ def test_the_public_surface_is_sorted_and_complete():
         assert getattr(ls.mechanism, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ls.mechanism.nothing
+
+
+def test_the_documentation_lists_every_layer():
+    page = (Path(__file__).parents[2] / "docs" / "mechanisms.md").read_text(encoding="utf-8")
+    table = page.partition("## All of them")[2].partition("\n\nThose without")[0]
+    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    layers = {
+        name: kind
+        for name in ls.mechanism.__all__
+        if isinstance(kind := getattr(ls.mechanism, name), type)
+        and issubclass(kind, MechanismLayer)
+    }
+    assert set(rows) == set(layers) == set(LAYERS)
+    for name, kind in layers.items():
+        assert bool(kind.no_causal_form) == ("two-sided" in rows[name])
 
 
 @pytest.mark.parametrize("name", LAYERS)
