@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from longspan.errors import Refusal
 from longspan.hf.rows import rows_mask
 from longspan.mechanism.layer import MechanismLayer
-from longspan.nn.compiled import attend
+from longspan.ops import attend
 from longspan.position import Frequencies
 
 if TYPE_CHECKING:

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
-from longspan.hf.register import Attention, autocast, checked_rows, enlist, registered
+from longspan.hf.register import Attention, checked_rows, enlist, registered
 from longspan.hf.rope import rotary_modules
 from longspan.hf.rotation import rotation, why_not_turn
 from longspan.hf.routes import CHANGES
 from longspan.hf.rows import Rows
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism.dual_chunk import attend_in_passes
+from longspan.ops.attend import autocast
 from longspan.pattern import Causal
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
 from longspan.hf.rows import Rows, rows_mask, within
 from longspan.ops import attend
+from longspan.ops.attend import autocast
 from longspan.pattern import Pattern
 
 PREFIX = "longspan."
@@ -129,15 +130,6 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
         return out.transpose(1, 2).contiguous(), None
 
     return longspan_attention
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as torch's own attention does: rotation leaves queries wider than values."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def checked_rows(

@@ -25,6 +25,7 @@ from longspan.pattern import Pattern, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True, eq=False)
 class Applied:
     """A pattern at work in a model; a context manager that takes it out at the end.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.nn.compiled import attend
 from longspan.nn.rotary import count_positions, rotate
+from longspan.ops import attend
 from longspan.pattern import Pattern, parse
 from longspan.position import Frequencies, default
 

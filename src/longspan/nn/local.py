@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.nn.attention import check, join
-from longspan.nn.compiled import attend
+from longspan.ops import attend
 from longspan.pattern import Pattern, Window
 
 

@@ -15,10 +15,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.ops.capability import choose, in_order
+from longspan.ops.compiled import attend_compiled
 from longspan.ops.merge import merge
 from longspan.ops.run import compute, load
 from longspan.pattern import Pattern, parse
@@ -41,6 +43,10 @@ def attend(
     layer: int = 0,
 ) -> Any:
     """Attention of each query over the keys that a pattern allows it.
+
+    Under ``torch.autocast`` inputs are cast as those of torch's own attention are. A compiler
+    takes it as one operator, with patterns in text form or made outside; at a plan the graph
+    breaks.
 
     Args:
         q: queries [B, H, N, D]; float64, float32, bfloat16 or float16, any device.
@@ -70,8 +76,11 @@ def attend(
         PlanError: if positions or segments do not fit.
         Refusal: if a named kernel cannot do it.
     """
-    _check(q, k, v)
+    q, k, v = autocast(q, k, v)
     rows = (positions, segments, key_positions, key_segments)
+    if torch.compiler.is_compiling():
+        return attend_compiled(q, k, v, pattern, rows, scale, return_lse, impl, layer)
+    _check(q, k, v)
     laid = _plan(q, k, pattern, rows, layer)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # A single pass needs no joining.
@@ -92,6 +101,7 @@ def explain(
     **rows: Any,
 ) -> str:
     """Say what ``attend`` would do: the plan, the kernel, and why not the others."""
+    q, k, v = autocast(q, k, v)
     _check(q, k, v)
     order = ("positions", "segments", "key_positions", "key_segments")
     laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
@@ -118,8 +128,26 @@ def explain(
     return "\n".join(lines)
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch's own attention does: not float64, and wherever two dtypes meet.
+
+    A rotation in float32 leaves queries wider than values.
+    """
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
 # Plans of a plain call are kept: a training loop asks for the same one in every layer and step.
 _cached_plan = lru_cache(maxsize=32)(plan)
+_parsed = lru_cache(maxsize=256)(parse)
 
 
 def _plan(
@@ -137,7 +165,7 @@ def _plan(
         laid = pattern
     else:
         if isinstance(pattern, str):
-            pattern = parse(pattern)
+            pattern = _parsed(pattern)
         if all(row is None for row in rows):
             return _cached_plan(pattern, n, heads, keys=keys, layer=layer)
         names = ("positions", "segments", "key_positions", "key_segments")
