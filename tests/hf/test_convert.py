@@ -17,6 +17,7 @@ N = 29
 
 # Options that leave something out, so that padding and decoding are not those of dense attention.
 NO_WEIGHTS = {
+    "DualChunkAttention": {"chunk": 6, "local": 4},
     "HierarchicalAttention": {"chunk": 6},
     "LSHAttention": {"buckets": 4, "chunk": 4, "rounds": 2},
     "LinearAttention": {"feature_map": "elu"},

@@ -193,7 +193,7 @@ def test_decoding_equals_prefill(temperature):
             part, state = one(x[:, t : t + 1], state=state, return_state=True)
             parts.append(part)
         torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-12, rtol=1e-12)
-    assert state.key_BKMD.shape == (2, 2, 30, 4)
+    assert state.kept[0].shape == (2, 2, 30, 4)
 
 
 def test_later_tokens_leave_the_past_bit_identical():

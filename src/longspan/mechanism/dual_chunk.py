@@ -24,7 +24,6 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,8 @@ import torch
 from torch import Tensor
 
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
-from longspan.mechanism.layer import MechanismLayer, positions
+from longspan.mechanism._past import PastLayer
 from longspan.nn import compiled
-from longspan.nn.attention import check
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
 from longspan.planning.layout import layouts
@@ -114,22 +112,7 @@ def dual_chunk_attention(
     return attend_in_passes(queries, k, v, laid, scale=scale, impl=impl)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DualChunkState:
-    """What decoding keeps.
-
-    Attributes:
-        key_BKMD: keys so far, rotated once and for ever.
-        value_BKMD: values so far.
-        valid_BM: False at padding; None if there is none.
-    """
-
-    key_BKMD: Tensor
-    value_BKMD: Tensor
-    valid_BM: Tensor | None
-
-
-class DualChunkAttention(MechanismLayer):
+class DualChunkAttention(PastLayer):
     """Multi-head Dual Chunk Attention, x [B, N, d_model] to the same shape; causal only.
 
     Args:
@@ -169,92 +152,55 @@ class DualChunkAttention(MechanismLayer):
             chunk=chunk, local=local, temperature=temperature, trained=trained, length=length
         )
 
-    def forward(
+    def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        # The base class rotates nothing, so it needs no places. Keys are rotated once, for ever.
+        q, k, v = self.project(x, place)
+        return (q,), (self._turn(k, place % self.config.chunk), v)
+
+    def answer(
         self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        state: DualChunkState | None = None,
-        return_state: bool = False,
-    ) -> Any:
-        """Attend.
+        asked: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        place: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        (q,), (k, v) = asked, kept
+        if valid is None and not torch.compiler.is_compiling():
+            # A plan is kept for the next call of the same length.
+            laid = plain_plan(self.config, q.shape[2], self.heads, keys=k.shape[2])
 
-        Args:
-            x: tokens [B, N, d_model]; with a state, those after it.
-            mask: True at tokens, False at padding [B, N].
-            state: of the tokens before.
-            return_state: also return the state after ``x``.
+            def queries(index: int) -> Tensor:
+                return self._turn(q, torch.from_numpy(laid.passes[index][1]).to(q.device))
 
-        Returns:
-            [B, N, d_model], and with ``return_state`` the state.
-        """
-        check(x, self.d_model, mask)
-        valid = None if mask is None else mask.to(torch.bool)
-        # The base class rotates nothing, so it needs no places.
-        q, k, v = self.project(x, x)
-        if torch.compiler.is_compiling() and state is None and not return_state:
-            return self.join(self._attend_compiled(q, k, v, valid))
-        out, after = self._attend(q, k, v, valid, state)
-        return (self.join(out), after) if return_state else self.join(out)
-
-    # Plans are made in numpy, which a compiler cannot trace.
-    @torch.compiler.disable()
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: DualChunkState | None
-    ) -> tuple[Tensor, DualChunkState]:
-        n, before = q.shape[2], 0 if state is None else state.key_BKMD.shape[2]
-        if state is not None and (valid is not None or state.valid_BM is not None):
-            old, new = (
-                torch.ones(len(q), rows, dtype=torch.bool, device=q.device) if m is None else m
-                for m, rows in ((state.valid_BM, before), (valid, n))
-            )
-            valid = torch.cat([old, new], dim=1)
-        if valid is None:
-            count = torch.arange(before, before + n, device=q.device)
-            laid = plain_plan(self.config, n, self.heads, keys=before + n)
-        else:
-            count = positions(valid, valid)[:, before:]
-            segments = valid.cpu().numpy().astype(np.int64) - 1
-            laid = lay_out(self.config, n, self.heads, keys=before + n, key_segments=segments)
-        inv_freq, factor = self._inv_freq, self.frequencies.attention_factor
-        k = rotate(k, count % self.config.chunk, inv_freq, factor)
-        if state is not None:
-            k, v = torch.cat([state.key_BKMD, k], dim=2), torch.cat([state.value_BKMD, v], dim=2)
-
-        def queries(index: int) -> Tensor:
-            return rotate(
-                q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor
-            )
-
-        out = attend_in_passes(queries, k, v, laid, impl=self.impl)
-        return out, DualChunkState(key_BKMD=k, value_BKMD=v, valid_BM=valid)
-
-    def _attend_compiled(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        """The same without plans made ahead, which a compiler would trace."""
-        place = positions(k[:, 0], valid)
-        segments = None if valid is None else valid.to(torch.int64) - 1
-        inv_freq, factor = self._inv_freq, self.frequencies.attention_factor
-        k = rotate(k, place % self.config.chunk, inv_freq, factor)
+            return attend_in_passes(queries, k, v, laid, impl=self.impl)
+        key_place = torch.arange(k.shape[2], device=k.device)
+        segments = key_segments = None
+        if valid is not None:
+            # Tokens stand in front of the padding.
+            key_segments = (key_place < valid.sum(dim=-1, keepdim=True)).to(torch.int64) - 1
+            segments, place = place.clamp_max(0), place.clamp_min(0)
         if self.config.rate:
-            growth = self.config.growth(place).to(q.dtype)
-            heat = (1 + self.config.rate * growth.log()) ** 2
-            q = q * (heat[:, None, :, None] if valid is not None else heat[:, None])
+            heat = (1 + self.config.rate * self.config.growth(place).to(q.dtype).log()) ** 2
+            q = q * heat[:, None, :, None]
         parts = [
             compiled.attend(
-                rotate(q, target, inv_freq, factor),
+                self._turn(q, target),
                 k,
                 v,
                 pattern,
                 positions=at,
                 segments=segments,
-                key_positions=place + back * self.config.chunk,
-                key_segments=segments,
+                key_positions=key_place + back * self.config.chunk,
+                key_segments=key_segments,
                 return_lse=True,
                 impl=self.impl,
             )
             for back, (pattern, at, target) in enumerate(self.config.passes(place))
         ]
         return merge(parts)[0]
+
+    def _turn(self, x: Tensor, place: Tensor) -> Tensor:
+        return rotate(x, place, self._inv_freq, self.frequencies.attention_factor)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"

@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from longspan.errors import InputError, Refusal
-from longspan.mechanism._buckets import (
-    PADDING,
-    bucket_window,
-    in_chunk_ranges,
-    take,
+from longspan.mechanism._buckets import take
+from longspan.mechanism._routing_selections import (
+    nearest,
+    over_clusters,
+    over_window,
+    similarity,
 )
-from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import (
     Count,
     MechanismLayer,
@@ -122,9 +122,9 @@ def routing_attention(
         k = normalize(k, dim=-1)
     if selection == "window":
         one = (nearest(near_q, valid), nearest(near_k, valid))
-        out = _window(q, k, v, *one, window, shared_key, impl)
+        out = over_window(q, k, v, *one, window, shared_key, impl)
     else:
-        out = _clusters(q, k, v, near_q, near_k, valid, window, causal, shared_key, impl)
+        out = over_clusters(q, k, v, near_q, near_k, valid, window, causal, shared_key, impl)
     return out if valid is None else out.masked_fill(~valid[:, None, :, None], 0.0)
 
 
@@ -231,7 +231,9 @@ class RoutingAttention(MechanismLayer):
                 keys = torch.cat([state.k, keys], dim=2)
                 v = torch.cat([state.v, v], dim=2)
                 cluster = torch.cat([state.cluster, cluster], dim=2)
-            out = _window(q, keys, v, cluster_q, cluster, self.window, self.shared_key, self.impl)
+            out = over_window(
+                q, keys, v, cluster_q, cluster, self.window, self.shared_key, self.impl
+            )
             if return_state:
                 count = seen(x, valid, start)
                 extra.append(RoutingState(k=keys, v=v, cluster=cluster, count=count))
@@ -271,84 +273,6 @@ class RoutingAttention(MechanismLayer):
         some = self.gathered.abs().sum(dim=-1, keepdim=True) > 0
         self.centroids.copy_(torch.where(some, moved, self.centroids))
         self.gathered.zero_()
-
-
-def similarity(x_BHND: Tensor, centroids_KcD: Tensor) -> Tensor:
-    """Cosine of rows and centroids, times the length of these [B, H, N, c]; no gradient."""
-    repeat = x_BHND.shape[1] // centroids_KcD.shape[0]
-    unit = normalize(x_BHND.detach(), dim=-1)
-    return unit @ centroids_KcD.to(unit.dtype).repeat_interleave(repeat, dim=0).mT
-
-
-def nearest(near_BHNc: Tensor, valid: Tensor | None) -> Tensor:
-    """Nearest centroid of each row [B, H, N]; -1 at padding."""
-    found = near_BHNc.argmax(dim=-1)
-    return found if valid is None else found.masked_fill(~valid[:, None], -1)
-
-
-def _window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cluster_q: Tensor,
-    cluster_k: Tensor,
-    window: int,
-    shared_key: bool,
-    impl: str,
-) -> Tensor:
-    scale = q.shape[-1] ** -0.5
-    out, lse = bucket_window(
-        q, k, v, cluster_q, cluster_k, window, scale=scale, include_self=not shared_key, impl=impl
-    )
-    own = v[:, :, v.shape[2] - q.shape[2] :].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return torch.where((lse.isneginf() & (cluster_q >= 0))[..., None], own, out)
-
-
-def _clusters(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    near_q: Tensor,
-    near_k: Tensor,
-    valid: Tensor | None,
-    window: int,
-    causal: bool,
-    shared_key: bool,
-    impl: str,
-) -> Tensor:
-    repeat = q.shape[1] // k.shape[1]
-    token_q, token_k = (_members(near, valid, window) for near in (near_q, near_k))
-    look = torch.arange(token_q.shape[2], device=q.device)[None]
-    lo, hi = in_chunk_ranges(
-        token_q, token_k.repeat_interleave(repeat, dim=1), look, causal, not shared_key
-    )
-    row_q, row_k = token_q.flatten(2) % PADDING, token_k.flatten(2) % PADDING
-    out, lse = over_ranges(
-        take(q, row_q),
-        take(k, row_k),
-        take(v, row_k),
-        lo.flatten(2, 3),
-        hi.flatten(2, 3),
-        q.shape[-1] ** -0.5,
-        impl,
-    )
-    counts = ~lse.isneginf()
-    if shared_key:
-        alone = ~counts & (token_q.flatten(2) < PADDING)
-        out = torch.where(alone[..., None], take(v, row_q), out)
-        counts = counts | alone
-    total = out.new_zeros(*q.shape[:3], out.shape[-1])
-    total = total.scatter_add(2, row_q[..., None].expand_as(out), out)
-    times = out.new_zeros(q.shape[:3]).scatter_add(2, row_q, counts.to(out.dtype))
-    return total / times.clamp_min(1)[..., None]
-
-
-def _members(near_BHNc: Tensor, valid: Tensor | None, window: int) -> Tensor:
-    """Tokens that each cluster takes [B, H, c, w], in order; padding carries ``PADDING`` more."""
-    if valid is not None:
-        near_BHNc = near_BHNc.masked_fill(~valid[:, None, :, None], -torch.inf)
-    best, token = near_BHNc.topk(min(window, near_BHNc.shape[2]), dim=2)
-    return (token + PADDING * best.isneginf()).mT.sort(dim=-1).values
 
 
 def _check_names(selection: str, causal: bool) -> None:
