@@ -452,3 +452,35 @@ def test_cudnn_equals_the_oracle(name):
     for key, value in expected.items():
         assert found[key].isfinite().all()
         assert relative(found[key], value) < 1e-2, key
+
+
+FLASH_GPU = {
+    "window": (lambda: window(512, 200, heads=4), (1, 4, 2, 512, 512, 64, 64)),
+    "per head": (lambda: shifted(1024, 256, heads=8), (2, 8, 2, 1024, 1024, 128, 128)),
+    "scattered": (
+        lambda: scattered(512, 640, ranges=3, groups=5, batch=2, heads=8),
+        (2, 8, 2, 512, 640, 96, 96),
+    ),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", FLASH_GPU)
+def test_flex_flash_equals_the_oracle(name):
+    if not installed(flash_module):
+        pytest.skip("needs flash_attn.cute")
+    build, shape = FLASH_GPU[name]
+    ranges = to(build(), "cuda")
+    inputs = [x.to("cuda", torch.bfloat16).requires_grad_() for x in tensors(*shape)]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    out, lse = flash_module.flex_flash(*inputs, ranges, 0.125)
+    expected, expected_lse = reference(*exact, ranges, 0.125)
+    seen = expected_lse > -math.inf
+    assert not lse.requires_grad
+    assert (lse[~seen] == -math.inf).all()
+    assert relative(lse[seen], expected_lse[seen]) < 1e-4
+    slope = torch.randn_like(expected)
+    grads = torch.autograd.grad(out, inputs, slope.to(out.dtype))
+    expected_grads = torch.autograd.grad(expected, exact, slope)
+    for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert relative(a, b) < 1e-2
