@@ -225,6 +225,7 @@ def test_eval_passkey(call: Callable[..., Result], tiny_model: Path) -> None:
     code, out, _ = call(*arguments)
     assert code == 0
     assert "depth 1" in out
+    assert out.startswith("Passkey retrieval, 1 probes each\n")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,51 @@ def test_findings_say_what_came_true_and_what_did_not() -> None:
     bad = findings(report(5.5, None))
     assert "does NOT help" in bad[1]
     assert len(bad) == 2
+
+
+def with_keys(base: float, trained: float, dense: float | None) -> dict[str, Any]:
+    found = report(4.0, None if dense is None else 3.9)
+    for state, share in (("base", base), ("trained", trained), ("dense", dense)):
+        if share is not None:
+            found[state]["passkey"] = {
+                "lengths": [512, 4096],
+                "depths": [0.0, 1.0],
+                "trials": 5,
+                "accuracy": [[1.0, 1.0], [share, share]],
+            }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ((0.0, 0.4, 0.9), "90% after dense training: FEWER with scca.flow(512)."),
+        ((0.0, 0.4, 0.2), "20% after dense training: MORE with"),
+        ((0.0, 0.4, 0.4), "40% after dense training: as many with"),
+        ((0.1, 0.4, None), "40% found after training with scca.flow(512), 10% before."),
+        ((0.4, 0.4, None), "training did NOT help retrieval in this run."),
+    ],
+)
+def test_findings_tell_of_passkeys(shares: tuple[float, float, float | None], said: str) -> None:
+    last = findings(with_keys(*shares))[-1]
+    assert last.startswith("Passkeys at 4,096 tokens, 10 probes: 40% found after training with")
+    assert said in last
+
+
+def test_bad_values_of_pretrain_draw_no_bar(
+    call: Callable[..., Result], some_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for values, message in [
+        (["--heads", 3], "gives no even head width"),
+        (["--heads", 0], "heads must be at least 1, got 0"),
+        (["--context", 10**7], "the data is shorter than one sequence"),
+    ]:
+        code, out, err = call("pretrain", "--data", some_text, "--out", tmp_path / "new", *values)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert "\u2501" not in err
+        assert "0/1000" not in err
 
 
 def test_long_patterns_are_not_repeated_in_sentences() -> None:

@@ -76,4 +76,34 @@ def findings(report: dict[str, Any]) -> list[str]:
             f"for {name}), in {report['dense']['seconds']:.0f} s against "
             f"{report['trained']['seconds']:.0f} s ({ratio:.2f} of the time)."
         )
-    return said
+    return said + _keys_found(report, name, far)
+
+
+def _keys_found(report: dict[str, Any], name: str, length: int) -> list[str]:
+    """Passkey retrieval at the longest length, if it was measured."""
+    from longspan.cli.extend import mean
+
+    measured = {
+        state: report[state]["passkey"]
+        for state in ("base", "trained", "dense")
+        if report[state] and report[state].get("passkey")
+    }
+    if "trained" not in measured or length not in measured["trained"]["lengths"]:
+        return []
+    share = {
+        state: mean(found["accuracy"][found["lengths"].index(length)])
+        for state, found in measured.items()
+    }
+    probes = measured["trained"]["trials"] * len(measured["trained"]["depths"])
+    sparse = share["trained"]
+    said = (
+        f"Passkeys at {length:,} tokens, {probes} probes: {sparse:.0%} found after training with "
+        f"{name}, {share['base']:.0%} before"
+    )
+    if "dense" in share:
+        dense = share["dense"]
+        verdict = "as many" if sparse == dense else "MORE" if sparse > dense else "FEWER"
+        said += f"; {dense:.0%} after dense training: {verdict} with {name}"
+    elif sparse <= share["base"]:
+        said += ": training did NOT help retrieval in this run"
+    return [f"{said}."]

@@ -187,9 +187,12 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    console = Console()
+    # As a title of the table it would wrap at the table's width.
+    console.print(title, style="italic", highlight=False)
+    table = Table()
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)

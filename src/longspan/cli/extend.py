@@ -217,7 +217,7 @@ def show_report(report: dict[str, Any], out: Path) -> None:
     if report["base"]["passkey"]:
         table.add_section()
         for row, length in enumerate(report["base"]["passkey"]["lengths"]):
-            means = [_mean(report[name]["passkey"]["accuracy"][row]) for name in states]
+            means = [mean(report[name]["passkey"]["accuracy"][row]) for name in states]
             table.add_row(f"passkey {length:,}", *(f"{mean:.0%}" for mean in means))
     table.add_section()
     table.add_row(
@@ -239,6 +239,7 @@ def brief(pattern: str | None) -> str:
     return pattern if len(pattern) <= 24 else "with the pattern"
 
 
-def _mean(values: list[float | None]) -> float:
+def mean(values: list[float | None]) -> float:
+    """Mean of what was measured."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else 0.0

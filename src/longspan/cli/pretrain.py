@@ -45,6 +45,7 @@ def pretrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a small Llama and a byte-level BPE tokenizer from scratch on plain text."""
+    from longspan.cli.progress import Bars
     from longspan.errors import DataError
     from longspan.train.data import python_sources, read_documents
     from longspan.train.pretrain import PretrainConfig
@@ -87,7 +88,21 @@ def pretrain(
         typer.echo(json.dumps(plan, indent=None if as_json else 1))
         return
 
-    report = _with_progress(run, config, documents, out, validation, heldout, resume)
+    with Bars() as bars:
+
+        def show(step: int, loss: float, validation_loss: float | None) -> None:
+            seen = "" if validation_loss is None else f"  validation {validation_loss:.3f}"
+            bars("pretrain", step, steps, f"loss {loss:.3f}{seen}")
+
+        report = run(
+            config,
+            documents,
+            out,
+            validation=validation,
+            heldout=heldout,
+            resume=resume,
+            on_step=show,
+        )
     if as_json:
         typer.echo(json.dumps(report.to_json()))
         return
@@ -99,41 +114,3 @@ def pretrain(
     if report.heldout_perplexity is not None:
         typer.echo(f"held-out perplexity at {context} tokens: {report.heldout_perplexity:.2f}")
     typer.echo(f"model written to {out}")
-
-
-def _with_progress(run, config, documents, out, validation, heldout, resume):
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("pretrain"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeRemainingColumn(),
-    )
-    # Progress goes to stderr: stdout stays the result, for --json and pipes.
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("pretrain", total=config.steps, losses="")
-
-        def show(step: int, loss: float, validation_loss: float | None) -> None:
-            losses = f"loss {loss:.3f}"
-            if validation_loss is not None:
-                losses += f"  validation {validation_loss:.3f}"
-            progress.update(task, completed=step, losses=losses)
-
-        return run(
-            config,
-            documents,
-            out,
-            validation=validation,
-            heldout=heldout,
-            resume=resume,
-            on_step=show,
-        )

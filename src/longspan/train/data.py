@@ -33,6 +33,7 @@ __all__ = [
     "python_sources",
     "read_documents",
     "recall_documents",
+    "require",
     "tokenize_documents",
     "windows",
 ]
@@ -178,8 +179,7 @@ def windows(documents_T: Sequence[Tensor], length: int, *, seed: int | None) -> 
     order = list(range(len(documents_T)))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(documents_T)).tolist()
-    total = sum(len(document) for document in documents_T)
-    _require(total, length)
+    total = require("the data", documents_T, length)
     stream_T = torch.cat([documents_T[i] for i in order])
     return stream_T[: total // length * length].view(-1, length)
 
@@ -197,8 +197,7 @@ class Sampler:
         self._documents_T = list(documents_T)
         self._length = length
         self._seed = seed
-        self.tokens = sum(len(document) for document in documents_T)
-        _require(self.tokens, length)
+        self.tokens = require("the data", documents_T, length)
         self.sequences_per_epoch = self.tokens // length
         self._epoch = -1
         self._sequences_nL = torch.empty(0, length, dtype=torch.int64)
@@ -218,12 +217,26 @@ class Sampler:
         return torch.stack([self.sequence(start + i) for i in range(size)])
 
 
-def _require(found: int, needed: int) -> None:
-    if found < needed:
+def require(what: str, documents_T: Sequence[Tensor], length: int, held_out: int = 0) -> int:
+    """Number of tokens of some text.
+
+    Args:
+        what: the text, in words.
+        documents_T: tokens of each document.
+        length: tokens of a sequence.
+        held_out: tokens that are to be held out of the same text.
+
+    Raises:
+        DataError: fewer tokens than one sequence and what is held out.
+    """
+    found = sum(map(len, documents_T))
+    if found < length + held_out:
+        more = f", and {held_out} more to hold out" if held_out else ""
         raise DataError(
-            f"the data is shorter than one sequence: {found} tokens found, {needed} needed. "
-            "Pass more text or a smaller length."
+            f"{what} is shorter than one sequence: {found} tokens found, {length} needed{more}. "
+            f"Give more text{', --eval-data,' if held_out else ''} or a shorter length."
         )
+    return found
 
 
 def _tests_nothing_listed(parts: tuple[str, ...]) -> bool:

@@ -29,6 +29,7 @@ from longspan.train.data import (
     Split,
     python_sources,
     read_documents,
+    require,
     tokenize_documents,
 )
 from longspan.train.settings import ExtendSettings
@@ -136,18 +137,12 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
     longest = max(settings.suite.lengths)
     train_text = tokenize_documents(tokenizer, documents)
     if heldout is None:
-        total = sum(map(len, train_text))
-        if total < settings.length + longest:
-            raise DataError(
-                f"The training text is shorter than one sequence: {total} tokens found, "
-                f"{settings.length} needed, and {longest} more to hold out. "
-                "Give more text, --eval-data, or a shorter length."
-            )
+        require("The training text", train_text, settings.length, held_out=longest)
         train_text, heldout_text = hold_out(train_text, longest)
     else:
         heldout_text = tokenize_documents(tokenizer, heldout)
-    _require("training", train_text, settings.length)
-    _require("held-out", heldout_text, longest)
+    require("The training text", train_text, settings.length)
+    require("The held-out text", heldout_text, longest)
     settings.suite.check_passkey(tokenizer)
     job = Job(
         settings=settings,
@@ -264,16 +259,6 @@ def read_text(data: Sequence[str], python_stdlib: bool, split: Split) -> list[Do
         raise DataError("There is no text: give --data with files or folders, or --python-stdlib.")
     documents = read_documents(data) if data else []
     return documents + (python_sources(split) if python_stdlib else [])
-
-
-def _require(what: str, text: Sequence[Tensor], length: int) -> None:
-    found = sum(map(len, text))
-    if found < length:
-        raise DataError(
-            f"The {what} text is shorter than one sequence: {found} tokens found, {length} "
-            "needed. "
-            "Give more text or a shorter length."
-        )
 
 
 def text_hash(text: Sequence[Tensor]) -> str:

@@ -68,7 +68,8 @@ class PretrainConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("context", "steps", "batch", "warmup", "eval_every", "save_every"):
+        sizes = ("context", "hidden", "layers", "heads", "kv_heads", "intermediate")
+        for name in (*sizes, "steps", "batch", "warmup", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.lr > 0 or not self.weight_decay >= 0:
