@@ -6,6 +6,10 @@ ones, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,21 @@ from longspan.mechanism._range_op import over_ranges
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose products stay in the precision of what it multiplies.
+
+    Choices are made there: rounding to bfloat16 would choose otherwise.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(given.device.type for given in args if isinstance(given, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def slices(rows: int, per_row: int) -> list[slice]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.ops.attend import autocast
 from longspan.ops.capability import choose
 from longspan.ops.ranges import KeyRanges
 
@@ -32,7 +33,8 @@ def over_ranges(
         impl: kernel name, or ``auto``.
 
     Returns:
-        out [B, H, L, Dv] and lse [B, H, L]; 0 and -inf where a row sees no key.
+        out [B, H, L, Dv] and lse [B, H, L]; 0 and -inf where a row sees no key. Under autocast
+        inputs are cast as those of torch's own attention are.
     """
     empty = lo_BHLm >= hi_BHLm
     order = lo_BHLm.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
@@ -40,6 +42,7 @@ def over_ranges(
         x.masked_fill(empty, 0).gather(-1, order).to(torch.int32).contiguous()
         for x in (lo_BHLm, hi_BHLm)
     )
+    q, k, v = autocast(q, k, v)
     run = _over_ranges if torch.compiler.is_compiling() else _now
     return run(q.contiguous(), k.contiguous(), v.contiguous(), lo, hi, scale, impl)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longspan.errors import InputError
+from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import Count, at_least_one, check_heads, rows_at, to_front
@@ -176,6 +177,7 @@ def _attend(
     return merge([near, _fading(q, k, v, place, span, edge, ramp, factor)])[0]
 
 
+@without_autocast
 def _fading(
     q: Tensor,
     k: Tensor,

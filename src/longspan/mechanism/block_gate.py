@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longspan.errors import InputError, Refusal
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, rows_at
 from longspan.nn.attention import check
@@ -215,6 +215,7 @@ class BlockGate(PastLayer):
         """Block of each row [B, N]; 0 at padding."""
         return place.clamp_min(0).div(self.block, rounding_mode="floor").expand(batch, -1)
 
+    @without_autocast
     def _scored(self, q: Tensor, k: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """What rows (or blocks) ask with, scaled, and what blocks answer [B, K, N or T, W]."""
         work = torch.promote_types(q.dtype, torch.float32)
@@ -241,6 +242,7 @@ class BlockGate(PastLayer):
             told = rotate(told, middle, self._gate_freq, self.factor)
         return asking, told
 
+    @without_autocast
     def _chosen(self, asking: Tensor, told: Tensor | None, place: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks that each row sees [B, K, N, t], and which of them count.
 
@@ -262,6 +264,7 @@ class BlockGate(PastLayer):
         block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         return block, counts
 
+    @without_autocast
     @torch.no_grad()
     def _mass(self, q: Tensor, k: Tensor, place: Tensor, largest: bool) -> Tensor:
         """Dense causal attention of each row to each block [B, K, N, T]; 0 at padding."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
 from longspan.mechanism._past import PastLayer, places, tokens_first
 from longspan.mechanism.layer import at_least_one, check_heads
 
@@ -124,6 +124,7 @@ def _attend(
     return over_blocks(q, k, v, chosen, counts, place, size, factor, impl)
 
 
+@without_autocast
 def _select(q: Tensor, k: Tensor, place: Tensor, size: int, top: int) -> tuple[Tensor, Tensor]:
     work = torch.promote_types(q.dtype, torch.float32)
     # A block that has not ended is never scored: it may be left short.

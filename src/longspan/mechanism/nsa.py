@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
 from longspan.mechanism._past import PastLayer
 from longspan.mechanism.layer import at_least_one
 from longspan.nn.compiled import attend
@@ -189,6 +189,7 @@ class NSA(PastLayer):
             score = self._weights(q.detach(), k.detach(), lse.detach(), last <= place[..., None])
         return out, score
 
+    @without_autocast
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
         """Overlap-weighted attention of each group to blocks that can be selected, in pieces."""
         group = self.heads // self.kv_heads

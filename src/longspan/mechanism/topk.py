@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import slices
+from longspan.mechanism._blocks import slices, without_autocast
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, check_heads
 
@@ -131,6 +131,7 @@ def _attend(
     return torch.cat(out, dim=2)
 
 
+@without_autocast
 def _slice(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, keep: int, factor: float) -> Tensor:
     work = torch.promote_types(q.dtype, torch.float32)
     q_BKGND = q.to(work).unflatten(1, (k.shape[1], -1))
