@@ -29,27 +29,19 @@ class Store:
     Attributes:
         length: int64 [B, G] on the CPU, tokens of each head.
         room: int64 [B, G] on the CPU, places of each head.
+        longest: tokens of the longest head.
+        even: whether every head of every row holds the same number of tokens.
         buffers: by name, [T, ...].
     """
 
     def __init__(self, batch: int, heads: int, like: dict[str, Tensor]) -> None:
         """Empty, for rows of the shapes, dtypes and device of ``like`` (name: [..., width])."""
-        self.length = torch.zeros(batch, heads, dtype=torch.int64)
-        self.room = torch.zeros_like(self.length)
+        empty = torch.zeros(batch, heads, dtype=torch.int64)
+        self._describe(empty, empty)
         self.buffers = {
             name: row.new_zeros(0, *row.shape[-1:]) if row.dim() else row.new_zeros(0)
             for name, row in like.items()
         }
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest head."""
-        return int(self.length.max())
-
-    @property
-    def even(self) -> bool:
-        """True if every head of every row holds the same number of tokens."""
-        return bool((self.length == self.length[0, 0]).all())
 
     @property
     def bytes(self) -> int:
@@ -63,8 +55,8 @@ class Store:
     def padded(self, name: str) -> Tensor:
         """A buffer as a rectangle [B, G, C, ...]; places without a token hold anything finite."""
         buffer = self.buffers[name]
-        if bool((self.room == self.room[0, 0]).all()):
-            shape = (*self.length.shape, int(self.room[0, 0]), *buffer.shape[1:])
+        if self._places is not None:
+            shape = (*self.length.shape, self._places, *buffer.shape[1:])
             return buffer.view(shape)[:, :, : self.longest]
         places = torch.arange(self.longest, device=self._device)
         return self.gather(name, places.expand(*self.length.shape, -1))
@@ -91,11 +83,11 @@ class Store:
         count = torch.full((batch, 1), new) if real is None else real.sum(1, keepdim=True)
         if bool((self.length + count > self.room).any()):
             self._lay_out(self.length + count + SPARE)
-        if real is None and self.even and bool((self.room == self.room[0, 0]).all()):
+        if real is None and self.even and self._places is not None:
             begin = self.longest
             for name, row in rows.items():
                 buffer = self.buffers[name]
-                whole = buffer.view(batch, heads, int(self.room[0, 0]), *buffer.shape[1:])
+                whole = buffer.view(batch, heads, self._places, *buffer.shape[1:])
                 whole[:, :, begin : begin + new] = row.detach()
         else:
             order = torch.arange(new).expand(batch, -1) if real is None else real.cumsum(1) - 1
@@ -106,7 +98,7 @@ class Store:
             chosen = taken.to(self._device)
             for name, row in rows.items():
                 self.buffers[name][target] = row.detach()[chosen]
-        self.length = self.length + count
+        self._describe(self.length + count, self.room)
 
     def add(self, name: str, amount: Tensor) -> None:
         """Add numbers [B, G, C] to those of a buffer, where there is a token."""
@@ -127,7 +119,7 @@ class Store:
         source = (start[..., None] + places)[mask]
         target = (goal[..., None] + mask.cumsum(-1) - 1)[mask]
         self._move(source, target, int(room.sum()))
-        self.length, self.room = length, room
+        self._describe(length, room)
 
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index [B'], repeated or left out: beams, repeats, early ends."""
@@ -135,7 +127,15 @@ class Store:
         length, room = self.length[rows], self.room[rows]
         source = self._every(_starts(self.room)[rows], length)
         self._move(source, self._every(_starts(room), length), int(room.sum()))
+        self._describe(length, room)
+
+    def _describe(self, length: Tensor, room: Tensor) -> None:
+        """Take over a layout, and note what is asked of it at every step."""
         self.length, self.room = length, room
+        self.longest = int(length.max())
+        self.even = self.longest == int(length.min())
+        places = int(room.max())
+        self._places = places if places == int(room.min()) else None
 
     @property
     def _device(self) -> torch.device:
@@ -144,7 +144,7 @@ class Store:
     def _lay_out(self, room: Tensor) -> None:
         source = self._every(_starts(self.room), self.length)
         self._move(source, self._every(_starts(room), self.length), int(room.sum()))
-        self.room = room
+        self._describe(self.length, room)
 
     def _every(self, start: Tensor, length: Tensor) -> Tensor:
         """Index of every token of rows [B, G] that begin at ``start``."""
