@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -73,3 +75,40 @@ def test_generate_equals_full_forwards(tiny, model, cache):
         step = model(alone, use_cache=False).logits[:, -1:]
         alone = torch.cat([alone, step.argmax(dim=-1)], dim=1)
     assert got.tolist() == alone.tolist()
+
+
+MECHANISMS = {
+    "AdaptiveSpan": {"max_span": 40, "ramp": 16},
+    "BlockGate": {"block": 16, "top": 4},
+    "DualChunkAttention": {"chunk": 60, "local": 40},
+    "LinearAttention": {},
+    "MoBA": {"block": 16, "top": 4},
+    "NSA": {"block": 16, "stride": 8, "select_block": 16, "select": 4, "window": 40},
+    "PooledChunkAttention": {"chunk": 16, "pool": "learned"},
+    "TopK": {"keep": 30},
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_mechanisms_equal_the_cpu_and_generate(tiny, model, name):
+    ids = tiny.tokens(2, N)
+    mask = torch.arange(N) >= torch.tensor([[0], [77]])
+    given = {"attention_mask": mask.long(), "use_cache": False}
+    ls.hf.convert(model, name, **MECHANISMS[name])
+    host = copy.deepcopy(model).cpu().double()
+    got = model(ids.cuda(), **{**given, "attention_mask": mask.long().cuda()}).logits
+    expected = host(ids, **given).logits
+    # What is selected may differ where two scores are nearly equal.
+    apart = [relative(a[m], b[m]) for a, b, m in zip(got.cpu(), expected, mask, strict=True)]
+    assert max(apart) < (0.1 if name in ("BlockGate", "MoBA", "NSA", "TopK") else 5e-3)
+    for out in (got, expected):
+        out.square().mean().backward()
+    wanted = dict(host.named_parameters())
+    for path, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert relative(parameter.grad.cpu(), wanted[path].grad) < 0.2, path
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    given = {"attention_mask": mask.long().cuda()}
+    found = model.eval().generate(ids.cuda(), **given, **settings)
+    plain = model.generate(ids.cuda(), **given, **settings, use_cache=False)
+    assert torch.equal(found, plain)
