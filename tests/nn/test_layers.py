@@ -273,6 +273,8 @@ def test_errors_name_what_is_wrong():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# The compiler of the kernel there raises warnings of its own.
+@pytest.mark.filterwarnings("default")
 def test_gpu_agrees_with_cpu_eager_and_compiled():
     layer = ls.nn.Attention(256, 4, "scca.flow(128)", kv_heads=2, rope=1e4)
     x = torch.randn(2, 700, 256)
