@@ -192,6 +192,17 @@ def flex(
     return out_BHND, lse_BHN
 
 
+def walk(ranges: KeyRanges, lists: TileLists) -> None:
+    """Visit some tiles of the given ranges instead of all that they touch, forward only.
+
+    Args:
+        ranges: visible keys within the tiles that are visited.
+        lists: those tiles, for every batch row and head; the lists from key to query tiles may
+            be empty.
+    """
+    _schedules[ranges] = _schedule_of(ranges, lists)
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -203,8 +214,12 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _schedule(ranges: KeyRanges) -> _Schedule:
-    if ranges in _schedules:
-        return _schedules[ranges]
+    if ranges not in _schedules:
+        _schedules[ranges] = _schedule_of(ranges, tile_lists(ranges))
+    return _schedules[ranges]
+
+
+def _schedule_of(ranges: KeyRanges, lists: TileLists) -> _Schedule:
     counts = count_tiles(ranges)
     shared = counts.group_ZY.numel() == 1
     lo_GmN, hi_GmN = (_bounds(x) for x in (ranges.lo_GNm, ranges.hi_GNm))
@@ -212,7 +227,6 @@ def _schedule(ranges: KeyRanges) -> _Schedule:
         only = int(counts.group_ZY)
         lo_GmN, hi_GmN = lo_GmN[only : only + 1], hi_GmN[only : only + 1]
     empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
-    lists = tile_lists(ranges)
     whole = not (ranges.queries % counts.tile or ranges.keys % counts.tile)
     # Sizes that differ between patterns of one shape class must stay symbols.
     for x in lists:
@@ -221,7 +235,7 @@ def _schedule(ranges: KeyRanges) -> _Schedule:
         torch._dynamo.maybe_mark_dynamic(x, 3)
     for x in (lo_GmN, hi_GmN):
         torch._dynamo.maybe_mark_dynamic(x, ([] if shared else [0]) + ([] if whole else [2]))
-    _schedules[ranges] = plan = _Schedule(
+    return _Schedule(
         tile=counts.tile,
         lo_GmN=lo_GmN,
         hi_GmN=hi_GmN,
@@ -230,7 +244,6 @@ def _schedule(ranges: KeyRanges) -> _Schedule:
         empty_BHN=empty_GN[counts.group_ZY] if empty_GN.any() else None,
         whole=whole,
     )
-    return plan
 
 
 def _bounds(x_GNm: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""From scores to what is kept: the best by count, or the fewest that cover a share of the mass.
+
+Axes: ... rows of any shape, N things to choose from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.select.budgets import Budget, Coverage
+
+
+def counts(budget: Budget, score: Tensor, there: Tensor) -> Tensor:
+    """How many a budget takes in each row.
+
+    Args:
+        budget: of tokens, columns or blocks.
+        score: [..., N]; for ``Coverage`` not negative.
+        there: how many there are in each row, int64, broadcastable to [...].
+
+    Returns:
+        int64 [...].
+    """
+    if isinstance(budget, Coverage):
+        return budget.counts(score)
+    kinds, place = there.unique(return_inverse=True)
+    each = torch.tensor([budget.count(n) for n in kinds.tolist()], device=score.device)
+    return each[place].expand(score.shape[:-1])
+
+
+def best(score: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest scores of each row: places [..., C], and which of them count.
+
+    Args:
+        score: [..., N]; -inf is never taken.
+        count: int64 [...].
+    """
+    most = int(count.max()) if count.numel() else 0
+    value, place = score.topk(min(max(most, 1), score.shape[-1]), dim=-1)
+    rank = torch.arange(place.shape[-1], device=score.device)
+    return place, (rank < count[..., None]) & ~value.isneginf()
+
+
+def best_mask(score: Tensor, count: Tensor) -> Tensor:
+    """Which are the ``count`` highest of each row, bool [..., N]."""
+    place, taken = best(score, count)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, place, taken)
+
+
+def cover(mass: Tensor, share: float, forced: Tensor) -> Tensor:
+    """The fewest that hold a share of each row's mass, forced ones first: bool [..., N].
+
+    A thing is taken as long as those before it hold less than the share.
+
+    Args:
+        mass: [..., N], not negative.
+        share: of the row's sum.
+        forced: bool [..., N], taken whatever they hold; their mass counts.
+    """
+    order = mass.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True)
+    own = mass.gather(-1, order)
+    before = own.cumsum(-1) - own
+    taken = (before < share * mass.sum(-1, keepdim=True)) & (own > 0)
+    return torch.zeros_like(forced).scatter(-1, order, taken) | forced

@@ -1,0 +1,128 @@
+"""Selections by position, and by the norm of keys.
+
+    sinks(n)      the first n tokens                                   A-shape with recent;
+    recent(n)     the last n tokens before each row, itself included   tri-shape with tail too
+    tail(n)       the last n rows see everything
+    every(r)      tokens 0, r, 2 r, ...
+    keynorm(c)    the c keys of smallest norm of each head: those that attract attention
+                  (Devoto et al. 2024, arXiv 2406.11430)
+
+Sinks, recent and tail are rounded up to whole blocks. MInference's A-shape is ``sinks(128) +
+recent(3968)``; its tri-shape adds ``tail(100)``. O(Q T), keynorm O(M D).
+
+Axes: B batch, H query heads, K key heads, M keys, Q blocks of queries, T blocks of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from longspan.select.choose import best, counts
+from longspan.select.estimate import norm
+from longspan.select.method import Term, check_whole, nothing, read_budget
+from longspan.select.prompt import Prompt
+from longspan.select.selection import Selection
+
+
+@dataclass(frozen=True)
+class _Number(Term):
+    tokens: int
+    least: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self.name, self.least, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
+class Sinks(_Number):
+    """The first tokens.
+
+    Args:
+        tokens: how many.
+    """
+
+    name: ClassVar[str] = "sinks"
+
+    def select(self, prompt: Prompt) -> Selection:
+        block = torch.arange(prompt.blocks, device=prompt.q.device)
+        early = (block * prompt.size < self.tokens) & (prompt.back >= 0)
+        return Selection(blocks=early[:, None].expand(-1, prompt.q.shape[1], -1, -1))
+
+
+@dataclass(frozen=True)
+class Recent(_Number):
+    """The last tokens before each row.
+
+    Args:
+        tokens: how many, the row itself included.
+    """
+
+    name: ClassVar[str] = "recent"
+
+    def select(self, prompt: Prompt) -> Selection:
+        # The first row of a block looks back the furthest.
+        reach = -(-(self.tokens - 1) // prompt.size)
+        near = (prompt.back >= 0) & (prompt.back <= reach)
+        return Selection(blocks=near[:, None].expand(-1, prompt.q.shape[1], -1, -1))
+
+
+@dataclass(frozen=True)
+class Tail(_Number):
+    """The last rows see everything.
+
+    Args:
+        tokens: how many rows.
+    """
+
+    name: ClassVar[str] = "tail"
+    depends: ClassVar[str] = "the length of the prompt"
+
+    def select(self, prompt: Prompt) -> Selection:
+        stop = (prompt.own + 1) * prompt.size
+        last = stop > (prompt.length - self.tokens)[:, None]
+        seen = last[..., None] & (prompt.back >= 0)
+        return Selection(blocks=seen[:, None].expand(-1, prompt.q.shape[1], -1, -1))
+
+
+@dataclass(frozen=True)
+class Every(_Number):
+    """Evenly spaced tokens.
+
+    Args:
+        tokens: from one to the next.
+    """
+
+    name: ClassVar[str] = "every"
+    least: ClassVar[int] = 1
+
+    def select(self, prompt: Prompt) -> Selection:
+        column = torch.arange(0, prompt.k.shape[2], self.tokens, device=prompt.q.device)
+        column = column.masked_fill(column >= prompt.length[:, None], -1)
+        column = column[:, None].expand(-1, prompt.q.shape[1], -1)
+        return Selection(blocks=nothing(prompt), columns=column)
+
+
+@dataclass(frozen=True)
+class KeyNorm(Term):
+    """Keys of small norm, as columns.
+
+    Args:
+        budget: tokens or share of the tokens, for each key head.
+    """
+
+    budget: Any
+    name: ClassVar[str] = "keynorm"
+    depends: ClassVar[str] = "the norms of all keys of the prompt"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", read_budget(self.name, "budget", self.budget))
+
+    def select(self, prompt: Prompt) -> Selection:
+        # A small norm is a large score; as a mass for coverage it is not meant.
+        score = norm(prompt.k).neg().masked_fill(~prompt.real[:, None], -torch.inf)
+        place, taken = best(score, counts(self.budget, score, prompt.length[:, None]))
+        column = place.masked_fill(~taken, -1)
+        return Selection(blocks=nothing(prompt), columns=prompt.per_head(column))
