@@ -71,7 +71,7 @@ class Watch:
         attend = KeptLayer.attend
 
         def watched(layer, query, *rest):
-            held = None if layer.store is None else layer.positions.clone()
+            held = None if layer.store is None else layer.positions.cpu()
             self.seen.setdefault(layer.layer, []).append((query.shape[2], held))
             return attend(layer, query, *rest)
 
@@ -142,9 +142,9 @@ CASES = [
 @pytest.mark.parametrize(("family", "text"), CASES)
 def test_equals_dense_attention_over_the_kept_tokens(family, text, tiny, monkeypatch):
     model = tiny.build(family, max_position_embeddings=256)
-    ids, mask = padded(tiny, 40)
-    # A prompt in two pieces, single tokens, a second prompt, single tokens.
-    cuts = [20, 24, *range(25, 31), 35, *range(36, 41)]
+    ids, mask = padded(tiny, 56)
+    # A prompt in two pieces, single tokens, prompts shorter and longer than what is kept.
+    cuts = [20, 24, *range(25, 29), 32, 33, 51, *range(52, 57)]
     cache = ls.kv.cache(model, text)
     watch = Watch(monkeypatch)
     got = feed(model, ids, mask, cuts, cache)
@@ -152,8 +152,8 @@ def test_equals_dense_attention_over_the_kept_tokens(family, text, tiny, monkeyp
     real = mask.bool()
     assert (got - expected)[real].abs().max() < 1e-5
     row = cache.report().layers[-1]
-    assert row.tokens < 2 * (40 + 40 - PAD)
-    assert cache.get_seq_length() == 40
+    assert row.tokens < 2 * (56 + 56 - PAD)
+    assert cache.get_seq_length() == 56
 
 
 @pytest.mark.parametrize("text", ["recent(9) + sinks(2)", "sinks(2) + recent(4) + heavy(5)"])
@@ -518,3 +518,51 @@ def test_half_precision_and_autocast(tiny):
         wide(ids[:, :1], past_key_values=cache)
     assert cache.layers[0].keys.dtype == torch.bfloat16
     assert np.isfinite(cache.layers[0].values.float().numpy()).all()
+
+
+def test_learned_sinks_take_their_share(tiny):
+    """gpt-oss: a logit per head that takes weight and gives no value."""
+    config = transformers.GptOssConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=10,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    model.set_attn_implementation("eager")
+    ids, mask = padded(tiny, 24)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    plain = model.generate(ids, **options)
+    for text in ("everything()", "heavy(200)", "quest(512)"):
+        cache = ls.kv.cache(model, text)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("text", POLICIES)
+def test_a_gpu_equals_dense_attention_over_what_it_kept(text, tiny, monkeypatch):
+    model = tiny.build("llama", hidden_size=128, head_dim=32, max_position_embeddings=512).cuda()
+    ids, mask = padded(tiny, 150)
+    cuts = [100, 120, *range(121, 131), 140, *range(141, 151)]
+    watch = Watch(monkeypatch)
+    got = feed(model, ids.cuda(), mask.cuda(), cuts, ls.kv.cache(model, text)).cpu()
+    expected = oracle(tiny, model.cpu(), watch, ids, mask, [0, PAD])
+    real = mask.bool()
+    assert (got - expected)[real].norm() / expected[real].norm() < 1e-2

@@ -347,6 +347,7 @@ class KeptLayer(CacheLayerMixin):
                 values.contiguous(),
                 Dense(),
                 positions=torch.arange(query.shape[2]),
+                key_positions=torch.arange(keys.shape[2]),
                 scale=self._scale,
                 return_lse=True,
             )
