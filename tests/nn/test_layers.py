@@ -252,6 +252,16 @@ def test_errors_name_what_is_wrong():
         ls.nn.Attention(16, 4, ls.Causal(), kv_heads=3)
     with pytest.raises(InputError, match="not a multiple of heads 3: give head_dim="):
         ls.nn.Attention(16, 3, ls.Causal())
+    with pytest.raises(InputError, match="head_dim must be a whole number of at least 1, got 0"):
+        ls.nn.Attention(16, 4, ls.Causal(), head_dim=0)
+    with pytest.raises(InputError, match=r"rope must be a base .* got 'yarn'"):
+        ls.nn.Attention(16, 4, ls.Causal(), rope="yarn")
+    with pytest.raises(PatternError, match="a pattern or its text, got 5"):
+        ls.nn.Attention(16, 4, 5)
+    with pytest.raises(PatternError, match="use the causal form of that part"):
+        ls.nn.Attention(16, 4, "neighborhood(4) & causal()")
+    with pytest.raises(PatternError, match="layers: layer must be from 0"):
+        ls.nn.Attention(16, 4, ls.swin(4), layer=-1)
     with pytest.raises(PatternError, match="did you mean 'window'"):
         ls.nn.Attention(16, 4, "windw(3)")
     with pytest.raises(PatternError, match="evenly over 4 query heads"):

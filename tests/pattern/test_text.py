@@ -79,6 +79,36 @@ def test_errors_show_the_place(text, message, column):
     assert mark == f"  {' ' * column}^"
 
 
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("swin(8)", ls.swin(8)),
+        (
+            "longformer(8, tokens=[0, 5], dilation=[1, 2])",
+            ls.longformer(8, (0, 5), dilation=(1, 2)),
+        ),
+        ("bigbird(4, 2, seed=7, causal=true)", ls.bigbird(4, 2, seed=7, causal=True)),
+        ("etc(radius=3)", ls.etc(3)),
+        (
+            "sparse_transformer(8, kind=fixed, summary=2)",
+            ls.sparse_transformer(8, kind="fixed", summary=2),
+        ),
+        ("longmixed(8, 2, by=layers) - sink(1)", ls.longmixed(8, 2, by="layers") - ls.Sink(1)),
+        ("heads(etc(2, 1), dense())", ls.PerHead(ls.etc(2, 1), ls.Dense())),
+    ],
+)
+def test_presets_are_read_as_what_they_are_made_of(text, pattern):
+    assert ls.parse(text) == pattern
+    assert ls.parse(str(pattern)) == pattern
+
+
+def test_errors_in_presets_show_the_place():
+    with pytest.raises(PatternError, match=r"causal must be true or false(.|\n)*\n            \^"):
+        ls.parse("sink(1) | bigbird(causal=maybe)")
+    with pytest.raises(PatternError, match="did you mean 'longformer'"):
+        ls.parse("longfromer(8)")
+
+
 def test_empty_and_foreign_input():
     with pytest.raises(PatternError, match="the pattern is empty"):
         ls.parse("  ")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.errors import InputError
+from longspan.errors import InputError, PatternError
 from longspan.nn.rotary import count_positions, rotate
 from longspan.ops import attend
 from longspan.pattern import Pattern, parse
@@ -40,7 +40,8 @@ class Attention(nn.Module):
 
     Raises:
         InputError: if the sizes do not fit each other.
-        PatternError: if the pattern does not parse or does not fit the number of heads.
+        PatternError: if the pattern does not parse, does not fit the number of heads, or is causal
+            but changes as the sequence grows.
     """
 
     def __init__(
@@ -60,7 +61,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        for name, value in (("d_model", d_model), ("heads", heads), ("kv_heads", kv_heads)):
+        sizes = {"d_model": d_model, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        for name, value in sizes.items():
+            if name == "head_dim" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if heads % kv_heads:
@@ -72,7 +76,9 @@ class Attention(nn.Module):
                 )
             head_dim = d_model // heads
         self.pattern = parse(pattern) if isinstance(pattern, str) else pattern
-        self.pattern.at_layer(layer).check(heads)
+        if not isinstance(self.pattern, Pattern):
+            raise PatternError(f"pattern must be a pattern or its text, got {pattern!r}")
+        self.pattern.at_layer(layer).require(heads)
         self.d_model, self.heads, self.kv_heads, self.head_dim = d_model, heads, kv_heads, head_dim
         self.layer, self.impl = layer, impl
         place = {"device": device, "dtype": dtype}
@@ -154,6 +160,8 @@ def _places(x: Tensor, positions: Tensor | None, segments: Tensor | None) -> Ten
 def _frequencies(rope: float | Frequencies | None, head_dim: int) -> Frequencies | None:
     if rope is None:
         return None
+    if not isinstance(rope, float | int | Frequencies):
+        raise InputError(f"rope must be a base such as 10000.0 or frequencies, got {rope!r}")
     found = rope if isinstance(rope, Frequencies) else default(head_dim, rope)
     if len(found.inv_freq) != head_dim // 2:
         raise InputError(

@@ -116,8 +116,8 @@ class Pattern:
         A causal pattern that leaves a query without any key keeps the query's own position.
         """
         pattern = self.at_layer(layer)
-        pattern.require(heads)
-        token = np.arange(n)
+        pattern.require(whole("mask", "heads", heads, 1))
+        token = np.arange(whole("mask", "n", n, 0))
         rows = [
             pattern.allows(token[:, None], token[None, :], At(head=h, heads=heads, length=n))
             for h in range(heads)

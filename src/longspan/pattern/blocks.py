@@ -64,7 +64,10 @@ class Blocks(Atom):
     @classmethod
     def of(cls, matrix: Any, size: int, causal: bool = False) -> Blocks:
         """From a matrix [query blocks, key blocks] that is true where a block is computed."""
-        table = np.asarray(matrix)
+        try:
+            table = np.asarray(matrix)
+        except ValueError as error:
+            raise PatternError(f"Blocks.of: expected a matrix; {error}") from None
         if table.ndim != 2:
             raise PatternError(f"Blocks.of: expected a matrix, got shape {list(table.shape)}")
         return cls(tuple(tuple(np.flatnonzero(row).tolist()) for row in table), size, causal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import Pattern, flag, whole
+from longspan.pattern.algebra import Pattern, flag, whole, wholes
 from longspan.pattern.blocks import BandBlocks, EdgeBlocks
 from longspan.pattern.chunk import Chunk
 from longspan.pattern.global_tokens import Global
@@ -34,7 +34,8 @@ def longformer(
     """
     step = dilation if isinstance(dilation, int) else tuple(dilation)
     local = Window(window, causal) if step == 1 else Dilated(window, step, causal)
-    return local | Global(*tokens, causal=causal) if tokens else local
+    listed = wholes("longformer", "tokens", tokens, 0, may_be_empty=True)
+    return local | Global(*listed, causal=causal) if listed else local
 
 
 def bigbird(

@@ -20,10 +20,13 @@ from typing import Any, NoReturn
 
 from longspan.errors import LongspanError, PatternError
 from longspan.pattern.algebra import And, Or, Pattern, Sub
+from longspan.pattern.presets import bigbird, etc, longformer, sparse_transformer, swin
+from longspan.pattern.sda import longmixed
 
 _TOKEN = re.compile(
     r"""\s*(?:(-?\d[\d_]*(?:\.\d+)?)|([A-Za-z_][\w.]*)|"([^"]*)"|(.))""", re.DOTALL
 )
+_PRESETS = (bigbird, etc, longformer, longmixed, sparse_transformer, swin)
 _WORDS = {"true": True, "false": False}
 
 
@@ -43,7 +46,7 @@ def parse(text: str) -> Pattern:
     """Read a pattern from its text form.
 
     Args:
-        text: for example ``"window(4096) | sink(4)"``.
+        text: for example ``"window(4096) | sink(4)"``, or a preset such as ``"bigbird(64)"``.
 
     Returns:
         The pattern.
@@ -82,8 +85,8 @@ class Parser:
         self.at = 0
 
     def known(self) -> Mapping[str, Callable[..., Any]]:
-        """What can be built, by name."""
-        return names()
+        """What can be built, by name; a preset becomes what it is made of."""
+        return {**names(), **{make.__name__: make for make in _PRESETS}}
 
     def whole(self) -> Any:
         """The value of the whole text."""

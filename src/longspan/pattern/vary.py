@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Mask, Pattern, Positions
+from longspan.pattern.algebra import At, Mask, Pattern, Positions, whole
 from longspan.pattern.local import Nothing
 
 
@@ -107,4 +107,5 @@ class PerLayer(_Choice):
         raise PatternError(f"{self} differs between layers; ask at_layer(l) for one of them first")
 
     def at_layer(self, layer: int) -> Pattern:
-        return self.choices[layer % len(self.choices)].at_layer(layer)
+        number = whole(self.name, "layer", layer, 0)
+        return self.choices[number % len(self.choices)].at_layer(number)
