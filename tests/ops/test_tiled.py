@@ -233,7 +233,7 @@ def test_work_stays_near_the_visible_pairs() -> None:
         span=4096,
         area=1 << 19,
         parts=2,
-        block=4,
+        body=512,
     )
     batches = [batch for part in range(2) for batch in schedule.batches(part, grid=False)]
     scores = sum(b.lanes * b.count * b.heads * b.run.rows * b.run.span for b in batches)

@@ -21,8 +21,12 @@ Ints = NDArray[np.int64]
 ALIGN = 16
 # Keys that nobody in the tile sees are computed rather than skipped when they are fewer than this.
 _GAP = 64
-# Fewer keys than this, seen by neighbouring tiles alike, are not worth joining results for.
-_BODY = 512
+# Neighbouring tiles that are looked through for common keys.
+_BLOCK = 4
+# Masks of more numbers than this are not kept: what needs no mask then goes apart from this many
+# keys on.
+_MASKS = 1 << 22
+_UNMASKED = 64
 # Query rows of a job at most, bundled heads counted.
 _TALLEST = 1024
 
@@ -35,13 +39,13 @@ class Limits:
         span: most keys, a multiple of ALIGN.
         area: most scores of a taller job.
         lines: rows that one tile has with all its heads.
-        block: neighbouring tiles to look for common keys in; 1 looks for none.
+        body: keys that neighbouring tiles must have in common to be multiplied together.
     """
 
     span: int
     area: int
     lines: int
-    block: int
+    body: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, limits: Limits) -> Jobs:
     stop_S = np.minimum(-(-stop_S // ALIGN) * ALIGN, keys)
 
     # What neighbouring tiles all see goes first, then what is left of it and right of it.
-    body_S, rest_S = _bodies(tile_S, start_S, stop_S, left_S, right_S, limits.block)
+    body_S, rest_S = _bodies(tile_S, start_S, stop_S, left_S, right_S, limits)
     first_P = np.stack([body_S, start_S, rest_S], axis=1).ravel()
     length_P = np.stack([rest_S, body_S, stop_S], axis=1).ravel() - first_P
 
@@ -146,16 +150,21 @@ def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]
 
 
 def _bodies(
-    tile_S: Ints, start_S: Ints, stop_S: Ints, left_S: Ints, right_S: Ints, block: int
+    tile_S: Ints,
+    start_S: Ints,
+    stop_S: Ints,
+    left_S: Ints,
+    right_S: Ints,
+    limits: Limits,
 ) -> tuple[Ints, Ints]:
-    """Keys that all rows of ``block`` neighbouring tiles see, if that is much of what each sees.
+    """Keys that all rows of neighbouring tiles see, if that is much of what each sees.
 
     Returns:
         First of these keys and one past their last for each segment; the whole segment if none.
     """
     ordinal_S = np.arange(len(tile_S)) - np.searchsorted(tile_S, tile_S)
-    order_S = np.lexsort((tile_S, ordinal_S, tile_S // block))
-    whose_S2 = np.stack([tile_S // block, ordinal_S], axis=1)[order_S]
+    order_S = np.lexsort((tile_S, ordinal_S, tile_S // _BLOCK))
+    whose_S2 = np.stack([tile_S // _BLOCK, ordinal_S], axis=1)[order_S]
     heads = np.flatnonzero(np.r_[True, (whose_S2[1:] != whose_S2[:-1]).any(axis=1)][: len(tile_S)])
     if not len(heads):
         return start_S, stop_S
@@ -163,7 +172,10 @@ def _bodies(
     first = -(-np.maximum.reduceat(left_S[order_S], heads) // ALIGN) * ALIGN
     last = np.minimum.reduceat(right_S[order_S], heads) // ALIGN * ALIGN
     longest = np.maximum.reduceat((stop_S - start_S)[order_S], heads)
-    good = (size == block) & (block > 1) & (last - first >= np.maximum(_BODY, longest / 2))
+    looks_S3 = np.stack([stop_S - start_S, left_S - start_S, right_S - start_S], axis=1)
+    masks = np.unique(looks_S3, axis=0)[:, 0].sum() * limits.lines
+    least = limits.body if masks <= _MASKS else _UNMASKED
+    good = (size == _BLOCK) & (last - first >= np.maximum(least, longest / 2))
     body_S, rest_S = start_S.copy(), stop_S.copy()
     chosen = order_S[np.repeat(good, size)]
     body_S[chosen] = np.repeat(first, size)[np.repeat(good, size)]

@@ -165,7 +165,7 @@ def build_schedule(
     span: int,
     area: int,
     parts: int,
-    block: int,
+    body: int,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -179,7 +179,7 @@ def build_schedule(
         span: most keys of a job.
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
-        block: neighbouring tiles to look for common keys in.
+        body: keys that neighbouring tiles must have in common to be multiplied together.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
@@ -190,7 +190,7 @@ def build_schedule(
     lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
     heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
     span = -(-span // ALIGN) * ALIGN
-    limits = Limits(span=span, area=area, lines=heads * tile, block=block)
+    limits = Limits(span=span, area=area, lines=heads * tile, body=body)
     whole = queries // tile * tile
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]

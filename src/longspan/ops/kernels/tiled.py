@@ -45,9 +45,10 @@ _FORWARD_AREA = 1 << 25
 _BACKWARD_AREA = 1 << 18
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 27
-# Neighbouring tiles that the forward looks through for common keys. The backward multiplies as
-# fast without them.
-_BLOCK = 4
+# Keys in common from which on the forward puts neighbouring tiles on top of each other. The
+# backward multiplies as fast without.
+_BODY = 512
+_NO_BODY = 1 << 40
 
 _plans: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
@@ -78,7 +79,7 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
-        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD_AREA, _BLOCK)
+        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD_AREA, _BODY)
         # Autocast would round the logits.
         with torch.autocast(q_BHND.device.type, enabled=False):
             out_RD, lse_R1 = forward(
@@ -112,7 +113,7 @@ class _Tiled(torch.autograd.Function):
         # Rows that see nothing have weights of 0: whatever meets these must be finite.
         empty_R1 = lse_R1.isneginf()
         threads = torch.get_num_threads()
-        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, threads * _BACKWARD_AREA, 1)
+        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, threads * _BACKWARD_AREA, _NO_BODY)
         with torch.autocast(q_BHND.device.type, enabled=False):
             grads = backward(
                 q_RD,
@@ -140,7 +141,7 @@ def _rows(x_BHND: Tensor) -> Tensor:
 
 
 def _plan(
-    ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int, block: int
+    ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int, body: int
 ) -> tuple[Schedule, Biases]:
     """The schedule for inputs of these shapes and batches of ``area`` scores over all threads."""
     batch, heads, queries, width = q_BHND.shape
@@ -148,7 +149,7 @@ def _plan(
     on_cpu = q_BHND.device.type == "cpu" and can_share_threads()
     threads = torch.get_num_threads() if on_cpu else 1
     plans = _plans.setdefault(ranges, {})
-    name = (batch, heads, key_heads, width, area, block, threads)
+    name = (batch, heads, key_heads, width, area, body, threads)
     if name not in plans:
         lo_GNm, hi_GNm, group_BH = (
             x.cpu().numpy().astype("int64")
@@ -169,7 +170,7 @@ def _plan(
             span=max(256, _JOB // (tile * heads // key_heads)),
             area=area // min(parts, threads),
             parts=parts,
-            block=block,
+            body=body,
         )
         plans[name] = schedule, Biases()
     return plans[name]
