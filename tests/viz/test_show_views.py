@@ -133,6 +133,12 @@ def test_terminal_draws_two_rows_in_a_line():
     assert reach == ["1", "11"]
 
 
+def test_terminal_writes_titles_in_full():
+    text = printed(views(ls.swin(4), 8, layers=2), None)
+    for title in ("layer 0, the head", "layer 1, the head", "all heads", "reach"):
+        assert f"─ {title} ─" in text
+
+
 def test_terminal_marks_what_is_never_reached():
     assert "xx11" in printed(views(ls.Chunk(2), 4, layers=1), None)
     assert "x never" in printed(views(ls.Chunk(2), 4, layers=1), None)

@@ -63,7 +63,10 @@ def legend(found: Views, plain: bool) -> Text:
 
 
 def _panel(body: Text, title: str) -> Panel:
-    return Panel.fit(body, title=title, title_align="left", padding=0, border_style="dim")
+    # Measured by rich, a title wider than the body is cut short.
+    inside = max(len(line) for line in body.plain.split("\n"))
+    width = max(inside, len(title) + 4) + 2
+    return Panel(body, title=title, title_align="left", padding=0, border_style="dim", width=width)
 
 
 def _shares(seen: Cells) -> Colors:
