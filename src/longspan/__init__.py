@@ -65,6 +65,7 @@ _HOME = {
     "nn": "",
     "parse": "longspan.pattern",
     "plan": "longspan.planning",
+    "select": "",
     "sparse_transformer": "longspan.pattern",
     "swin": "longspan.pattern",
 }
@@ -116,6 +117,7 @@ __all__ = [
     "nn",
     "parse",
     "plan",
+    "select",
     "sparse_transformer",
     "swin",
 ]
@@ -137,7 +139,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from longspan import hf, kv, mechanism, nn
+    from longspan import hf, kv, mechanism, nn, select
     from longspan.analysis import coverage
     from longspan.errors import LongspanError
     from longspan.mechanism import DualChunk

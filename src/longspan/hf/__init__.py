@@ -21,6 +21,7 @@ _HOME = {
     "load_mechanism": "convert",
     "load_model": "models",
     "merge_and_save": "lora",
+    "prefill": "sparse_prefill",
     "recompute_layers": "recompute",
     "remove": "switch",
     "rope_parameters": "rope",
@@ -45,6 +46,7 @@ __all__ = [
     "load_mechanism",
     "load_model",
     "merge_and_save",
+    "prefill",
     "recompute_layers",
     "remove",
     "rope_parameters",
@@ -77,4 +79,5 @@ if TYPE_CHECKING:
     from longspan.hf.recompute import recompute_layers
     from longspan.hf.rope import rope_parameters, set_rope, trained_length
     from longspan.hf.routes import Report, inspect
+    from longspan.hf.sparse_prefill import prefill
     from longspan.hf.switch import Applied, apply, extend, remove

@@ -23,7 +23,7 @@ from longspan.hf._cache_asked import Asked, kept_layer
 from longspan.hf.rows import Rows, rows_mask, within
 from longspan.ops import attend
 from longspan.ops.attend import autocast
-from longspan.pattern import Pattern
+from longspan.pattern import Causal, Pattern
 
 PREFIX = "longspan."
 
@@ -33,6 +33,26 @@ _CHANGES_LOGITS = ("softcap", "position_bias", "head_mask", "indices", "block_in
 Attention = Callable[..., tuple[Tensor, None]]
 
 _known: dict[str, tuple[Any, str]] = {}
+
+
+class Estimated(Causal):
+    """Causal attention of which some prompts get an estimate; see ``longspan.hf.prefill``."""
+
+    def takes(self, rows: Rows, query: Tensor, key: Tensor) -> bool:
+        """Whether these rows get one."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        module: nn.Module,
+        rows: Rows,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The estimate: out [B, H, N, D] and lse [B, H, N]."""
+        raise NotImplementedError
 
 
 def register(pattern: Pattern, impl: str) -> str:
@@ -87,6 +107,9 @@ def described(name: str | None) -> str:
 
 
 def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
+    estimated = pattern if isinstance(pattern, Estimated) else None
+    exact = pattern if estimated is None else Causal()
+
     def longspan_attention(
         module: nn.Module,
         query: Tensor,
@@ -105,9 +128,13 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
         layer = getattr(module, "layer_idx", None) or 0
         sink = kwargs.get("s_aux")
 
+        own = rows if kept is None else rows.newest()
+        dense = estimated is None or not estimated.takes(own, query, key)
+
         def new_rows() -> tuple[Tensor, Tensor]:
-            own = rows if kept is None else rows.newest()
-            laid = own.plan(pattern, layer, query.shape[1])
+            if estimated is not None and not dense:
+                return estimated.attend(module, own, query, key, value, scaling)
+            laid = own.plan(exact, layer, query.shape[1])
             return attend(query, key, value, laid, scale=scaling, impl=impl, return_lse=True)
 
         if kept is None:
@@ -115,10 +142,11 @@ def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
         else:
             asked = Asked(
                 rows=rows,
-                pattern=within(pattern.at_layer(layer), rows.own),
+                pattern=within(exact.at_layer(layer), rows.own),
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 position_ids=kwargs.get("position_ids"),
                 with_lse=sink is not None,
+                dense=dense,
             )
             out, lse = kept.attend(query, key, value, asked, new_rows)
         if sink is not None:
