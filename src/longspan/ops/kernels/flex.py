@@ -33,6 +33,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from longspan.errors import Refusal
+from longspan.ops.kernels._flex_hot import copies_of
 from longspan.ops.kernels._flex_tiles import TILE, TileLists, count_tiles, tile_lists
 from longspan.ops.ranges import KeyRanges
 
@@ -154,6 +155,10 @@ def flex(
     Raises:
         Refusal: ``reasons`` has one.
     """
+    if torch.is_grad_enabled() and (k_BKMD.requires_grad or v_BKMD.requires_grad):
+        copies = copies_of(ranges, k_BKMD.shape[1])
+        if copies is not None:
+            ranges, k_BKMD, v_BKMD = copies.ranges, copies.take(k_BKMD), copies.take(v_BKMD)
     tensors = (q_BHND, k_BKMD, v_BKMD)
     signature = (
         *((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors),
