@@ -1,8 +1,10 @@
-"""Presets against independent implementations: transformers' Longformer and BigBird.
+"""Patterns against independent implementations: transformers, LongNet's authors, local-attention.
 
 Differences found, all on the other side. BigBird in evaluation draws no random blocks: it counts
 its first block r more times in every row but those of the first and the last block. Longformer
-computes its softmax in float32 whatever the inputs.
+computes its softmax in float32 whatever the inputs. torchscale stops the gradient of the shares
+that mix LongNet's branches. A window of w of local-attention is a distance, w + 1 keys; without
+``exact_windowsize`` it is the own block and the one before it.
 """
 
 from __future__ import annotations
@@ -115,3 +117,79 @@ def test_bigbird_in_training_with_its_own_draw(monkeypatch):
     ]
     found = ours(layer, hidden, ls.Mixture(ls.bigbird(BLOCK, 0), *maps))
     torch.testing.assert_close(found, theirs, rtol=1e-12, atol=1e-12)
+
+
+def dilated_branches(q, k, v, segments, dilations, *, weights_have_gradient):
+    """LongNet as its authors compute it: a softmax per branch, mixed by the denominators."""
+    heads, n = q.shape[1:3]
+    outs, lses = [], []
+    for w, r in zip(segments, dilations, strict=True):
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -1e8)
+        for h in range(heads):
+            for start in range(0, n, w):
+                rows = torch.arange(start + h % r, min(start + w, n), r)
+                if len(rows) == 0:
+                    continue
+                logits = q[:, h, rows] @ k[:, h, rows].mT / q.shape[-1] ** 0.5
+                future = torch.ones(len(rows), len(rows)).triu(1).bool()
+                logits = logits.masked_fill(future, -torch.inf)
+                out = out.index_put(
+                    (torch.tensor(0), torch.tensor(h), rows),
+                    (logits.softmax(-1) @ v[:, h, rows])[0],
+                )
+                lse = lse.index_put(
+                    (torch.tensor(0), torch.tensor(h), rows), logits.logsumexp(-1)[0]
+                )
+        outs.append(out)
+        lses.append(lse)
+    share = torch.stack(lses).softmax(0)
+    share = share if weights_have_gradient else share.detach()
+    return (share[..., None] * torch.stack(outs)).sum(0)
+
+
+def test_longnet_mixed_by_denominators_and_the_gradient_that_torchscale_stops():
+    segments, dilations = (8, 32), (1, 4)
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 4, 64, 8, generator=make, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
+    toward = torch.randn(q.shape, generator=make, dtype=q.dtype)
+
+    def run(out):
+        return out, torch.autograd.grad((out * toward).sum(), (q, k, v))
+
+    ours, grads = run(ls.attend(q, k, v, ls.LongNet(segments, dilations)))
+    whole = {"weights_have_gradient": True}
+    theirs, wanted = run(dilated_branches(q, k, v, segments, dilations, **whole))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # torchscale computes the shares without gradient: the outputs agree, and those of v, only.
+    whole["weights_have_gradient"] = False
+    theirs, stopped = run(dilated_branches(q, k, v, segments, dilations, **whole))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    off = [float((a - b).norm() / b.norm()) for a, b in zip(stopped, wanted, strict=True)]
+    assert off[0] > 0.05
+    assert off[1] > 0.05
+    assert off[2] < 1e-12
+
+
+def test_local_attention():
+    theirs = pytest.importorskip("local_attention").LocalAttention
+    q, k, v = (torch.randn(1, 2, 24, 8) for _ in range(3))
+    for causal, exact, pattern in [
+        (True, True, ls.Window(5)),
+        (False, True, ls.Window(9, causal=False)),
+        (True, False, ls.BandBlocks(4, back=1, ahead=0) & ls.Causal()),
+        (False, False, ls.BandBlocks(4)),
+    ]:
+        layer = theirs(
+            window_size=4,
+            causal=causal,
+            exact_windowsize=exact,
+            look_backward=1,
+            look_forward=0 if causal else 1,
+            use_rotary_pos_emb=False,
+        )
+        torch.testing.assert_close(ls.attend(q, k, v, pattern), layer(q, k, v), msg=str(pattern))
