@@ -183,6 +183,110 @@ def passkey(
     _table(f"Passkey retrieval, {trials} probes each", columns, rows)
 
 
+@app.command()
+def ruler(
+    model: Model,
+    lengths: Lengths,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks with commas, e.g. niah.single,vt; or all.")
+    ] = "all",
+    samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 10,
+    seed: Annotated[int, typer.Option(help="Chooses what the questions say.")] = 0,
+    prefill: Annotated[
+        str | None, typer.Option(help='Sparse prefill, e.g. "vertical_slash(1000, 6096)".')
+    ] = None,
+    dense_below: Annotated[
+        int | None,
+        typer.Option(help="Tokens below which prefill is dense; default: measured here."),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(help='What the cache keeps, e.g. "sinks(4) + recent(256) + heavy(256)".'),
+    ] = None,
+    pattern: Pattern = None,
+    rope: Rope = None,
+    adapter: Adapter = None,
+    out: Out = None,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """RULER's tasks that need no download, and key-value retrieval, answered by generation."""
+    from contextlib import nullcontext
+
+    from longspan import hf
+    from longspan.cli.progress import Bars
+    from longspan.cli.values import pick_device, whole_numbers
+    from longspan.errors import InputError
+    from longspan.eval.records import Records
+    from longspan.eval.ruler import TASKS, check_tasks
+    from longspan.eval.ruler_run import ruler as measure
+    from longspan.eval.subject import Subject
+    from longspan.kv import cache
+    from longspan.kv import parse as read_policy
+    from longspan.select import parse as read_method
+
+    sizes = whole_numbers(lengths)
+    names = tuple(TASKS) if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    check_tasks(names)
+    method = None if prefill is None else read_method(prefill)
+    policy = None if kv is None else read_policy(kv)
+    if method is not None and pattern is not None:
+        raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
+    subject = Subject(
+        model=model,
+        length=max(sizes),
+        pattern=pattern,
+        rope=rope,
+        adapter=adapter,
+        dtype=dtype,
+        device=pick_device(device),
+    )
+    asked = {
+        **subject.settings(),
+        "seed": seed,
+        "prefill": method and str(method),
+        "dense_below": dense_below,
+        "kv": policy and str(policy),
+    }
+    with subject.open() as (loss, tokenizer), Bars() as bars:
+        sparse = (
+            nullcontext()
+            if method is None
+            else hf.prefill(loss.model, method, dense_below=dense_below)
+        )
+        with sparse:
+            result = measure(
+                loss.model,
+                tokenizer,
+                names,
+                sizes,
+                samples=samples,
+                seed=seed,
+                limit=limit,
+                make_cache=None if policy is None else lambda: cache(loss.model, policy),
+                records=Records(out, asked),
+                progress=bars,
+            )
+    if as_json:
+        typer.echo(json.dumps({**asked, **result}))
+        return
+    rows = [
+        (task, *(_share(found.get(str(n))) for n in sizes))
+        for task, found in result["tasks"].items()
+    ]
+    rows.append(("mean", *(_share(result["mean"].get(str(n))) for n in sizes)))
+    worst = (result["worst"].get(str(n)) for n in sizes)
+    rows.append(("worst", *("-" if one is None else one["task"] for one in worst)))
+    columns = ("task", *(f"{n:,}" for n in sizes))
+    _table(f"RULER, {samples} questions each", columns, rows)
+
+
+def _share(score: float | None) -> str:
+    return "-" if score is None else f"{score:.0%}"
+
+
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table

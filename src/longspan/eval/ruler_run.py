@@ -1,0 +1,167 @@
+"""Answer RULER's questions by generation, with a cache policy or sparse prefill if wanted.
+
+Log-likelihoods of a whole text never read a cache, so nothing that happens to it would show:
+every answer is generated greedily. Results are per task and length, and the worst task is named,
+as means hide what a method breaks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from longspan.errors import DataError, InputError
+from longspan.eval.perplexity import check_limit
+from longspan.eval.progress import Progress, silent
+from longspan.eval.records import Records
+from longspan.eval.ruler import TASKS, Sample, check_tasks, score
+
+_LARGEST = 1 << 22
+
+
+def ruler(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    limit: int | None = None,
+    make_cache: Callable[[], Any] | None = None,
+    records: Records | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure a model on a grid of tasks and context lengths.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        tasks: names of ``longspan.eval.ruler.TASKS``.
+        lengths: context lengths in tokens; prompt and answer never take more.
+        samples: questions per task and length.
+        seed: chooses what they say.
+        limit: at most so many questions in all, for a quick look.
+        make_cache: gives a fresh cache for each question; None: the model's own.
+        records: measurements that are already done; new ones are added.
+        progress: called with (what, questions done, questions in all).
+
+    Returns:
+        ``{"tasks": {task: {length: score}}, "mean": {length: score}, "worst": {length: {"task",
+        "score"}}, "samples"}``; scores are shares of answers found, lengths are text. What
+        ``limit`` left out is absent.
+
+    Raises:
+        InputError: unknown task, no samples, or a limit below 1.
+        DataError: a length that cannot hold a question.
+    """
+    check_tasks(tasks)
+    check_limit(limit)
+    if samples < 1:
+        raise InputError(f"At least one question per task and length is needed, got {samples}.")
+    records = Records(None, {}) if records is None else records
+    cells = [(task, n, i) for n in lengths for task in tasks for i in range(samples)][:limit]
+    for done, (task, length, number) in enumerate(cells, start=1):
+        key = _key(task, length, number)
+        if key not in records:
+            sample = fitting(tokenizer, task, length, f"{seed}/{task}/{length}/{number}")
+            said, read = _answer(model, tokenizer, sample, TASKS[task].tokens, make_cache)
+            records.add(
+                key,
+                {
+                    "score": score(said, sample.answers),
+                    "tokens": read,
+                    "said": said,
+                    "answers": list(sample.answers),
+                },
+            )
+        progress("ruler", done, len(cells), task)
+    return _summary(records, tasks, lengths, samples)
+
+
+def fitting(tokenizer: Any, task: str, length: int, seed: str) -> Sample:
+    """The largest question of a task that leaves room for its answer.
+
+    Args:
+        tokenizer: counts.
+        task: its name.
+        length: most tokens of prompt and answer.
+        seed: chooses what it says; sizes that are tried start anew with it.
+
+    Raises:
+        DataError: the smallest question is too long.
+    """
+    kind = TASKS[task]
+
+    def at(size: int) -> Sample:
+        return kind.make(random.Random(seed), size)
+
+    def fits(size: int) -> bool:
+        found = len(tokenizer(at(size).prompt, verbose=False)["input_ids"])
+        return found + kind.tokens <= length
+
+    if not fits(1):
+        raise DataError(
+            f"A question of {task} and its answer need more than {length} tokens with this "
+            "tokenizer: give longer lengths."
+        )
+    low, high = 1, 2
+    while high < _LARGEST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return at(low)
+
+
+@torch.inference_mode()
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    tokens: int,
+    make_cache: Callable[[], Any] | None,
+) -> tuple[str, int]:
+    """What the model says, and how many tokens it had read."""
+    ids = tokenizer(sample.prompt, return_tensors="pt", verbose=False)["input_ids"]
+    ids = ids.to(next(model.parameters()).device)
+    more = {} if make_cache is None else {"past_key_values": make_cache()}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=padding,
+        **more,
+    )
+    said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return said, ids.shape[1]
+
+
+def _summary(
+    records: Records, tasks: Sequence[str], lengths: Sequence[int], samples: int
+) -> dict[str, Any]:
+    table: dict[str, dict[str, float]] = {task: {} for task in tasks}
+    mean: dict[str, float] = {}
+    worst: dict[str, dict[str, Any]] = {}
+    for length in lengths:
+        for task in tasks:
+            keys = [_key(task, length, number) for number in range(samples)]
+            found = [records[key]["score"] for key in keys if key in records]
+            if found:
+                table[task][str(length)] = sum(found) / len(found)
+        column = str(length)
+        row = {task: scores[column] for task, scores in table.items() if column in scores}
+        if row:
+            mean[str(length)] = sum(row.values()) / len(row)
+            least = min(row, key=lambda task: row[task])
+            worst[str(length)] = {"task": least, "score": row[least]}
+    return {"tasks": table, "mean": mean, "worst": worst, "samples": samples}
+
+
+def _key(task: str, length: int, number: int) -> str:
+    return f"{task}/{length}/{number}"
