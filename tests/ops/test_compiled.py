@@ -112,3 +112,12 @@ def test_autocast_gradients_and_compiled_agree(counted):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(a, c, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("pattern", ["longnet([16, 64], [1, 4])", "ssa(16, 4)"])
+def test_gradients_through_several_passes_and_orders(pattern, counted):
+    leaves = qkv(96)
+    compiled = torch.compile(ls.attend, backend="aot_eager", fullgraph=True)
+    found = grads(compiled(*leaves, pattern), leaves)
+    for a, b in zip(found, grads(ls.attend(*leaves, pattern), leaves), strict=True):
+        torch.testing.assert_close(a, b)

@@ -23,7 +23,7 @@ def test_hot_keys_are_copied_and_nothing_else_changes(pattern):
     one = ls.plan(given, n, heads).passes[0]
     loaded = load(one, q, k)
     _, k, v = (x.requires_grad_() for x in loaded.inputs(q, k, v))
-    copies = copies_of(loaded.ranges, key_heads)
+    copies = copies_of(loaded.ranges, heads, key_heads)
     assert copies is not None
     assert copies.ranges.keys < 2 * loaded.ranges.keys
     row = torch.arange(0, n, 41)
@@ -50,4 +50,4 @@ def test_without_hot_keys_nothing_is_copied():
     for pattern in ("causal()", "window(100)", "scca.flow(256)"):
         q = torch.zeros(1, 4, 8192, 8)
         ranges = load(ls.plan(ls.parse(pattern), 8192, 4).passes[0], q, q).ranges
-        assert copies_of(ranges, 4) is None
+        assert copies_of(ranges, 4, 4) is None

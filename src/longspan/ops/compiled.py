@@ -10,6 +10,7 @@ Axes: B batch, H query heads, K key heads, N rows, D head width.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -87,12 +88,20 @@ def _attend_backward(
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = (positions, segments, key_positions, key_segments)
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        how = {"scale": scale, "impl": impl, "layer": layer}
-        found = _now(q, k, v, pattern, rows, how)
-        dq, dk, dv = torch.autograd.grad(found, (q, k, v), (dout, dlse))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    how = {"scale": scale, "impl": impl, "layer": layer}
+    stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
+
+    def work() -> list[Tensor]:
+        with torch.cuda.stream(stream):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            found = _now(*leaves, pattern, rows, how)
+            return [x.contiguous() for x in torch.autograd.grad(found, leaves, (dout, dlse))]
+
+    # Inside an operator the dispatcher passes autograd by, and what is not recorded would be
+    # missing in the gradients. A new thread starts with everything switched on.
+    with ThreadPoolExecutor(1) as thread:
+        dq, dk, dv = thread.submit(work).result()
+    return dq, dk, dv
 
 
 @_attend_backward.register_fake

@@ -46,22 +46,24 @@ class Copies:
         return torch.cat([x_BKMD, x_BKMD.index_select(2, self.row_E)], dim=2)
 
 
-_copies: WeakKeyDictionary[KeyRanges, dict[int, Copies | None]] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[KeyRanges, dict[tuple[int, int], Copies | None]] = WeakKeyDictionary()
 
 
-def copies_of(ranges: KeyRanges, key_heads: int) -> Copies | None:
+def copies_of(ranges: KeyRanges, heads: int, key_heads: int) -> Copies | None:
     """Copies of the hot keys, or None where no key is hot; kept as long as ``ranges`` lives."""
     kept = _copies.setdefault(ranges, {})
-    if key_heads not in kept:
-        kept[key_heads] = _find(ranges, key_heads)
-    return kept[key_heads]
+    name = (heads, key_heads)
+    if name not in kept:
+        kept[name] = _find(ranges, heads, key_heads)
+    return kept[name]
 
 
-def _find(ranges: KeyRanges, key_heads: int) -> Copies | None:
+def _find(ranges: KeyRanges, heads: int, key_heads: int) -> Copies | None:
     counts = count_tiles(ranges)
     tile, queries, keys = counts.tile, ranges.queries, ranges.keys
     seen_GC = counts.q_GC + counts.full_q_GC
-    work_BKC = seen_GC[ranges.group_BH].unflatten(1, (key_heads, -1)).sum(2).float()
+    group_BH = ranges.group_BH.expand(-1, heads)
+    work_BKC = seen_GC[group_BH].unflatten(1, (key_heads, -1)).sum(2).float()
     used = work_BKC > 0
     if not bool(used.any()):
         return None

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dynamo.mutation_guard import GenerationTracker
 from torch.fx.experimental import _config as symbols
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
@@ -156,7 +157,7 @@ def flex(
         Refusal: ``reasons`` has one.
     """
     if torch.is_grad_enabled() and (k_BKMD.requires_grad or v_BKMD.requires_grad):
-        copies = copies_of(ranges, k_BKMD.shape[1])
+        copies = copies_of(ranges, q_BHND.shape[1], k_BKMD.shape[1])
         if copies is not None:
             ranges, k_BKMD, v_BKMD = copies.ranges, copies.take(k_BKMD), copies.take(v_BKMD)
     tensors = (q_BHND, k_BKMD, v_BKMD)
@@ -185,10 +186,14 @@ def flex(
     # Equal sizes are no equal symbols: else lists of equal width now would tie those of the next
     # pattern.
     duck, symbols.use_duck_shape = symbols.use_duck_shape, False
+    # A model compiled around this call runs its CUDA graphs in steps, and takes each call of
+    # compiled code for the beginning of one: its tensors from before the call would be gone.
+    step = GenerationTracker.generation
     try:
         out_BHND, lse_BHN = attend(*tensors, plan.lo_GmN, plan.hi_GmN, plan.group_BH, *plan.lists)
     finally:
         symbols.use_duck_shape = duck
+        GenerationTracker.generation = step
     if plan.empty_BHN is not None:
         # Empty rows are 0 and -inf already; this keeps a NaN in the incoming gradient from
         # spreading.
