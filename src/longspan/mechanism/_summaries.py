@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longspan.mechanism.layer import Count, positions, rows_at, to_front
-from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
+from longspan.ops import attend
 
 Part = tuple[Tensor, Tensor]
 

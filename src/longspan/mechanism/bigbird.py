@@ -29,8 +29,7 @@ from torch import Tensor
 from longspan.errors import InputError
 from longspan.mechanism.layer import MechanismLayer, check_heads, positions
 from longspan.nn.attention import check
-from longspan.nn.compiled import attend
-from longspan.ops import merge
+from longspan.ops import attend, merge
 from longspan.pattern import Blocks, PerHead, bigbird
 
 # [heads, blocks - 2, r]: random blocks of every block but the first and the last.

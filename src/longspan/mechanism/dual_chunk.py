@@ -32,7 +32,6 @@ from torch import Tensor
 
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism._past import PastLayer
-from longspan.nn import compiled
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
 from longspan.planning.layout import layouts
@@ -183,7 +182,7 @@ class DualChunkAttention(PastLayer):
             heat = (1 + self.config.rate * self.config.growth(place).to(q.dtype).log()) ** 2
             q = q * heat[:, None, :, None]
         parts = [
-            compiled.attend(
+            attend(
                 self._turn(q, target),
                 k,
                 v,

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.mechanism.layer import MechanismLayer, positions, rows_at, to_front
 from longspan.nn.attention import check
-from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
-from longspan.ops import merge
+from longspan.ops import attend, merge
 from longspan.pattern import longformer
 
 

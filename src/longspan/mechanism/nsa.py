@@ -35,8 +35,8 @@ from longspan.errors import InputError
 from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
 from longspan.mechanism._past import PastLayer
 from longspan.mechanism.layer import at_least_one
-from longspan.nn.compiled import attend
 from longspan.nn.rotary import rotate
+from longspan.ops import attend
 from longspan.position import Frequencies, default
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.mechanism.layer import MechanismLayer, at_least_one, positions, to_front
 from longspan.nn.attention import check
-from longspan.nn.compiled import attend
+from longspan.ops import attend
 from longspan.pattern import Causal, Dense
 
 KINDS = ("dense", "random", "factorized", "factorized_dense", "dot_product")

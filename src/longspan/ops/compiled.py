@@ -93,8 +93,8 @@ def _attend_backward(
 
     def work() -> list[Tensor]:
         with torch.cuda.stream(stream):
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            found = _now(*leaves, pattern, rows, how)
+            leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+            found = _now(leaves[0], leaves[1], leaves[2], pattern, rows, how)
             return [x.contiguous() for x in torch.autograd.grad(found, leaves, (dout, dlse))]
 
     # Inside an operator the dispatcher passes autograd by, and what is not recorded would be

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longspan.errors import PatternError, PlanError
-from longspan.pattern.algebra import Pattern
+from longspan.pattern.algebra import END, Pattern
 from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
 from longspan.planning.layout import layouts
@@ -129,8 +129,9 @@ def plan(
             'text becomes a pattern with longspan.parse("window(1024)")'
         )
     for name, value in (("n", n), ("heads", heads), ("keys", keys)):
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise PlanError(f"{name} must be a whole number of at least 1, got {value!r}")
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value < END):
+            raise PlanError(f"{name} must be a whole number from 1 to {END - 1}, got {value!r}")
     keys = n if keys is None else keys
     own = pattern.at_layer(layer)
     own.require(heads)
