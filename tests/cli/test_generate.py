@@ -92,3 +92,17 @@ def test_errors_are_one_paragraph(call, options, message):
     assert message in error
     assert not out
     assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore:Token indices")
+def test_a_prompt_can_be_read_sparsely(call, prompt):
+    options = ("--prompt-file", prompt, "--tokens", 4, "--device", "cpu", "--json")
+    code, out, _ = call(MODEL, *options, "--prefill", "block_topk(0.5)", "--kv", "sinks(4)")
+    assert code == 0
+    assert json.loads(out)["new_tokens"] >= 1
+    code, _, err = call(MODEL, *options, "--prefill", "block_tpk(3)")
+    assert code == 2
+    assert "did you mean 'block_topk'" in err
+    code, _, err = call(MODEL, *options, "--prefill", "block_topk(3)", "--pattern", "window(9)")
+    assert code == 2
+    assert "not both" in err

@@ -30,6 +30,10 @@ def generate(
         str | None,
         typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.'),
     ] = None,
+    prefill: Annotated[
+        str | None,
+        typer.Option(help='Sparse attention for the prompt, e.g. "vertical_slash(1000, 6096)".'),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")
@@ -47,9 +51,14 @@ def generate(
     The text goes to standard output as it comes, the figures to standard error.
     """
     from longspan.cli.values import pick_device
+    from longspan.errors import InputError
     from longspan.kv import cache, parse
+    from longspan.select import parse as read_method
 
     policy = parse(kv)
+    method = None if prefill is None else read_method(prefill)
+    if method is not None and pattern is not None:
+        raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
     text = _prompt(prompt, prompt_file)
 
     import torch
@@ -61,6 +70,8 @@ def generate(
     loaded, tokenizer = hf.load_model(model, dtype=dtype, device=pick_device(device))
     if pattern is not None:
         hf.apply(loaded, pattern)
+    if method is not None:
+        hf.prefill(loaded, method)
     ids = read_prompt(tokenizer, text, chat)
     torch.manual_seed(seed)
     made = run(

@@ -63,11 +63,15 @@ def _attend(
     q, work = prompt.q[:, :, rows], prompt.work
     keys, values = (_take(x, key, q.shape[1]).to(work) for x in (prompt.k, v))
     empty = ~visible.any(-1, keepdim=True)
-    logits = q.to(work) @ keys.mT * prompt.scale
-    # A row of -inf alone would be NaN: it is computed unmasked, then emptied.
-    logits = logits.masked_fill(~visible & ~empty, -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
-    out = ((logits - lse).exp() @ values).masked_fill(empty, 0.0)
+    logits = (q.to(work) * prompt.scale) @ keys.mT
+    # In place, as nothing is as large as this. A row of -inf alone would be NaN: it is computed
+    # unmasked, then emptied.
+    logits.masked_fill_(~(visible | empty), -torch.inf)
+    largest = logits.detach().amax(-1, keepdim=True)
+    weight = logits.sub_(largest).exp_()
+    total = weight.sum(-1, keepdim=True)
+    out = (weight @ values / total).masked_fill(empty, 0.0)
+    lse = total.log() + largest
     return out.to(q.dtype), lse.masked_fill(empty, -torch.inf)[..., 0]
 
 

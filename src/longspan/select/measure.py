@@ -42,11 +42,17 @@ def recall(found: Selected, rows: int = 64) -> Tensor:
     first = stands.int().argmax(1)
     row = first[:, None] + place.round().long()
     at = prompt.at.gather(1, row)
-    index = row[:, None, :, None].expand(-1, prompt.q.shape[1], -1, prompt.q.shape[3])
-    mass = weights(prompt.q.gather(2, index), at, prompt)
-    kept = (mass * found.selection.rows(prompt, row)).sum(-1)
+    group = prompt.q.shape[1] // prompt.k.shape[1]
+    shares = []
+    # A key head at a time: rows M weights for each of its queries' heads.
+    for start in range(0, prompt.q.shape[1], group):
+        part = slice(start, start + group)
+        own = prompt.heads(part)
+        index = row[:, None, :, None].expand(-1, group, -1, own.q.shape[3])
+        mass = weights(own.q.gather(2, index), at, own)
+        shares.append((mass * found.selection.heads(part).rows(own, row)).sum(-1))
     real = (at >= 0)[:, None]
-    return (kept * real).sum(-1) / real.sum(-1).clamp(min=1)
+    return (torch.cat(shares, 1) * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
 def break_even(
@@ -133,25 +139,27 @@ def sample(
     Content is random around a common direction and rotated by position, so that weights fall with
     the distance; the first keys draw attention from everywhere, and so do a few others.
     """
-    make = torch.Generator().manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make)
+        return torch.randn(*shape, generator=make, device=device)
 
-    common = draw(1, kv_heads, 1, width)
-    common = 3.0 * common / common.norm(dim=-1, keepdim=True) * width**0.25
     frequencies = torch.from_numpy(default(width, 10000.0).inv_freq)
-    place = torch.arange(n)[None]
-    k = rotate(common + 0.5 * draw(1, kv_heads, n, width), place, frequencies)
-    q = common.repeat_interleave(heads // kv_heads, 1) + 0.5 * draw(1, heads, n, width)
-    q = rotate(q, place, frequencies)
-    heavy = torch.cat([torch.arange(4), torch.randint(n, (8,), generator=make)])
-    # What queries have in common over all positions lies in the slow half of each pair.
-    direction = q.mean(2).unflatten(1, (kv_heads, -1)).mean(2)
-    direction = 4.0 * direction / direction.norm(dim=-1, keepdim=True) * width**0.25
-    k[:, :, heavy] += direction[:, :, None]
-    v = draw(1, kv_heads, n, width)
-    return tuple(x.to(device=device, dtype=dtype) for x in (q, k, v))  # pyright: ignore
+    place = torch.arange(n, device=device)
+    heavy = torch.cat([place[:4], torch.randint(n, (8,), generator=make, device=device)])
+    parts = []
+    # A key head at a time: in half precision a long sample is smaller than one made in float32.
+    for _ in range(kv_heads):
+        common = draw(1, 1, 1, width)
+        common = 3.0 * common / common.norm() * width**0.25
+        k = rotate(common + 0.5 * draw(1, 1, n, width), place, frequencies)
+        q = rotate(common + 0.5 * draw(1, heads // kv_heads, n, width), place, frequencies)
+        # What queries have in common over all positions.
+        direction = q.mean((0, 1, 2))
+        k[:, :, heavy] += 4.0 * direction / direction.norm() * width**0.25
+        parts.append([x.to(dtype) for x in (q, k, draw(1, 1, n, width))])
+    q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return q, k, v
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ class Selection:
             columns=_distinct(torch.cat(columns, -1)) if columns else None,
         )
 
+    def heads(self, part: slice) -> Selection:
+        """Of some query heads."""
+        columns = None if self.columns is None else self.columns[:, part]
+        return Selection(blocks=self.blocks[:, part], columns=columns)
+
     def shown(self, size: int) -> Tensor:
         """Columns that a block of queries does not see by its blocks: bool [B, H, Q, C]."""
         assert self.columns is not None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from longspan.select.selection import Selection
 _Attend = Callable[..., tuple[Tensor, Tensor]]
 
 _fused: dict[tuple[Any, ...], _Attend] = {}
+_causal: WeakKeyDictionary[Prompt, KeyRanges] = WeakKeyDictionary()
 
 
 def reasons(prompt: Prompt, v: Tensor) -> list[str]:
@@ -41,7 +43,7 @@ def reasons(prompt: Prompt, v: Tensor) -> list[str]:
         return [f"blocks must be of {TILE} tokens, got {prompt.size}"]
     if needs_grad(prompt.q, prompt.k, v):
         return ["computes no gradients"]
-    ranges = causal(prompt)
+    ranges = _causal_of(prompt)
     found = flex.reasons(prompt.q, prompt.k, v, ranges)
     if not found and count_tiles(ranges).tile != TILE:
         found.append(f"the prompt is too long for tiles of {TILE}")
@@ -50,7 +52,7 @@ def reasons(prompt: Prompt, v: Tensor) -> list[str]:
 
 def tiles(prompt: Prompt, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """Attend; as ``gathered`` in what goes in and comes out."""
-    ranges = causal(prompt)
+    ranges = _causal_of(prompt)
     flex.walk(ranges, block_lists(prompt, selection.blocks))
     # What the decorator of the kernel returns has no useful type.
     run: Any = flex.flex
@@ -66,6 +68,13 @@ def causal(prompt: Prompt) -> KeyRanges:
     hi = (at + 1).int()[..., None]
     group = torch.arange(len(at), device=at.device)[:, None].expand(-1, prompt.q.shape[1])
     return KeyRanges(torch.zeros_like(hi), hi, group, prompt.k.shape[2])
+
+
+def _causal_of(prompt: Prompt) -> KeyRanges:
+    """The same ranges whenever they are asked for: what is derived from them is kept with them."""
+    if prompt not in _causal:
+        _causal[prompt] = causal(prompt)
+    return _causal[prompt]
 
 
 def block_lists(prompt: Prompt, blocks: Tensor) -> TileLists:
