@@ -79,7 +79,7 @@ def break_even(
         width: head width.
         dtype: of queries, keys and values.
         device: where.
-        seconds: no further length is tried after so long.
+        seconds: no length is tried that would end later, by four times the last one's time.
         longest: last length that is tried.
 
     Returns:
@@ -104,6 +104,7 @@ def _break_even(
 ) -> int:
     begin, n, won = time.perf_counter(), SHORTEST, 0
     while True:
+        start = time.perf_counter()
         q, k, v = sample(n, heads, kv_heads, width, dtype=dtype, device=device)
 
         def sparse(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
@@ -115,7 +116,9 @@ def _break_even(
             )
 
         won = won + 1 if best_time(sparse, device) < best_time(dense, device) else 0
-        over = time.perf_counter() - begin > seconds or 2 * n > longest
+        # Dense attention takes four times as long at twice the length.
+        now = time.perf_counter()
+        over = now - begin + 4 * (now - start) > seconds or 2 * n > longest
         if won == 2 or (won and over):
             return n // 2 ** (won - 1)
         if over:
