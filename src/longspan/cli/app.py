@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from longspan.cli.bench import bench
+from longspan.cli.compare import compare
 from longspan.cli.demo import demo
 from longspan.cli.doctor import doctor
 from longspan.cli.eval import app as eval_app
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command()(pretrain)
 app.command()(show)
 app.command()(bench)
+app.command()(compare)
 app.command()(report)
 app.command()(doctor)
 
