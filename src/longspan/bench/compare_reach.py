@@ -111,7 +111,8 @@ def leak(layer: MechanismLayer, x: Tensor, cuts: int = 4) -> float:
 
 def pattern_layers(pattern: Pattern, n: int, heads: int, layers: int) -> list[Mask]:
     """Pairs [n, n] that some head of each layer sees."""
-    return [pattern.mask(n, heads, at % period(pattern)).any(axis=0) for at in range(layers)]
+    masks = (pattern.mask(n, heads, at % period(pattern)) for at in range(layers))
+    return [np.logical_or.reduce(mask) for mask in masks]
 
 
 def pattern_state(pattern: Pattern, n: int, heads: int, key_heads: int) -> float:
