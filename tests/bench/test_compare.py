@@ -205,6 +205,7 @@ def test_tables_agree_everywhere(found):
         {"lengths": ()},
         {"lengths": (1,)},
         {"rounds": -1},
+        {"threads": 0},
         {"dtype": "int8"},
         {"device": "tpu"},
     ],

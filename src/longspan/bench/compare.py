@@ -16,6 +16,7 @@ A record per entry; a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ from longspan.train.recipe import demo_model
 Progress = Callable[[str, int, int, str], None]
 # Tokens of the state's two measurements: their ratio is its growth.
 _STATE = (256, 512)
+# Seconds for the rounds of one entry at one length.
+_PATIENCE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +60,21 @@ class Compare:
         text: tokens of held-out text for the error.
         device: of time and memory.
         dtype: of time and memory.
-        rounds: rounds that count; 0 measures neither time nor memory.
+        rounds: rounds that count, fewer for what takes long; 0: neither time nor memory.
+        threads: of the CPU; with more, layers as small as these mostly wait for each other.
         seed: of what mechanisms draw at random.
     """
 
     entries: tuple[Entry, ...]
-    lengths: tuple[int, ...] = (256, 512, 1024)
+    lengths: tuple[int, ...] = (256, 512)
     tokens: int = 256
-    followed: int = 8
+    followed: int = 4
     near: int = 32
     text: int = 512
     device: str = "cpu"
     dtype: str = "float32"
     rounds: int = 3
+    threads: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class Compare:
             )
         if self.rounds < 0:
             raise InputError(f"rounds must be at least 0, got {self.rounds}")
+        if self.threads < 1:
+            raise InputError(f"threads must be at least 1, got {self.threads}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         kind = self.device.split(":")[0]
@@ -102,13 +109,18 @@ def run(
     asked: Compare, records: Records, progress: Progress = lambda *_: None
 ) -> list[dict[str, Any]]:
     """Measure what is asked and not in the records yet; returns all records asked for."""
-    todo = [one for one in asked.entries if one.text not in records]
     total = len(asked.entries)
-    bench = _Bench(asked) if todo else None
-    for done, one in enumerate(asked.entries):
-        progress("compare", done, total, one.text)
-        if bench is not None and one.text not in records:
-            records.add(one.text, bench.measure(one))
+    todo = any(one.text not in records for one in asked.entries)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(asked.threads)
+    try:
+        bench = _Bench(asked) if todo else None
+        for done, one in enumerate(asked.entries):
+            progress("compare", done, total, one.text)
+            if bench is not None and one.text not in records:
+                records.add(one.text, bench.measure(one))
+    finally:
+        torch.set_num_threads(threads)
     progress("compare", total, total, "")
     return [{"entry": one.text, **records[one.text]} for one in asked.entries]
 
@@ -230,11 +242,18 @@ class _Bench:
             for way in WAYS
             for name, layer in (("ours", ours), ("dense", dense))
         }
+        # Memory comes first: it warms up.
+        peak = memory.on_gpu if x.is_cuda else tally.peak_bytes
+        sizes = [peak(steps[name, "forward+backward"]) for name in ("ours", "dense")]
+        begin = time.perf_counter()
+        steps["ours", "forward+backward"]()
+        once = time.perf_counter() - begin
         keys = {" ".join(key): key for key in steps}
         taken = in_turns(
             {name: steps[key] for name, key in keys.items()},
-            rounds=asked.rounds,
+            rounds=min(asked.rounds, max(1, int(_PATIENCE / once))),
             device=asked.device,
+            warm_up=int(x.is_cuda),
         )
         found: dict[str, Any] = {}
         for way in WAYS:
@@ -242,11 +261,10 @@ class _Bench:
             found[way] = {
                 "seconds": own["seconds"],
                 "spread": own["spread"],
+                "rounds": own["rounds"],
                 "dense_seconds": other["seconds"],
                 "of_dense": own["seconds"] / other["seconds"],
             }
-        peak = memory.on_gpu if x.is_cuda else tally.peak_bytes
-        sizes = [peak(steps[name, "forward+backward"]) for name in ("ours", "dense")]
         return {**found, "memory_bytes": sizes[0], "dense_memory_bytes": sizes[1]}
 
     @torch.no_grad()

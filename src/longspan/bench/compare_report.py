@@ -107,7 +107,7 @@ def _speed(settings: Row, n: int, at: int) -> Table:
     return Table(
         f"Time and memory at {n:,} tokens",
         f"One layer, projections included, {settings['dtype']} on {settings['device']}; medians "
-        f"of {settings['rounds']} rounds in turns with dense causal attention of PyTorch. Below 1 "
+        f"of up to {settings['rounds']} rounds in turns with dense causal attention of PyTorch. Below 1 "
         "is faster or smaller than dense. Peak: tensors of forward + backward.",
         tuple(columns),
     )
@@ -206,7 +206,9 @@ def _chart(settings: Row, records: Sequence[Row]) -> str:
 def _head(settings: Row) -> str:
     found = settings["environment"]
     gpu = ", ".join(one["name"] for one in found["cuda"])
-    device = gpu if settings["device"] != "cpu" else f"{found['cpu']}, {found['threads']} threads"
+    device = (
+        gpu if settings["device"] != "cpu" else f"{found['cpu']}, {settings['threads']} thread(s)"
+    )
     return (
         f"longspan {found['packages']['longspan']}, torch {found['packages']['torch']}, {device}. "
         "On the embedded model's own projections and Python's standard library, files that it "

@@ -17,12 +17,13 @@ def compare(
             "mechanisms; default: all of both."
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens, e.g. 512,1024,4096.")] = "256,512,1024",
+    lengths: Annotated[str, typer.Option(help="Tokens, e.g. 512,1024,4096.")] = "256,512",
     device: Annotated[str, typer.Option(help="Of time and memory: cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="Of time and memory; default: float32, on cuda bfloat16.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds that count; 0: no time, no memory.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Of what mechanisms draw at random.")] = 0,
     out: Annotated[
         Path | None,
@@ -49,6 +50,7 @@ def compare(
         device=device,
         dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
         rounds=rounds,
+        threads=threads,
         seed=seed,
     )
     settings = asked.settings()
