@@ -41,8 +41,9 @@ from longspan.train.data import python_sources, tokenize_documents
 from longspan.train.recipe import demo_model
 
 Progress = Callable[[str, int, int, str], None]
-# Tokens of the state's two measurements: their ratio is its growth.
-_STATE = (256, 512)
+# Tokens of the two measurements of the state, in the middle of chunks, which are empty at their
+# borders.
+_STATE = (248, 504)
 # Seconds for the rounds of one entry at one length.
 _PATIENCE = 0.5
 

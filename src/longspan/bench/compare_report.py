@@ -43,7 +43,7 @@ def tables(settings: Row, records: Sequence[Row]) -> tuple[Table, ...]:
         "Formula: time for N tokens, as the documentation states it. Growth: exponent of N, "
         f"fitted to what was counted at {', '.join(f'{n:,}' for n in lengths)} tokens (pairs of "
         "a pattern, matrix products of a mechanism without projections); then the same of dense "
-        f"causal attention's, at {last}. State: what decoding keeps after 512 tokens, in keys and "
+        f"causal attention's, at {last}. State: what decoding keeps after 504 tokens, in keys and "
         "values of so many tokens, and its growth.",
         (
             name,
@@ -107,8 +107,8 @@ def _speed(settings: Row, n: int, at: int) -> Table:
     return Table(
         f"Time and memory at {n:,} tokens",
         f"One layer, projections included, {settings['dtype']} on {settings['device']}; medians "
-        f"of up to {settings['rounds']} rounds in turns with dense causal attention of PyTorch. Below 1 "
-        "is faster or smaller than dense. Peak: tensors of forward + backward.",
+        f"of up to {settings['rounds']} rounds in turns with dense causal attention of PyTorch. "
+        "Below 1 is faster or smaller than dense. Peak: tensors of forward + backward.",
         tuple(columns),
     )
 
@@ -207,7 +207,7 @@ def _head(settings: Row) -> str:
     found = settings["environment"]
     gpu = ", ".join(one["name"] for one in found["cuda"])
     device = (
-        gpu if settings["device"] != "cpu" else f"{found['cpu']}, {settings['threads']} thread(s)"
+        gpu if settings["device"] != "cpu" else f"{found['cpu']}, threads: {settings['threads']}"
     )
     return (
         f"longspan {found['packages']['longspan']}, torch {found['packages']['torch']}, {device}. "
