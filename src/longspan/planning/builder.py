@@ -104,7 +104,10 @@ def _wide(lo: Rows, hi: Rows) -> NDArray[np.int64]:
 
     In a pass of their own they fill tiles; among others each drags a tile of rows along.
     """
-    keys = (hi - lo).sum(axis=3, dtype=np.int64).mean(axis=1).max(axis=0)
+    # Class by class: many heads and a million rows are a gigabyte at once.
+    classes = lo.shape[1]
+    total = sum((hi[:, c] - lo[:, c]).sum(axis=2, dtype=np.int64) for c in range(classes))
+    keys = (np.asarray(total) / classes).max(axis=0)
     row = np.flatnonzero(keys > 4 * np.median(keys) + TILE)
     tiles = len(np.unique(row // TILE)) - -(-len(row) // TILE)
     saved = tiles * TILE * keys[row].mean() if tiles else 0
