@@ -17,25 +17,10 @@ from pathlib import Path
 import torch
 
 import longspan as ls
+from longspan.hf.beside import attention_inputs
 from longspan.train.recipe import demo_model
 
 LENGTH, BLOCK, TOP = 512, 16, 3
-
-
-def attention_inputs(model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What the attention of each layer reads [B, N, d_model], while the model attends densely."""
-    seen: list[torch.Tensor] = []
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-        )
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def main(steps: int = 24) -> None:

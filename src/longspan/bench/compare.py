@@ -158,8 +158,9 @@ class _Bench:
                 **self._error(one, layers),
                 **self._lengths(one, layers[0]),
             }
-        except LongspanError as error:
-            return {"group": one.group, "causal": one.causal, "refused": str(error)}
+        except (LongspanError, torch.OutOfMemoryError) as error:
+            why = str(error).split("\n", 1)[0]
+            return {"group": one.group, "causal": one.causal, "refused": why}
 
     def _layers(self, model: Any, one: Entry) -> list[MechanismLayer]:
         torch.manual_seed(self.asked.seed)
