@@ -22,7 +22,9 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +38,9 @@ from longspan.ops.ranges import KeyRanges
 # Query rows of a tile. Low tiles waste few scores at the edges, high ones multiply faster: 64 is
 # the best of 32 to 256 for windows from 256 keys on. Bundled heads add to the height.
 _TILE = 64
+# Rows of a tall tile, and how much faster the forward multiplies them; for ranges whose ends move
+# together, as in chunks, that is worth more than what is wasted at the edges.
+_TALL, _FASTER = 256, 1.2
 # Most scores of one job: what its rows and keys may cover before its keys are split.
 _JOB = 1 << 18
 # Scores of a forward batch. They never exist at once; this bounds the copy of its output.
@@ -159,7 +164,12 @@ def _plan(
         parts = min(threads, batch * key_heads) if threads > 1 else 1
         if pairs * width < _WORTH_THREADS:
             parts = 1
-        tile = max(1, min(_TILE if heads == key_heads else _TILE // 2, queries))
+        tile = _TILE if heads == key_heads else _TILE // 2
+        if body == _BODY and _scores(lo_GNm, hi_GNm, _TALL) < _FASTER * _scores(
+            lo_GNm, hi_GNm, tile
+        ):
+            tile = _TALL * tile // _TILE
+        tile = max(1, min(tile, queries))
         schedule = build_schedule(
             lo_GNm,
             hi_GNm,
@@ -174,3 +184,16 @@ def _plan(
         )
         plans[name] = schedule, Biases()
     return plans[name]
+
+
+def _scores(lo_GNm: NDArray[np.int64], hi_GNm: NDArray[np.int64], tile: int) -> int:
+    """Scores in tiles of this height, if each covers all that its rows see."""
+    rows = lo_GNm.shape[1] // tile * tile
+    lo_GtX, hi_GtX = (
+        x[:, :rows].reshape(len(x), rows // tile, tile * x.shape[2]) for x in (lo_GNm, hi_GNm)
+    )
+    # Ranges far from each other are tiles of their own: then the low ones waste least.
+    if lo_GNm.shape[2] > 1 or not rows:
+        return tile
+    first = np.where(lo_GtX < hi_GtX, lo_GtX, np.iinfo(np.int64).max).min(axis=2)
+    return int((hi_GtX.max(axis=2) - first).clip(0).sum()) * tile
