@@ -1,5 +1,5 @@
-"""Backward pass of the tiled kernel: weights recomputed from lse, key gradients added slice by
-slice.
+"""Backward pass of the tiled kernel: weights recomputed from lse, gradients of shared keys added
+job by job.
 
     P = exp(S - lse),    dV += P^T dO,    dS = P * (dO V^T - delta),    dQ += scale dS K,    dK
     += scale dS^T Q

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from longspan.ops.kernels._tiled_jobs import ALIGN, Ints, Jobs, Limits, find_jobs
 
-# A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs: key
-# gradients of overlapping spans are added slice by slice.
+# A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs, which on
+# shared keys take turns anyway.
 _OVERLAP = 32
 
 
