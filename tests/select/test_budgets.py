@@ -45,6 +45,12 @@ def test_tokens_and_ratio_count():
     assert Ratio(1.0).count(7) == 7
 
 
+@pytest.mark.parametrize("amount", [Tokens(0), Tokens(9), Ratio(0.3), Ratio(0.07), Ratio(1.0)])
+def test_many_numbers_are_counted_as_one_is(amount):
+    n = torch.arange(0, 400)
+    assert amount.each(n).tolist() == [amount.count(int(x)) for x in n]
+
+
 @given(
     st.lists(st.integers(0, 50), min_size=1, max_size=9),
     st.integers(0, 300),

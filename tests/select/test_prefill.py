@@ -9,7 +9,7 @@ import torch
 from tests.select import oracles
 
 from longspan.errors import InputError, PolicyError, Refusal
-from longspan.select import choose
+from longspan.select import block_topk, choose, fixed, vertical_slash
 from longspan.select.attention import prefill, select
 from longspan.select.budgets import Coverage, Ratio, Tokens
 from longspan.select.estimate import norm, probe
@@ -303,6 +303,15 @@ def test_cover_takes_the_fewest_and_forced_mass_counts():
     assert choose.cover(mass, 0.7, none).tolist() == [[False, True, False, True]]
     forced = torch.tensor([[False, False, True, False]])
     assert choose.cover(mass, 0.55, forced).tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("text", [m for m in METHODS if "coverage" not in m and "flex" not in m])
+def test_numbers_known_here_choose_what_numbers_on_the_device_choose(text, monkeypatch):
+    q, k, v = tensors(53, 100, batch=2)
+    wanted = mask_of(select(q, k, v, text, layer=1, layers=3), 53)
+    for module in (block_topk, fixed, vertical_slash):
+        monkeypatch.setattr(module, "amount", lambda *given: choose.counts(*given[:3]))
+    assert torch.equal(mask_of(select(q, k, v, text, layer=1, layers=3), 53), wanted)
 
 
 def test_texts_come_back():

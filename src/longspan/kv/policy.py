@@ -307,8 +307,7 @@ def read_budget(name: str, value: Any) -> Budget:
 
 def per_row(amount: Any, view: View) -> Tensor:
     """A budget of tokens or a share, counted in the real tokens seen: int64 [B, 1]."""
-    counts = [[amount.count(int(seen))] for seen in view.seen]
-    return torch.tensor(counts, device=view.keys.device)
+    return amount.each(view.seen)[:, None].to(view.keys.device)
 
 
 def recent(view: View, tokens: int | Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longspan.errors import PolicyError
 from longspan.select.budgets import Coverage, adaptive, pyramid
-from longspan.select.choose import best_mask, counts
+from longspan.select.choose import amount, best_mask, counts
 from longspan.select.method import BLOCK, Term, check_whole, read_budget
 from longspan.select.pooled import antidiagonal, bounds, means
 from longspan.select.prompt import Prompt
@@ -33,6 +33,8 @@ from longspan.select.selection import Selection
 
 SCORES = ("means", "bounds", "antidiagonal")
 SPREADS = ("rows", "heads", "layers")
+# The first block, the own one and the one before it.
+FORCED = 3
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,17 @@ class BlockTopK(Term):
         forced = (back >= 0) & ((number == 0) | (back <= 1))
         there = (prompt.own + 1).clamp(max=prompt.blocks)[:, None]
         mass = score.softmax(-1) if self.over == "heads" or self._covers else score
+        known = mass.masked_fill(back < 0, 0.0) if self._covers else mass
+        score = mass.masked_fill(back < 0, -torch.inf).masked_fill_(forced, torch.inf)
         if self.over == "layers":
             count = self._pyramid(prompt, there).expand(score.shape[:-1])
+        elif self.over == "heads":
+            count = _over_heads(score, counts(self.budget, known, there))
         else:
-            count = counts(self.budget, mass.masked_fill(back < 0, 0.0), there)
-        score = mass.masked_fill(back < 0, -torch.inf).masked_fill(forced, torch.inf)
-        if self.over == "heads":
-            count = _over_heads(score, count)
-        count = torch.maximum(count, forced.sum(-1))
-        return Selection(blocks=best_mask(score, count))
+            count = amount(self.budget, known, there)
+        if isinstance(count, int):
+            return Selection(blocks=best_mask(score, max(count, FORCED)))
+        return Selection(blocks=best_mask(score, torch.maximum(count, forced.sum(-1))))
 
     @property
     def _covers(self) -> bool:

@@ -49,6 +49,10 @@ class Tokens:
         """How many of ``n`` stay."""
         return min(self.tokens, n)
 
+    def each(self, n: Tensor) -> Tensor:
+        """``count`` of many numbers at once, on their device: int64."""
+        return n.clamp(max=self.tokens)
+
     def __str__(self) -> str:
         return str(self.tokens)
 
@@ -72,6 +76,11 @@ class Ratio:
         """How many of ``n`` stay: rounded down, but one at least."""
         # A product such as 0.3 * 10 falls short of the whole number that is meant.
         return min(n, max(1, math.floor(self.ratio * n + 1e-9)))
+
+    def each(self, n: Tensor) -> Tensor:
+        """``count`` of many numbers at once, on their device: int64."""
+        share = (self.ratio * n.double() + 1e-9).floor().long()
+        return torch.minimum(share.clamp(min=1), n)
 
     def __str__(self) -> str:
         return str(float(self.ratio))

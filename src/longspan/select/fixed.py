@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from longspan.select.choose import best, counts
+from longspan.select.choose import amount, best
 from longspan.select.estimate import norm
 from longspan.select.method import Term, check_whole, nothing, read_budget
 from longspan.select.prompt import Prompt
@@ -123,6 +123,7 @@ class KeyNorm(Term):
     def select(self, prompt: Prompt) -> Selection:
         # A small norm is a large score; as a mass for coverage it is not meant.
         score = norm(prompt.k).neg().masked_fill(~prompt.real[:, None], -torch.inf)
-        place, taken = best(score, counts(self.budget, score, prompt.length[:, None]))
+        count = amount(self.budget, score, prompt.length[:, None], prompt.tokens)
+        place, taken = best(score, count)
         column = place.masked_fill(~taken, -1)
         return Selection(blocks=nothing(prompt), columns=prompt.per_head(column))

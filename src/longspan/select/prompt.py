@@ -30,6 +30,8 @@ class Prompt:
         first: block of the first query row, int64 [B].
         size: tokens of a block S.
         scale: factor on the logits.
+        span: first position of a query and one past the last, if they are the same in all rows of
+            the batch and nothing is padding; None if only the device knows.
         layer: number of the layer.
         layers: how many layers share a budget.
     """
@@ -41,6 +43,7 @@ class Prompt:
     first: Tensor
     size: int
     scale: float
+    span: tuple[int, int] | None = None
     layer: int = 0
     layers: int = 1
 
@@ -54,6 +57,11 @@ class Prompt:
     def blocks(self) -> int:
         """Blocks of keys T."""
         return self.k.shape[2] // self.size
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of every row of the batch; None if only the device knows."""
+        return None if self.span is None else self.span[1]
 
     @property
     def real(self) -> Tensor:
@@ -131,12 +139,12 @@ def lay(
         spread = pad(q, (0, 0, front, rows - front - n)) if rows > n else q
         first = torch.full((batch,), start // size, device=device)
         begin, end = torch.full_like(first, start), torch.full_like(first, stop)
-        row = None
+        row, span = None, (start, stop)
     else:
         token = place >= 0
         begin = place.masked_fill(~token, torch.iinfo(torch.int64).max).amin(1)
         end = place.amax(1) + 1
-        begin = torch.minimum(begin, end)
+        begin, span = torch.minimum(begin, end), None
         first, front = begin.div(size, rounding_mode="floor"), 0
         blocks = int((-(-end // size) - first).max())
         rows = max(1, blocks) * size
@@ -154,6 +162,7 @@ def lay(
         first=first,
         size=size,
         scale=scale,
+        span=span,
         **layer,
     )
     return Layout(prompt=prompt, row=row, front=front, queries=n)

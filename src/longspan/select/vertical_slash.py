@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longspan.select.choose import best, counts
+from longspan.select.choose import amount, best
 from longspan.select.estimate import probe
 from longspan.select.method import BLOCK, Term, check_whole, read_budget
 from longspan.select.prompt import Prompt
@@ -61,26 +61,30 @@ class VerticalSlash(Term):
 
     def select(self, prompt: Prompt) -> Selection:
         found = probe(prompt, self.probe)
-        column, kept = forced_best(self.columns, found.columns, self.first, prompt.length)
-        offset, used = forced_best(self.offsets, found.offsets, self.last, prompt.length)
+        column, kept = forced_best(self.columns, found.columns, self.first, prompt)
+        offset, used = forced_best(self.offsets, found.offsets, self.last, prompt)
         return Selection(blocks=along(prompt, offset, used), columns=column.masked_fill(~kept, -1))
 
 
-def forced_best(budget: Any, mass: Tensor, forced: int, length: Tensor) -> tuple[Tensor, Tensor]:
+def forced_best(budget: Any, mass: Tensor, forced: int, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """The places of most mass, the first ``forced`` always: [B, H, C], and which of them count.
 
     Args:
         budget: how many, forced ones included; those stay even if they are more.
         mass: [B, H, M].
         forced: places that always stay.
-        length: how many places there are, int64 [B].
+        prompt: whose tokens the places are.
     """
-    place = torch.arange(mass.shape[-1], device=mass.device)
-    there = (place < length[:, None])[:, None]
-    count = counts(budget, mass * there, length[:, None])
-    count = torch.maximum(count, length.clamp(max=forced)[:, None])
-    score = mass.masked_fill(place < forced, torch.inf).masked_fill(~there, -torch.inf)
-    return best(score, count)
+    there, length = prompt.real[:, None], prompt.length[:, None]
+    count = amount(budget, mass * there, length, prompt.tokens)
+    count = (
+        max(count, forced)
+        if isinstance(count, int)
+        else torch.maximum(count, length.clamp(max=forced))
+    )
+    score = mass.clone()
+    score[..., :forced] = torch.inf
+    return best(score.masked_fill_(~there, -torch.inf), count)
 
 
 def along(prompt: Prompt, offset: Tensor, used: Tensor) -> Tensor:
