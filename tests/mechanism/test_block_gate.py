@@ -21,6 +21,12 @@ INF = float("inf")
 SIZE = 6
 
 
+@pytest.fixture(autouse=True)
+def small_calls_are_sorted_too(monkeypatch):
+    """Rows are copied and sorted by block as in long calls, but for those of decoding."""
+    monkeypatch.setattr("longspan.mechanism._blocks._FEW_ROWS", 4)
+
+
 def layer(random=True, **kwargs):
     torch.manual_seed(0)
     one = BlockGate(16, 4, **{"block": SIZE, "top": 3, "kv_heads": 2, "rope": 1e4, **kwargs})

@@ -22,6 +22,12 @@ from longspan.position import default
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def small_calls_are_sorted_too(monkeypatch):
+    """Rows are copied and sorted by block as in long calls, but for those of decoding."""
+    monkeypatch.setattr("longspan.mechanism._blocks._FEW_ROWS", 4)
+
+
 def kept(score, count):
     """Which blocks are among the best of each row."""
     best = score.topk(min(count, score.shape[-1]), -1).indices

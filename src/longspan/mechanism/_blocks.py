@@ -6,17 +6,21 @@ ones, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longspan.mechanism._copies import Copies
 from longspan.mechanism._range_op import over_ranges
+from longspan.ops import merge
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25
+# Fewer rows fit into one tile, and are not worth sorting.
+_FEW_ROWS = 64
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,50 +44,70 @@ def slices(rows: int, per_row: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def best_blocks(score: Tensor, own: Tensor, count: int, forced: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks that each row sees: forced ones, then the best scores of earlier ones.
+def best_blocks(score: Tensor, stop: Tensor, count: int, first: int = 0) -> Tensor:
+    """The blocks of the best scores among blocks ``first`` to ``stop`` of each row.
 
     Args:
         score: [B, K, N, T].
-        own: block of each query [1 or B, N]; -1 sees nothing.
-        count: most blocks per row, forced ones included.
-        forced: blocks that are seen whatever their score [1 or B, N, T].
+        stop: one past the last block of each row [1 or B, N].
+        count: most blocks per row.
+        first: first block.
 
     Returns:
-        Blocks [B, K, N, t], and which of them count.
+        Blocks [B, K, N, t]; T where there are no more.
     """
-    number = torch.arange(score.shape[-1], device=score.device)
-    later = (number > own[..., None])[:, None]
-    score = score.masked_fill(forced[:, None], torch.inf).masked_fill(later, -torch.inf)
-    value, block = score.topk(min(count, score.shape[-1]), dim=-1)
-    return block, ~value.isneginf()
+    blocks = score.shape[-1]
+    number = torch.arange(blocks, device=score.device)
+    barred = (number >= stop[..., None]) | (number < first)
+    value, block = score.masked_fill(barred[:, None], -torch.inf).topk(min(count, blocks), dim=-1)
+    return block.masked_fill(value.isneginf(), blocks)
 
 
 def over_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    near: Sequence[tuple[Tensor, Tensor]],
     block: Tensor,
-    counts: Tensor,
-    place: Tensor,
     size: int,
     scale: float,
     impl: str,
 ) -> Tensor:
-    """Attention of each row to the selected blocks, up to its own position.
+    """Attention of each row to ranges of its own and to whole blocks that it chose.
+
+    Rows of one tile choose different blocks, and a kernel would visit all of them for each. So a
+    row is copied for every block it chose, copies are sorted by block, and each sees one range
+    that its neighbours see too; what the copies give is merged by log-sum-exp.
 
     Args:
         q: queries [B, H, N, D].
         k: keys [B, K, M, D] in the order of positions.
         v: values [B, K, M, Dv].
-        block: selected blocks [B, H or K, N, t].
-        counts: which of them count.
-        place: position of each query [1 or B, N].
+        near: first key and one past the last, for all heads [1 or B, N]; apart from the blocks.
+        block: chosen blocks [B, H or K, N, t], all of whose keys exist; those beyond M / size do
+            not count.
         size: tokens of a block.
         scale: factor on the logits.
         impl: kernel name, or ``auto``.
+
+    Returns:
+        out [B, H, N, Dv]; 0 where a row sees nothing.
     """
-    lo = block * size
-    hi = torch.minimum(lo + size, place[:, None, :, None] + 1).masked_fill(~counts, 0)
-    lo, hi = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (lo, hi))
-    return over_ranges(q, k, v, lo, hi, scale, impl)[0]
+    lo, hi = (torch.stack(ends, dim=-1)[:, None] for ends in zip(*near, strict=True))
+    choices = block.shape[-1]
+    if not choices:
+        return over_ranges(q, k, v, lo, hi, scale, impl)[0]
+    counts = block < -(-k.shape[2] // size)
+    if q.shape[2] < _FEW_ROWS:
+        far = (block * size, (block + 1) * size * counts)
+        lo, hi = (
+            torch.cat([x.expand(*block.shape[:3], -1), y], dim=-1)
+            for x, y in zip((lo, hi), far, strict=True)
+        )
+        return over_ranges(q, k, v, lo, hi, scale, impl)[0]
+    copies, chosen = Copies.sorted(block.flatten(2), choices)
+    begin = chosen * size
+    end = (begin + size).masked_fill(begin >= k.shape[2], 0)
+    out, lse = over_ranges(copies.spread(q), k, v, begin[..., None], end[..., None], scale, impl)
+    own = over_ranges(q, k, v, lo, hi, scale, impl)
+    return merge([own, *copies.collect(out, lse)])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.mechanism._copies import Copies
 from longspan.mechanism._range_op import over_ranges
 
 # Padding sorts behind every token: it carries its row plus this.
@@ -49,28 +50,19 @@ def bucket_window(
     rows, keys = q.shape[2], k.shape[2]
     row_M = torch.arange(keys, device=q.device)
     row_N = row_M[keys - rows :]
-    code_k, order_k = (bucket_k_BKM * keys + row_M).sort(dim=-1)
-    code_q, order_q = (bucket_q_BHN * keys + row_N).sort(dim=-1)
-    bucket_q = bucket_q_BHN.gather(-1, order_q)
-    repeat = q.shape[1] // k.shape[1]
-    code_k = code_k.repeat_interleave(repeat, dim=1)
+    asked, code_q = Copies.sorted(bucket_q_BHN * keys + row_N)
+    kept, code_k = Copies.sorted(bucket_k_BKM * keys + row_M)
+    bucket_q = code_q.div(keys, rounding_mode="floor")
+    code_k = code_k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     first, stop = (
         torch.searchsorted(code_k.contiguous(), code.contiguous())
         for code in (bucket_q * keys, code_q + int(include_self))
     )
     lo = torch.maximum(first, stop - window).masked_fill(bucket_q < 0, 0)
     hi = stop.masked_fill(bucket_q < 0, 0)
-    out, lse = over_ranges(
-        take(q, order_q),
-        take(k, order_k),
-        take(v, order_k),
-        lo[..., None],
-        hi[..., None],
-        scale,
-        impl,
-    )
-    back = order_q.argsort(dim=-1)
-    return take(out, back), lse.gather(-1, back)
+    given = asked.spread(q), kept.spread(k), kept.spread(v)
+    out, lse = over_ranges(*given, lo[..., None], hi[..., None], scale, impl)
+    return asked.collect(out, lse)[0]
 
 
 def take(x_BHND: Tensor, rows_BHL: Tensor) -> Tensor:

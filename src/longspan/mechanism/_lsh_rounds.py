@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longspan.mechanism._buckets import (
-    PADDING,
-    bucket_window,
-    chunks_at,
-    in_chunk_ranges,
-    take,
-)
+from longspan.mechanism._buckets import PADDING, bucket_window, chunks_at, in_chunk_ranges
+from longspan.mechanism._copies import Copies
 from longspan.mechanism._lsh_union import union
 from longspan.mechanism._range_op import over_ranges
 from longspan.ops.merge import merge
@@ -98,13 +93,15 @@ def over_chunks(
     token = order + PADDING * absent.gather(-1, order)
     token_BHTC = token.unflatten(-1, (-1, chunk)).sort(dim=-1).values.flatten(2, 3)
     k, row_BHL = unit(qk), token_BHTC.flatten(2) % PADDING
+    of_round = torch.arange(rounds, device=qk.device).repeat_interleave(rows + extra)
+    copies = Copies(row_BHL * rounds + of_round, rounds)
     look_WBT = _ring(absent[:, 0, 0], chunk, rounds, looks, padded_ring)
     # With padding a ring may have as few as one chunk per round.
     shortest = rounds if masked and not padded_ring else token_BHTC.shape[2]
     if counting == "union":
         found = [union(qk, k, v, token_BHTC, look_WBT, rounds, causal, scale)]
     else:
-        sorted_q, sorted_k, sorted_v = (take(x, row_BHL) for x in (qk, k, v))
+        sorted_q, sorted_k, sorted_v = (copies.spread(x) for x in (qk, k, v))
         found = []
         # In a ring too short, chunks looked at coincide, and ranges of one call must not.
         for group in (look_WBT,) if shortest >= len(looks) else look_WBT[:, None]:
@@ -114,11 +111,7 @@ def over_chunks(
             ]
             lo, hi = (torch.cat(ends, dim=-1).flatten(2, 3) for ends in zip(*pairs, strict=True))
             found.append(over_ranges(sorted_q, sorted_k, sorted_v, lo, hi, scale, impl))
-    back_BHRN, parts = row_BHL.unflatten(2, (rounds, -1)).argsort(dim=-1), []
-    for out, lse in found:
-        out, lse = out.unflatten(2, (rounds, -1)), lse.unflatten(2, (rounds, -1))
-        for r, back in enumerate(back_BHRN.unbind(2)):
-            parts.append((take(out[:, :, r], back), lse[:, :, r].gather(-1, back)))
+    parts = [part for out, lse in found for part in copies.collect(out, lse)]
     return _or_self(*merge(parts), v)[:, :, :rows]
 
 

@@ -21,13 +21,14 @@ from longspan.ops.ranges import KeyRanges
 def over_ranges(
     q: Tensor, k: Tensor, v: Tensor, lo_BHLm: Tensor, hi_BHLm: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Run a kernel on ranges that differ for every batch row and head.
+    """Run a kernel on ranges that may differ for every batch row and head.
 
     Args:
         q: queries [B, H, L, D].
         k: keys [B, K, M, D].
         v: values [B, K, M, Dv].
-        lo_BHLm: first key row of each range; disjoint within a row, in any order.
+        lo_BHLm: first key row of each range; disjoint within a row, in any order. One table may
+            serve all batch rows [1, ...], and neighbouring heads.
         hi_BHLm: one past the last; empty ranges may lie anywhere.
         scale: factor on the logits.
         impl: kernel name, or ``auto``.
@@ -37,11 +38,10 @@ def over_ranges(
         inputs are cast as those of torch's own attention are.
     """
     empty = lo_BHLm >= hi_BHLm
-    order = lo_BHLm.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
-    lo, hi = (
-        x.masked_fill(empty, 0).gather(-1, order).to(torch.int32).contiguous()
-        for x in (lo_BHLm, hi_BHLm)
-    )
+    lo, hi = (x.masked_fill(empty, 0).to(torch.int32).contiguous() for x in (lo_BHLm, hi_BHLm))
+    if lo.shape[-1] > 1:
+        order = lo.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
+        lo, hi = lo.gather(-1, order), hi.gather(-1, order)
     q, k, v = autocast(q, k, v)
     run = _over_ranges if torch.compiler.is_compiling() else _now
     return run(q.contiguous(), k.contiguous(), v.contiguous(), lo, hi, scale, impl)
@@ -50,8 +50,9 @@ def over_ranges(
 def _now(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    batch, heads = q.shape[:2]
-    group = torch.arange(batch * heads, device=q.device).view(batch, heads)
+    batch, tables = lo.shape[:2]
+    group = torch.arange(batch * tables, device=q.device).view(batch, tables)
+    group = group.repeat_interleave(q.shape[1] // tables, dim=1)
     ranges = KeyRanges(lo.flatten(0, 1), hi.flatten(0, 1), group, k.shape[2])
     return choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import Count, positions, rows_at, to_front
 from longspan.nn.rotary import rotate
 from longspan.ops import attend
@@ -150,7 +151,18 @@ class Summaries:
                     (count == size, size),
                     ((count > 0) & (count < size), last[:, None, None]),
                 ]
-        far = []
+        far: list[tuple[Part, float | Tensor]] = []
+        if self.causal and (valid is None or state is None) and keys.shape[2]:
+            # What a row sees is known without a plan: the first i // C summaries, all full.
+            stop = place[..., new].expand(1 if valid is None else len(k), -1) // size
+            stop = stop if own is None else stop.masked_fill(own < 0, 0)
+            ends = stop[:, None, :, None]
+            scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            part = over_ranges(
+                turned, keys, values, torch.zeros_like(ends), ends, scale, self.impl
+            )
+            far.append((part, size))
+            groups = []
         for seen, tokens in groups if keys.shape[2] else []:
             asking = own
             if own is None and seen is not None:

@@ -141,9 +141,10 @@ class BlockGate(PastLayer):
     ) -> Tensor:
         (turned, q), (k, v, plain) = asked, kept
         with torch.no_grad():
-            chosen, counts = self._chosen(*self._scored(q, plain, place), place)
-        scale = self.head_dim**-0.5
-        return over_blocks(turned, k, v, chosen, counts, place, self.block, scale, self.impl)
+            chosen = self._chosen(*self._scored(q, plain, place), place)
+        begin = self._own(place, 1 if len(place) == 1 else len(q)) * self.block
+        near, scale = (begin, place + 1), self.head_dim**-0.5
+        return over_blocks(turned, k, v, [near], chosen, self.block, scale, self.impl)
 
     def distill(self, x: Tensor, mask: Tensor | None = None, *, target: str = "mass") -> Tensor:
         """Loss of the gate: how far its scores are from the attention it stands for.
@@ -196,9 +197,10 @@ class BlockGate(PastLayer):
         place, (turned, q), (k, _, plain) = self._look(x, mask)
         mass = self._mass(turned, k, place, False)
         asking, told = (mass, None) if best else self._scored(q, plain, place)
-        chosen, counts = self._chosen(asking, told, place)
+        own = self._own(place, len(x))[:, None, :, None].expand(*mass.shape[:3], 1)
+        seen = torch.cat([self._chosen(asking, told, place), own], dim=-1)
         real = (place >= 0).expand(len(x), -1).sum()
-        return mass.gather(-1, chosen).masked_fill(~counts, 0.0).sum(dim=(0, 2, 3)) / real
+        return pad(mass, (0, 1)).gather(-1, seen).sum(dim=(0, 2, 3)) / real
 
     def _look(
         self, x: Tensor, mask: Tensor | None
@@ -243,8 +245,8 @@ class BlockGate(PastLayer):
         return asking, told
 
     @without_autocast
-    def _chosen(self, asking: Tensor, told: Tensor | None, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks that each row sees [B, K, N, t], and which of them count.
+    def _chosen(self, asking: Tensor, told: Tensor | None, place: Tensor) -> Tensor:
+        """Best past blocks of each row [B, K, N, t]; T where there are no more.
 
         Args:
             asking: what rows (or blocks) ask with; or scores, without ``told``.
@@ -255,14 +257,11 @@ class BlockGate(PastLayer):
         if self.level == "block" and told is not None:
             asking = rows_at(asking, self._own(place, len(asking)))
         blocks = asking.shape[3] if told is None else told.shape[2]
-        number = torch.arange(blocks, device=place.device)
         found = []
         for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * blocks):
             score = asking[:, :, rows] if told is None else asking[:, :, rows] @ told.mT
-            forced = number == own[:, rows, None]
-            found.append(best_blocks(score, own[:, rows], self.top, forced))
-        block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
-        return block, counts
+            found.append(best_blocks(score, own[:, rows], self.top - 1))
+        return torch.cat(found, dim=2)
 
     @without_autocast
     @torch.no_grad()

@@ -119,24 +119,23 @@ def _attend(
     scale: float | None,
     impl: str,
 ) -> Tensor:
-    chosen, counts = _select(q.detach(), k.detach(), place, size, top)
+    own = place.div(size, rounding_mode="floor")
+    chosen = _select(q.detach(), k.detach(), own, size, top - 1)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return over_blocks(q, k, v, chosen, counts, place, size, factor, impl)
+    near = ((own * size).clamp_min(0), place + 1)
+    return over_blocks(q, k, v, [near], chosen, size, factor, impl)
 
 
 @without_autocast
-def _select(q: Tensor, k: Tensor, place: Tensor, size: int, top: int) -> tuple[Tensor, Tensor]:
+def _select(q: Tensor, k: Tensor, own: Tensor, size: int, count: int) -> Tensor:
+    """Best past blocks of each row [B, H, N, t]."""
     work = torch.promote_types(q.dtype, torch.float32)
     # A block that has not ended is never scored: it may be left short.
     mean = torch.nn.functional.pad(k.to(work), (0, 0, 0, -k.shape[2] % size))
     mean = mean.unflatten(2, (-1, size)).mean(dim=3)
     mean = mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    own = place.div(size, rounding_mode="floor")
-    number = torch.arange(mean.shape[2], device=q.device)
     found = []
     for rows in slices(q.shape[2], q.shape[0] * q.shape[1] * mean.shape[2]):
         score = q[:, :, rows].to(work) @ mean.mT
-        forced = number == own[:, rows, None]
-        found.append(best_blocks(score, own[:, rows], top, forced))
-    block, counts = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
-    return block, counts
+        found.append(best_blocks(score, own[:, rows], count))
+    return torch.cat(found, dim=2)

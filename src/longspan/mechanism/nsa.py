@@ -32,8 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
+from longspan.mechanism._blocks import best_blocks, over_blocks
+from longspan.mechanism._nsa_scores import group_weights, onto_blocks
 from longspan.mechanism._past import PastLayer
+from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import at_least_one
 from longspan.nn.rotary import rotate
 from longspan.ops import attend
@@ -133,21 +135,15 @@ class NSA(PastLayer):
         # Queries of padding see nothing; keys of padding lie behind every query.
         asking = None if valid is None else place.clamp_max(0)
         known = None if valid is None else torch.zeros_like(valid, dtype=torch.int64)
-        compressed, score = self._compressed(q, kc, vc, place, asking)
+        compressed, score = self._compressed(q, kc, vc, place)
         if score is None:
             score = q.new_zeros(len(q), self.kv_heads, q.shape[2], 1)
-        chosen, counts = self._selected(score, place, k.shape[2])
-        selected = over_blocks(
-            turned,
-            k,
-            v,
-            chosen,
-            counts,
-            place,
-            self.select_block,
-            self.head_dim**-0.5,
-            self.impl,
-        )
+        size, own = self.select_block, place.div(self.select_block, rounding_mode="floor")
+        begin = ((own - 1) * size).clamp_min(0)
+        near = [(torch.zeros_like(own), begin.clamp_max(size)), (begin, place + 1)]
+        chosen = self._selected(score, own, k.shape[2])
+        scale = self.head_dim**-0.5
+        selected = over_blocks(turned, k, v, near, chosen, size, scale, self.impl)
         near = attend(
             turned,
             kw,
@@ -162,7 +158,7 @@ class NSA(PastLayer):
         return gate[0] * compressed + gate[1] * selected + gate[2] * near
 
     def _compressed(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Tensor, asking: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, place: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Output of the branch, and how much each compressed block weighs [B, K, N, S]."""
         if k.shape[2] < self.block:
@@ -171,48 +167,18 @@ class NSA(PastLayer):
             k, v = (x.unfold(2, self.block, self.stride).mean(dim=-1) for x in (k, v))
         else:
             k, v = self.phi_key(k, self.stride), self.phi_value(v, self.stride)
-        first = torch.arange(k.shape[2], device=k.device) * self.stride
-        last = first + self.block - 1
-        out, lse = attend(
-            q,
-            k,
-            v,
-            "causal()",
-            positions=place.clamp_min(0),
-            segments=asking if asking is not None else torch.zeros_like(place),
-            key_positions=last,
-            key_segments=torch.zeros_like(last),
-            return_lse=True,
-            impl=self.impl,
-        )
-        with torch.no_grad():
-            score = self._weights(q.detach(), k.detach(), lse.detach(), last <= place[..., None])
-        return out, score
+        # Blocks that have ended; -1 is the place of padding, before any end.
+        ended = (place + 1 - self.block).div(self.stride, rounding_mode="floor")[:, None] + 1
+        ended = ended.clamp(0, k.shape[2])[..., None]
+        scale = self.head_dim**-0.5
+        out, lse = over_ranges(q, k, v, torch.zeros_like(ended), ended, scale, self.impl)
+        return out, group_weights(q, k, lse, ended[:, 0, :, 0], scale)
 
-    @without_autocast
-    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
-        """Overlap-weighted attention of each group to blocks that can be selected, in pieces."""
-        group = self.heads // self.kv_heads
-        k = k.to(lse.dtype).mT[:, :, None]
-        found = []
-        for rows in slices(q.shape[2], q.shape[0] * self.heads * k.shape[-1]):
-            logit = q[:, :, rows].to(lse.dtype).unflatten(1, (-1, group)) @ k
-            total = lse[:, :, rows].unflatten(1, (-1, group))[..., None]
-            weight = (logit * self.head_dim**-0.5 - total.masked_fill(total.isneginf(), 0.0)).exp()
-            found.append(weight.masked_fill(~seen[:, None, None, rows], 0.0).sum(dim=2))
-        return torch.cat(found, dim=2)
-
-    def _selected(self, score: Tensor, place: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        size = self.select_block
-        begin = torch.arange(-(-keys // size), device=place.device) * size
-        first = torch.arange(score.shape[-1], device=place.device)[:, None] * self.stride
-        overlap = (first < begin + size) & (first + self.block > begin)
-        score = score @ overlap.to(score.dtype)
-        own = place.div(size, rounding_mode="floor")
-        number = torch.arange(len(begin), device=place.device)
-        back = own[..., None] - number
-        forced = (number == 0) | (back == 0) | (back == 1)
-        return best_blocks(score, own, self.select, forced)
+    def _selected(self, score: Tensor, own: Tensor, keys: int) -> Tensor:
+        """Best blocks between the first and the previous one [B, K, N, t]."""
+        blocks = -(-keys // self.select_block)
+        score = onto_blocks(score, self.block, self.stride, self.select_block, blocks)
+        return best_blocks(score, own - 1, self.select - 3, first=1)
 
     def _turn(self, x: Tensor, place: Tensor) -> Tensor:
         if self._inv_freq is None:
