@@ -1,17 +1,14 @@
-"""Recall by the definition, and lists of tiles that hold what was selected."""
+"""Recall by the definition, and the length from which a method pays."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tests.select import oracles
-from tests.select.test_prefill import METHODS, H, K, mask_of, tensors
+from tests.select.test_prefill import METHODS, H, mask_of, tensors
 
 from longspan.select import measure
 from longspan.select.attention import select
-from longspan.select.tiles import _columns, block_lists, causal
-
-TILE = 128
 
 
 @pytest.mark.parametrize("text", METHODS)
@@ -32,67 +29,6 @@ def test_recall_skips_padding():
     padded = measure.recall(select(q, *rolled, text, place=place), 37)
     alone = select(q[1:, :, 23:], k[1:, :, 23:], v[1:, :, 23:], text)
     torch.testing.assert_close(padded[1:], measure.recall(alone, 37), atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 700), (100, 100)])
-def test_lists_of_tiles_hold_the_selected_blocks(n, m):
-    q, k, v = tensors(n, m, batch=2)
-    found = select(q, k, v, "block_topk(2) + sinks(4)")
-    prompt, blocks = found.layout.prompt, found.selection.blocks
-    lists = block_lists(prompt, blocks)
-    dense = torch.zeros(2, H, blocks.shape[2], blocks.shape[3], dtype=torch.int64)
-    for count, index in ((lists[0], lists[1]), (lists[2], lists[3])):
-        assert count.dtype == index.dtype == torch.int32
-        for b in range(2):
-            for h in range(H):
-                for a in range(blocks.shape[2]):
-                    for block in index[b, h, a, : count[b, h, a]].tolist():
-                        dense[b, h, a, block] += 1
-    assert torch.equal(dense, blocks.long())
-    # The own block, and nothing else, needs the mask.
-    assert (lists[0][:, :, : blocks.shape[2]] == 1).all()
-    assert (lists[1][:, :, : blocks.shape[2], 0] == prompt.own[:, None]).all()
-    ranges = causal(prompt)
-    assert ranges.mask_GNM()[ranges.group_BH].sum((2, 3)).unique().tolist() == [
-        int(oracles.causal(n, m).sum())
-    ]
-
-
-def test_columns_of_the_second_pass_complete_the_first(monkeypatch):
-    """The mask function of the CUDA pass, evaluated densely, shows what blocks do not."""
-    q, k, v = tensors(300, 300, batch=2)
-    found = select(q, k, v, "block_topk(2) + keynorm(9) + every(50)")
-    prompt, selection = found.layout.prompt, found.selection
-    seen = {}
-
-    def instead(prompt, values, dtype):
-        def attend(q, keys, values, at, column, shown, *lists):
-            key = torch.arange(column.shape[-1])
-            block = torch.arange(at.shape[1]) // TILE
-            here = shown[:, :, block][..., key] & (column[:, :, None] <= at[:, None, :, None])
-            some = lists[0][:, :, block, None] * TILE > key
-            assert not (here & ~some).any()
-            seen["columns"] = (column, here)
-            seen["keys"] = keys
-            return q, at
-
-        return attend
-
-    monkeypatch.setattr("longspan.select.tiles._compiled", instead)
-    _columns(prompt, found.v, selection)
-    column, here = seen["columns"]
-    assert column.shape[-1] == TILE
-    mask = selection.mask(prompt)
-    rows = prompt.at >= 0
-    blocks = type(selection)(blocks=selection.blocks).mask(prompt)
-    more = torch.zeros(*here.shape[:3], mask.shape[-1] + 1, dtype=torch.int64)
-    place = column.long().masked_fill(column < 0, mask.shape[-1])[:, :, None].expand_as(here)
-    more.scatter_add_(-1, place, here.long())
-    assert torch.equal((more[..., :-1] + blocks)[:, :, rows[0]], mask.long()[:, :, rows[0]])
-    heads = k.repeat_interleave(H // K, 1)
-    real = column >= 0
-    own = heads.gather(2, column.long().clamp(min=0)[..., None].expand(-1, -1, -1, k.shape[3]))
-    assert torch.equal(seen["keys"][real], own[real])
 
 
 def test_break_even_is_measured_once_and_between_the_lengths_tried():

@@ -10,6 +10,7 @@ query rows, M key rows, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,17 @@ from torch import Tensor
 from longspan.errors import InputError, Refusal
 from longspan.mechanism._past import places, tokens_first
 from longspan.ops.attend import _check
-from longspan.select import tiles as flex_tiles
-from longspan.select.gathered import gathered
+from longspan.select import cudnn_blocks, ranges, tiles
 from longspan.select.method import Method, Term, method
 from longspan.select.prompt import Layout, lay, whole
 from longspan.select.selection import Selection
 
-IMPLS = ("auto", "tiles", "gathered")
+# What can attend to a selection, best first; the last one always can.
+ROUTES = {
+    "cudnn_blocks": (cudnn_blocks.reasons, cudnn_blocks.cudnn_blocks),
+    "tiles": (tiles.reasons, tiles.tiles),
+    "ranges": (ranges.reasons, ranges.ranges),
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,16 +53,20 @@ class Selected:
         Raises:
             Refusal: if a named kernel cannot do it.
         """
-        prompt = self.layout.prompt
-        if impl not in IMPLS:
-            raise Refusal(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
-        why = flex_tiles.reasons(prompt, self.v) if impl != "gathered" else ["not asked for"]
-        if why and impl == "tiles":
-            raise Refusal(f"tiles cannot take this prompt: {'; '.join(why)}; impl='auto' can")
-        run = gathered if why else flex_tiles.tiles
-        out, lse = run(prompt, self.v, self.selection)
+        if impl not in ("auto", *ROUTES):
+            raise Refusal(f"impl must be one of {', '.join(('auto', *ROUTES))}; got {impl!r}")
+        out, lse = self._route(impl)(self.layout.prompt, self.v, self.selection)
         back = self.layout.take_back
         return back(out, 0.0), back(lse[..., None], -torch.inf)[..., 0]
+
+    def _route(self, impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        why: list[str] = []
+        for name in ROUTES if impl == "auto" else (impl,):
+            reasons, run = ROUTES[name]
+            why = reasons(self.layout.prompt, self.v)
+            if not why:
+                return run
+        raise Refusal(f"{impl} cannot take this prompt: {'; '.join(why)}; impl='auto' can")
 
     def density(self) -> Tensor:
         """Share of the causal pairs that is computed, float64 [B, H]."""
@@ -85,8 +94,8 @@ def prefill(
         mask: True at tokens, False at padding [B, M].
         scale: factor on the logits; default ``D ** -0.5``.
         return_lse: also return the log-sum-exp over the selected keys.
-        impl: ``tiles`` (CUDA, forward only), ``gathered`` (any device, with gradients) or
-            ``auto``. No gradient passes through the selection.
+        impl: ``cudnn_blocks`` (Hopper, forward only), ``tiles`` (CUDA, forward only), ``ranges``
+            (any device, with gradients) or ``auto``. No gradient passes through the selection.
 
     Returns:
         out [B, H, N, Dv] in the dtype of ``q``, 0 at padding; with ``return_lse`` also lse

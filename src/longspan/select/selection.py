@@ -43,12 +43,16 @@ class Selection:
         columns = None if self.columns is None else self.columns[:, part]
         return Selection(blocks=self.blocks[:, part], columns=columns)
 
-    def shown(self, size: int) -> Tensor:
-        """Columns that a block of queries does not see by its blocks: bool [B, H, Q, C]."""
+    def shown(self, prompt: Prompt) -> Tensor:
+        """Columns that add keys to those of a block of queries: bool [B, H, Q, C].
+
+        They lie in no block that it sees, so before its own: all of its rows see the same.
+        """
         assert self.columns is not None
-        block = self.columns.clamp(min=0).div(size, rounding_mode="floor")
-        index = block[:, :, None].expand(-1, -1, self.blocks.shape[2], -1)
-        return ~self.blocks.gather(-1, index) & (self.columns >= 0)[:, :, None]
+        block = self.columns.clamp(min=0).div(prompt.size, rounding_mode="floor")[:, :, None]
+        held = self.blocks.gather(-1, block.expand(-1, -1, self.blocks.shape[2], -1))
+        before = (self.columns >= 0)[:, :, None] & (block < prompt.own[:, None, :, None])
+        return before & ~held
 
     def pairs(self, prompt: Prompt) -> Tensor:
         """Query-key pairs of each head that are computed, int64 [B, H]."""
@@ -59,9 +63,7 @@ class Selection:
         own = (prompt.at + 1).unflatten(1, (-1, prompt.size)) - begin
         total = (earlier * rows[:, None]).sum(-1) + (own * stands).sum((1, 2))[:, None]
         if self.columns is not None:
-            before = self.columns.div(prompt.size, rounding_mode="floor")[:, :, None]
-            seen = self.shown(prompt.size) & (before < prompt.own[:, None, :, None])
-            total = total + (seen.sum(-1) * rows[:, None]).sum(-1)
+            total = total + (self.shown(prompt).sum(-1) * rows[:, None]).sum(-1)
         return total
 
     def density(self, prompt: Prompt) -> Tensor:
