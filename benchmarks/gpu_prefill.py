@@ -1,13 +1,20 @@
 """Sparse prefill on one GPU: right first, then end-to-end attention time against dense SDPA.
 
-    PYTHONPATH=src python benchmarks/gpu_prefill.py --out FOLDER [--seconds 220] [--lengths 32768]
+    PYTHONPATH=src python benchmarks/gpu_prefill.py --out FOLDER [--seconds 400] [--lengths 32768]
 
-1. Each kind of method at 1,500 to 4,096 tokens, bfloat16 on CUDA, against attention over the same
-   selection in float32: outputs and log-sum-exps of the ``tiles`` kernel, odd lengths, two rows
-   with padding, chunks. A method of a kind whose result is off is not timed.
-2. Batch 1, 32 heads over 8 key heads, width 128, bfloat16, at 32,768, 131,072 and 524,288 tokens:
-   cuDNN's dense causal SDPA, and each method, estimation, lists and attention together, with
-   estimation also apart; measured density and recall of attention mass.
+1. Each kind of method at 1,500 to 4,096 tokens, bfloat16 on CUDA, by every route (``--impls``)
+   against dense attention under the executed mask in float32: outputs and log-sum-exps, odd
+   lengths, two rows with padding, chunks. A method of a kind whose result is off by a route is not
+   timed by it.
+2. Batch 1, 32 heads over 8 key heads, width 128, bfloat16, at 16,384 to 524,288 tokens: cuDNN's
+   dense causal SDPA, and each method, estimation, lists and attention together; then each stage
+   for itself, with a wait before and after it. Measured density and recall of attention mass.
+
+Stages are those of the route:
+
+    cudnn_blocks   estimate, lists, blocks, own (block), columns, merge
+    tiles          estimate, lists, kernel (and columns)
+    ranges         estimate, ranges, plan (of the kernel that is chosen), kernel, columns, merge
 
 Queries and keys are made up (``longspan.select.sample``): rotated, most weight nearby and on a few
 keys. Recall is of that data, not of a model. Every finished record is a line of
@@ -24,6 +31,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +41,18 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longspan.eval.environment import environment
-from longspan.select import parse, recall, sample, select
+from longspan.ops import merge
+from longspan.select import Selected, parse, recall, sample, select
+from longspan.select import cudnn_blocks as whole_blocks
+from longspan.select import ranges as as_ranges
+from longspan.select import tiles as as_tiles
+from longspan.select.columns import columns
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
-LENGTHS = (32768, 131072, 524288)
+LENGTHS = (16384, 32768, 65536, 131072, 524288)
+IMPLS = ("cudnn_blocks", "ranges")
+# Ranges of every row take two numbers for each run of blocks.
+LONGEST_RANGES = 65536
 METHODS = (
     "vertical_slash(1000, 6096)",
     "vertical_slash(512, 2048)",
@@ -84,9 +100,21 @@ def failed(error: Exception) -> dict[str, str]:
     }
 
 
-def check(method: str, device: str, log: Log) -> bool:
-    """Compare the fast kernel with float32 over the same selection."""
-    fast = "tiles" if device == "cuda" else "gathered"
+def definition(found: Selected) -> tuple[Tensor, Tensor]:
+    """Dense float32 attention under the executed mask."""
+    prompt = found.layout.prompt
+    mask = found.selection.mask(prompt)
+    k, v = (prompt.per_head(x.float()) for x in (prompt.k, found.v))
+    logits = prompt.q.float() @ k.mT * prompt.scale
+    logits = logits.masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    weight = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    back = found.layout.take_back
+    return back(weight @ v, 0.0), back(lse[..., None], -torch.inf)[..., 0]
+
+
+def check(method: str, impl: str, device: str, log: Log) -> bool:
+    """Compare a route with the definition over the same selection."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     cases = {
         "whole blocks": (4096, 4096, False),
@@ -96,7 +124,7 @@ def check(method: str, device: str, log: Log) -> bool:
     }
     good = True
     for name, (n, m, padded) in cases.items():
-        about = {"kind": "check", "method": method, "case": name}
+        about = {"kind": "check", "method": method, "impl": impl, "case": name}
         try:
             parts = [
                 sample(m, 8, 2, WIDTH, dtype=dtype, device=device, seed=row)
@@ -110,13 +138,9 @@ def check(method: str, device: str, log: Log) -> bool:
                 place = torch.arange(n, device=device) - gap[:, None]
                 place = place.clamp(min=-1)
             found = select(q, k, v, method, place=place)
-            out, lse = found.attend(fast)
-            wide = [x.float() for x in (q, k, v)]
-            wanted = select(*wide, method, place=place)
-            # The same selection: estimates in half precision may choose other blocks.
-            exact = type(wanted)(layout=wanted.layout, v=wanted.v, selection=found.selection)
-            right, total = exact.attend("gathered")
-            apart = float((out - right).norm() / right.norm())
+            out, lse = found.attend(impl)
+            right, total = definition(found)
+            apart = float((out.float() - right).norm() / right.norm())
             seen = torch.isfinite(total)
             lse_apart = float((lse - total)[seen].abs().max())
             same_rows = bool((torch.isfinite(lse) == seen).all())
@@ -158,8 +182,38 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def timed(n: int, methods: list[str], device: str, log: Log, stop: float) -> None:
-    """Dense attention once, then every method."""
+def stages(found: Selected, impl: str) -> dict[str, Callable[[], Any]]:
+    """What a route does after the selection, each step over what those before it gave."""
+    prompt, v, selection = found.layout.prompt, found.v, found.selection
+    steps: dict[str, Callable[[], Any]] = {}
+    if impl == "cudnn_blocks":
+        lists = whole_blocks.earlier_lists(prompt, selection.blocks)
+        own = as_ranges.own_block(prompt)
+        parts = [whole_blocks.earlier(prompt, v, lists), as_ranges.over(prompt, v, own)]
+        steps["lists"] = lambda: whole_blocks.earlier_lists(prompt, selection.blocks)
+        steps["blocks"] = lambda: whole_blocks.earlier(prompt, v, lists)
+        steps["own"] = lambda: as_ranges.over(prompt, v, own)
+    elif impl == "tiles":
+        steps["lists"] = lambda: as_tiles.block_lists(prompt, selection.blocks)
+        steps["kernel"] = lambda: as_tiles.tiles(prompt, v, selection)
+        return steps
+    else:
+        seen = as_ranges.runs(prompt, selection.blocks)
+        parts = [as_ranges.over(prompt, v, seen)]
+        steps["ranges"] = lambda: as_ranges.runs(prompt, selection.blocks)
+        # A copy has no plan yet.
+        steps["plan and kernel"] = lambda: as_ranges.over(prompt, v, replace(seen))
+        steps["kernel"] = lambda: as_ranges.over(prompt, v, seen)
+    if selection.columns is not None:
+        parts.append(columns(prompt, v, selection))
+        steps["columns"] = lambda: columns(prompt, v, selection)
+    if len(parts) > 1:
+        steps["merge"] = lambda: merge(parts)
+    return steps
+
+
+def timed(n: int, methods: dict[str, list[str]], device: str, log: Log, stop: float) -> None:
+    """Dense attention once, then every method by every route that was right."""
     heads, key_heads = (HEADS, KEY_HEADS) if device == "cuda" else (4, 2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = sample(n, heads, key_heads, WIDTH, dtype=dtype, device=device)
@@ -168,35 +222,51 @@ def timed(n: int, methods: list[str], device: str, log: Log, stop: float) -> Non
     pairs = heads * n * (n + 1) / 2
     rate = 4 * WIDTH * pairs / whole / 1e12
     log.add(kind="dense", n=n, seconds=whole, runs=len(times), tflops=rate)
-    for method in methods:
-        about = {"kind": "method", "n": n, "method": method}
-        if time.perf_counter() > stop:
-            log.add(**about, error="not measured: out of time")
-            continue
-        try:
+    for method, impls in methods.items():
+        measured: dict[str, Any] = {}
+        for impl in impls:
+            about = {"kind": "method", "n": n, "method": method, "impl": impl}
+            if impl == "ranges" and n > LONGEST_RANGES:
+                continue
+            if time.perf_counter() > stop:
+                log.add(**about, error="not measured: out of time")
+                continue
+            try:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                own = seconds(
+                    lambda m=method, i=impl: select(q, k, v, m).attend(i), device, most=8.0
+                )
+                peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+                found = select(q, k, v, method)
+                steps = {"estimate": lambda m=method: select(q, k, v, m), **stages(found, impl)}
+                alone = {
+                    name: 1e3 * statistics.median(seconds(run, device, most=1.0, rounds=3))
+                    for name, run in steps.items()
+                }
+                if not measured:
+                    held = recall(found)
+                    measured = {
+                        "density": float(found.density().mean()),
+                        "recall": float(held.mean()),
+                        "worst_recall": float(held.min()),
+                    }
+                took = statistics.median(own)
+                log.add(
+                    **about,
+                    seconds=took,
+                    stages_ms=alone,
+                    runs=len(own),
+                    speedup=whole / took,
+                    **measured,
+                    peak_gib=peak,
+                )
+                del found, steps
+            except Exception as error:
+                log.add(**about, **failed(error))
+            gc.collect()
             if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            own = seconds(lambda m=method: select(q, k, v, m).attend(), device, most=8.0)
-            found = select(q, k, v, method)
-            pick = seconds(lambda m=method: select(q, k, v, m), device, most=2.0, rounds=3)
-            took, held = statistics.median(own), recall(found)
-            log.add(
-                **about,
-                seconds=took,
-                selecting=statistics.median(pick),
-                runs=len(own),
-                speedup=whole / took,
-                density=float(found.density().mean()),
-                recall=float(held.mean()),
-                worst_recall=float(held.min()),
-                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
-            )
-            del found
-        except Exception as error:
-            log.add(**about, **failed(error))
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
 
 
 def report(log: Log) -> str:
@@ -212,24 +282,28 @@ def report(log: Log) -> str:
         "",
         "    PYTHONPATH=src python benchmarks/gpu_prefill.py --out FOLDER",
         "",
-        "| tokens | method | ms | of that selecting | speed-up | density | recall |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | method | route | ms | speed-up | density | recall | stages, ms each alone |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in log.rows:
         if row["kind"] == "dense":
             lines.append(
-                f"| {row['n']:,} | dense SDPA | {1e3 * row['seconds']:.1f} |  | 1.0 | 1 | 1 |"
+                f"| {row['n']:,} | dense SDPA |  | {1e3 * row['seconds']:.1f} | 1.0 | 1 | 1 |  |"
             )
         elif row["kind"] == "method" and "error" in row:
-            lines.append(f"| {row['n']:,} | `{row['method']}` | {row['error'][:60]} | | | | |")
-        elif row["kind"] == "method":
             lines.append(
-                f"| {row['n']:,} | `{row['method']}` | {1e3 * row['seconds']:.1f} | "
-                f"{1e3 * row['selecting']:.1f} | {row['speedup']:.2f} | {row['density']:.3f} | "
-                f"{row['recall']:.3f} |"
+                f"| {row['n']:,} | `{row['method']}` | {row['impl']} | {row['error'][:60]} "
+                "| | | | |"
+            )
+        elif row["kind"] == "method":
+            alone = ", ".join(f"{name} {took:.1f}" for name, took in row["stages_ms"].items())
+            lines.append(
+                f"| {row['n']:,} | `{row['method']}` | {row['impl']} | "
+                f"{1e3 * row['seconds']:.1f} | {row['speedup']:.2f} | {row['density']:.3f} | "
+                f"{row['recall']:.3f} | {alone} |"
             )
     checks = [row for row in log.rows if row["kind"] == "check"]
-    wrong = [f"{row['method']}, {row['case']}" for row in checks if not row["good"]]
+    wrong = [f"{r['method']}, {r['impl']}, {r['case']}" for r in checks if not r["good"]]
     lines += ["", f"{len(checks) - len(wrong)} of {len(checks)} checks passed."]
     lines += [f"- failed: {name}" for name in wrong]
     return "\n".join(lines) + "\n"
@@ -238,25 +312,31 @@ def report(log: Log) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=220.0)
+    parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--lengths", type=int, nargs="*")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--impls", nargs="*", choices=("cudnn_blocks", "tiles", "ranges"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device; --device cpu rehearses.")
     stop = time.perf_counter() + args.seconds
     lengths = args.lengths or (LENGTHS if args.device == "cuda" else (2048,))
+    impls = args.impls or (IMPLS if args.device == "cuda" else ("ranges",))
     log = Log(args.out / "prefill.jsonl")
     log.add(kind="environment", **environment())
     with torch.no_grad():
         right = {
-            term.name
+            (term.name, impl)
+            for impl in impls
             for method in CHECKED
-            if check(method, args.device, log)
+            if check(method, impl, args.device, log)
             for term in parse(method).terms
         }
-        good = [m for m in args.methods if all(t.name in right for t in parse(m).terms)]
+        good = {
+            method: [i for i in impls if all((t.name, i) in right for t in parse(method).terms)]
+            for method in args.methods
+        }
         for n in lengths:
             try:
                 timed(n, good, args.device, log, stop)
