@@ -81,7 +81,9 @@ def hash_buckets(
     bucket, base = torch.zeros_like(turned[..., 0], dtype=torch.int64), 1
     halves = [f // 2 for f in factors or (2 * turned.shape[-1],)]
     for half, part in zip(halves, turned.split(halves, dim=-1), strict=True):
-        bucket = bucket + base * torch.cat([part, -part], dim=-1).argmax(dim=-1)
+        top, at = part.max(dim=-1)
+        low, below = part.min(dim=-1)
+        bucket = bucket + base * torch.where(top >= -low, at, half + below)
         base *= 2 * half
     return bucket
 

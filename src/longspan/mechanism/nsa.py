@@ -19,8 +19,7 @@ keys loses high frequencies); selection and window rotate them. phi is the mean,
 small MLP over a block with position codes, which starts at 0. Selected blocks go to any kernel as
 key ranges, with grouped heads of any size. Padding: blocks count tokens.
 
-Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, S compressed
-blocks, T blocks that can be selected.
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import best_blocks, over_blocks
-from longspan.mechanism._nsa_scores import group_weights, onto_blocks
+from longspan.mechanism._nsa_branches import compression, selection
 from longspan.mechanism._past import PastLayer
-from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import at_least_one
 from longspan.nn.rotary import rotate
 from longspan.ops import attend
@@ -135,15 +132,14 @@ class NSA(PastLayer):
         # Queries of padding see nothing; keys of padding lie behind every query.
         asking = None if valid is None else place.clamp_max(0)
         known = None if valid is None else torch.zeros_like(valid, dtype=torch.int64)
-        compressed, score = self._compressed(q, kc, vc, place)
-        if score is None:
-            score = q.new_zeros(len(q), self.kv_heads, q.shape[2], 1)
-        size, own = self.select_block, place.div(self.select_block, rounding_mode="floor")
-        begin = ((own - 1) * size).clamp_min(0)
-        near = [(torch.zeros_like(own), begin.clamp_max(size)), (begin, place + 1)]
-        chosen = self._selected(score, own, k.shape[2])
-        scale = self.head_dim**-0.5
-        selected = over_blocks(turned, k, v, near, chosen, size, scale, self.impl)
+        phi = None
+        if self.phi_key is not None and self.phi_value is not None:
+            phi = self.phi_key, self.phi_value
+        sizes = self.block, self.stride
+        compressed, weight = compression(q, kc, vc, place, *sizes, self.impl, phi)
+        selected = selection(
+            turned, k, v, weight, place, *sizes, self.select_block, self.select, self.impl
+        )
         near = attend(
             turned,
             kw,
@@ -156,29 +152,6 @@ class NSA(PastLayer):
             impl=self.impl,
         )
         return gate[0] * compressed + gate[1] * selected + gate[2] * near
-
-    def _compressed(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output of the branch, and how much each compressed block weighs [B, K, N, S]."""
-        if k.shape[2] < self.block:
-            return torch.zeros_like(q), None
-        if self.phi_key is None or self.phi_value is None:
-            k, v = (x.unfold(2, self.block, self.stride).mean(dim=-1) for x in (k, v))
-        else:
-            k, v = self.phi_key(k, self.stride), self.phi_value(v, self.stride)
-        # Blocks that have ended; -1 is the place of padding, before any end.
-        ended = (place + 1 - self.block).div(self.stride, rounding_mode="floor")[:, None] + 1
-        ended = ended.clamp(0, k.shape[2])[..., None]
-        scale = self.head_dim**-0.5
-        out, lse = over_ranges(q, k, v, torch.zeros_like(ended), ended, scale, self.impl)
-        return out, group_weights(q, k, lse, ended[:, 0, :, 0], scale)
-
-    def _selected(self, score: Tensor, own: Tensor, keys: int) -> Tensor:
-        """Best blocks between the first and the previous one [B, K, N, t]."""
-        blocks = -(-keys // self.select_block)
-        score = onto_blocks(score, self.block, self.stride, self.select_block, blocks)
-        return best_blocks(score, own - 1, self.select - 3, first=1)
 
     def _turn(self, x: Tensor, place: Tensor) -> Tensor:
         if self._inv_freq is None:
