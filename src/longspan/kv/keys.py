@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from longspan.kv.policy import Scorer
 from longspan.kv.view import View
+from longspan.select.estimate import norm
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class KeyNorm(Scorer):
     name: ClassVar[str] = "keynorm"
 
     def score(self, view: View) -> Tensor:
-        return -_wide(view.keys).norm(dim=-1)
+        return -norm(view.keys)
 
 
 def _wide(x: Tensor) -> Tensor:

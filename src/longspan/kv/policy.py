@@ -25,8 +25,7 @@ Axes: B batch, G key heads, C places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -34,17 +33,17 @@ from torch import Tensor
 
 from longspan.errors import PolicyError
 from longspan.kv.view import View
-from longspan.select.budgets import Budget, Coverage, Tokens, budget
+from longspan.select.budgets import Coverage, Tokens
+from longspan.select.sums import Language, Summand, check_whole, read_budget
 
 SINKS, RECENT = 4, 32
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Summand):
     """One term of a policy.
 
     Attributes:
-        name: in text.
         observes: how many of the last queries it needs to see.
         needs_sums: whether it needs the attention that each key received.
         needs_moments: whether it needs mean and covariance of the queries.
@@ -52,30 +51,17 @@ class Part:
         skips: first tokens whose queries are left out of the moments.
     """
 
-    name: ClassVar[str]
     observes: ClassVar[int] = 0
     needs_sums: ClassVar[bool] = False
     needs_moments: ClassVar[bool] = False
     once: ClassVar[bool] = False
     skips: ClassVar[int] = 0
 
-    def __add__(self, other: Any) -> Policy:
-        return policy(self) + other
-
-    def __or__(self, other: Any) -> Policy:
-        return policy(self) + other
+    def alone(self) -> Policy:
+        return Policy((self,))
 
     def check(self, layers: int, heads: int) -> None:
         """Raise ``PolicyError`` if the part does not fit a model's layers and key heads."""
-
-    def __str__(self) -> str:
-        arguments = []
-        for place, field in enumerate(fields(self)):
-            value = getattr(self, field.name)
-            if value != field.default:
-                named = "" if place == len(arguments) else f"{field.name}="
-                arguments.append(f"{named}{_written(value)}")
-        return f"{self.name}({', '.join(arguments)})"
 
 
 @dataclass(frozen=True)
@@ -246,23 +232,23 @@ class Policy:
         return f"each_step({text})" if self.interval == 1 else f"every({self.interval}, {text})"
 
 
+POLICIES = Language(
+    noun="cache policy",
+    example="sinks(4) + recent(256) + heavy(256)",
+    part=Part,
+    whole=Policy,
+    home="longspan.kv.text",
+    budgeted="heavy",
+)
+
+
 def policy(value: Any) -> Policy:
     """A policy from a part, a policy or text.
 
     Raises:
         PolicyError: for anything else, or text that does not parse.
     """
-    if isinstance(value, Policy):
-        return value
-    if isinstance(value, Part):
-        return Policy((value,))
-    if isinstance(value, str):
-        from longspan.kv.text import parse
-
-        return parse(value)
-    raise PolicyError(
-        f"expected a cache policy or its text, such as 'sinks(4) + recent(256)', got {value!r}"
-    )
+    return POLICIES.read(value)
 
 
 def everything() -> Policy:
@@ -285,8 +271,7 @@ def every(tokens: int, what: Any) -> Policy:
 
     The cache outgrows its budget by that much in between, and scoring costs that much less.
     """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise PolicyError(f"every: expected a whole number of tokens from 1, got {tokens!r}")
+    check_whole("every", 1, tokens=tokens)
     return _timed(what, tokens)
 
 
@@ -295,14 +280,6 @@ def _timed(what: Any, interval: int) -> Policy:
     if inner.interval is not None:
         raise PolicyError(f"{inner} says already when it acts")
     return Policy(inner.parts, interval)
-
-
-def read_budget(name: str, value: Any) -> Budget:
-    """A budget, with the name of the part in the error."""
-    try:
-        return budget(value)
-    except ValueError as error:
-        raise PolicyError(f"{name}: {error}") from None
 
 
 def per_row(amount: Any, view: View) -> Tensor:
@@ -322,11 +299,3 @@ def best(score: Tensor, counts: Tensor) -> Tensor:
     place = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, place)
     return (rank < counts[..., None]) & (score > -torch.inf)
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(_written(item) for item in value)}]"
-    return str(value)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PolicyError
-from longspan.kv.policy import Protector, per_row, read_budget, recent
+from longspan.kv.policy import Protector, per_row, recent
 from longspan.kv.view import View
 from longspan.select.budgets import Coverage
+from longspan.select.sums import check_whole, read_budget
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Sinks(Protector):
     name: ClassVar[str] = "sinks"
 
     def __post_init__(self) -> None:
-        _whole(self.name, self.tokens)
+        check_whole(self.name, 0, tokens=self.tokens)
 
     def protected(self, view: View) -> Tensor:
         return (view.positions >= 0) & (view.positions < self.tokens)
@@ -101,8 +102,7 @@ class Duo(Protector):
         object.__setattr__(self, "gates", rows)
         if not 0 <= self.sparsity <= 1:
             raise PolicyError(f"duo: expected a sparsity from 0 to 1, got {self.sparsity!r}")
-        _whole(self.name, self.sinks)
-        _whole(self.name, self.recent)
+        check_whole(self.name, 0, sinks=self.sinks, recent=self.recent)
 
     @cached_property
     def full(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -124,8 +124,3 @@ class Duo(Protector):
         full = torch.from_numpy(self.full[view.layer]).to(view.positions.device)
         sinks = Sinks(self.sinks).protected(view)
         return full[None, :, None] | sinks | recent(view, self.recent)
-
-
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PolicyError(f"{name}: expected a whole number of tokens from 0, got {value!r}")

@@ -26,6 +26,8 @@ from torch import Tensor
 from longspan.errors import PolicyError
 from longspan.kv.policy import Part
 from longspan.kv.view import over_group
+from longspan.select.pooled import product_bounds
+from longspan.select.sums import check_whole
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,9 @@ class Quest(Part):
     name: ClassVar[str] = "quest"
 
     def __post_init__(self) -> None:
-        numbers = (self.tokens, self.page, self.dense_layers)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers) or min(numbers) < 0:
-            raise PolicyError(f"quest: expected whole numbers from 0, got {numbers}")
-        if self.page < 1 or self.tokens < 2 * self.page:
+        check_whole(self.name, 1, page=self.page)
+        check_whole(self.name, 0, tokens=self.tokens, dense_layers=self.dense_layers)
+        if self.tokens < 2 * self.page:
             raise PolicyError(
                 f"quest: expected at least two pages of tokens, got {self.tokens} tokens in pages "
                 f"of {self.page}"
@@ -103,7 +104,7 @@ class PageBounds:
             length: tokens of each head [B, G]; pages beyond give -inf.
         """
         grouped = over_group(q, self.low.shape[1])
-        bound = grouped.clamp(min=0) @ self.high.mT - (-grouped).clamp(min=0) @ self.low.mT
+        bound = product_bounds(grouped, self.low, self.high)
         page = torch.arange(self.low.shape[2])
         beyond = (page >= -(-length // self.page)[..., None]).to(q.device)
         return bound.sum(2).masked_fill(beyond, -torch.inf)

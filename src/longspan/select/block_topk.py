@@ -26,10 +26,11 @@ from torch import Tensor
 from longspan.errors import PolicyError
 from longspan.select.budgets import Coverage, adaptive, pyramid
 from longspan.select.choose import amount, best_mask, counts
-from longspan.select.method import BLOCK, Term, check_whole, read_budget
+from longspan.select.method import BLOCK, Term
 from longspan.select.pooled import antidiagonal, bounds, means
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import check_whole, read_budget
 
 SCORES = ("means", "bounds", "antidiagonal")
 SPREADS = ("rows", "heads", "layers")
@@ -57,7 +58,7 @@ class BlockTopK(Term):
     depends: ClassVar[str] = "queries of the row's own block"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", read_budget(self.name, "budget", self.budget))
+        object.__setattr__(self, "budget", read_budget(f"{self.name}: budget", self.budget))
         check_whole(self.name, 1, block=self.block)
         for field, known in (("score", SCORES), ("over", SPREADS)):
             if getattr(self, field) not in known:

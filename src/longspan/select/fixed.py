@@ -22,9 +22,10 @@ import torch
 
 from longspan.select.choose import amount, best
 from longspan.select.estimate import norm
-from longspan.select.method import Term, check_whole, nothing, read_budget
+from longspan.select.method import Term, nothing
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import check_whole, read_budget
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class KeyNorm(Term):
     depends: ClassVar[str] = "the norms of all keys of the prompt"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", read_budget(self.name, "budget", self.budget))
+        object.__setattr__(self, "budget", read_budget(f"{self.name}: budget", self.budget))
 
     def select(self, prompt: Prompt) -> Selection:
         # A small norm is a large score; as a mass for coverage it is not meant.

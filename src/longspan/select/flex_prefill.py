@@ -27,10 +27,11 @@ from torch import Tensor
 from longspan.errors import PolicyError
 from longspan.select.choose import best, cover
 from longspan.select.estimate import last_rows, probe
-from longspan.select.method import BLOCK, Term, check_whole, read_mass
+from longspan.select.method import BLOCK, Term, read_mass
 from longspan.select.pooled import block_means, means
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import check_whole
 from longspan.select.vertical_slash import along
 
 

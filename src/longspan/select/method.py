@@ -13,49 +13,37 @@ Axes: B batch, H query heads, Q blocks of queries, T blocks of keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from longspan.errors import PolicyError
-from longspan.select.budgets import Budget, Coverage, budget
+from longspan.select.budgets import Coverage
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import Language, Summand
 
 BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Summand):
     """One term of a method.
 
     Attributes:
-        name: in text.
         depends: on which later tokens of the prompt the selection of a row depends, in words;
             empty if on none.
     """
 
-    name: ClassVar[str]
     depends: ClassVar[str] = ""
 
     def select(self, prompt: Prompt) -> Selection:
         """What it adds to each row's own block."""
         raise NotImplementedError
 
-    def __add__(self, other: Any) -> Method:
-        return method(self) + other
-
-    __or__ = __add__
-
-    def __str__(self) -> str:
-        arguments = []
-        for place, field in enumerate(fields(self)):
-            value = getattr(self, field.name)
-            if value != field.default:
-                named = "" if place == len(arguments) else f"{field.name}="
-                arguments.append(f"{named}{value}")
-        return f"{self.name}({', '.join(arguments)})"
+    def alone(self) -> Method:
+        return Method((self,))
 
 
 @dataclass(frozen=True)
@@ -107,31 +95,23 @@ def _block(term: Term) -> int | None:
     return getattr(term, "block", None)
 
 
+METHODS = Language(
+    noun="prefill method",
+    example="vertical_slash(1000, 6096)",
+    part=Term,
+    whole=Method,
+    home="longspan.select.text",
+    budgeted="block_topk",
+)
+
+
 def method(value: Any) -> Method:
     """A method from a term, a method or text.
 
     Raises:
         PolicyError: for anything else, or text that does not parse.
     """
-    if isinstance(value, Method):
-        return value
-    if isinstance(value, Term):
-        return Method((value,))
-    if isinstance(value, str):
-        from longspan.select.text import parse
-
-        return parse(value)
-    raise PolicyError(
-        f"expected a prefill method or its text, such as 'block_topk(64)', got {value!r}"
-    )
-
-
-def read_budget(name: str, field: str, value: Any) -> Budget:
-    """A budget, with the name of term and argument in the error."""
-    try:
-        return budget(value)
-    except ValueError as error:
-        raise PolicyError(f"{name}: {field}: {error}") from None
+    return METHODS.read(value)
 
 
 def read_mass(name: str, value: Any) -> Coverage:
@@ -141,13 +121,6 @@ def read_mass(name: str, value: Any) -> Coverage:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise PolicyError(f"{name}: expected a share of the mass above 0, up to 1; got {value!r}")
     return Coverage(value)
-
-
-def check_whole(name: str, least: int, /, **values: Any) -> None:
-    """Raise ``PolicyError`` unless all are whole numbers from ``least``."""
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PolicyError(f"{name}: {key} must be a whole number from {least}, got {value!r}")
 
 
 def nothing(prompt: Prompt) -> torch.Tensor:

@@ -62,9 +62,22 @@ def bounds(prompt: Prompt) -> Tensor:
     high = keys.masked_fill(void, -torch.inf).unflatten(2, (-1, prompt.size)).amax(3)
     # A block without tokens lies behind every query; 0 * inf would be NaN.
     low, high = (prompt.per_head(x.masked_fill(x.isinf(), 0.0)) for x in (low, high))
-    mean = query_means(prompt)
-    score = mean.clamp(min=0) @ high.mT - (-mean).clamp(min=0) @ low.mT
+    score = product_bounds(query_means(prompt), low, high)
     return (score * prompt.scale).masked_fill((prompt.back < 0)[:, None], -torch.inf)
+
+
+def product_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What no key between ``low`` and ``high`` in every channel exceeds in its product with q.
+
+    Args:
+        q: [..., Q, D].
+        low: [..., T, D].
+        high: [..., T, D].
+
+    Returns:
+        [..., Q, T], the sum over channels of ``max(q low, q high)``.
+    """
+    return q.clamp(min=0) @ high.mT - (-q).clamp(min=0) @ low.mT
 
 
 def antidiagonal(prompt: Prompt, stride: int, norm: float = 1.0) -> Tensor:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from longspan.select.choose import amount, best
 from longspan.select.estimate import probe
-from longspan.select.method import BLOCK, Term, check_whole, read_budget
+from longspan.select.method import BLOCK, Term
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import check_whole, read_budget
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class VerticalSlash(Term):
 
     def __post_init__(self) -> None:
         for field in ("columns", "offsets"):
-            value = read_budget(self.name, field, getattr(self, field))
+            value = read_budget(f"{self.name}: {field}", getattr(self, field))
             object.__setattr__(self, field, value)
         check_whole(self.name, 0, first=self.first)
         check_whole(self.name, 1, probe=self.probe, last=self.last, block=self.block)

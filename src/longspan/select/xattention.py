@@ -20,10 +20,11 @@ import torch
 
 from longspan.errors import PolicyError
 from longspan.select.choose import cover
-from longspan.select.method import BLOCK, Term, check_whole, read_mass
+from longspan.select.method import BLOCK, Term, read_mass
 from longspan.select.pooled import antidiagonal
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
+from longspan.select.sums import check_whole
 
 
 @dataclass(frozen=True)
