@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import longspan as ls
+from longspan.ops.merge import Part, merge, merge_parts
 from longspan.ops.rows import Order
 from longspan.ops.run import load
 
@@ -14,33 +15,77 @@ PERMUTED = np.array([[2, 0, 3, 1]], np.int32)
 PER_ROW = np.array([[2, 0, 3, 1], [3, 2, 1, 0]], np.int32)
 SOME = np.array([[3, 1]], np.int32)
 REPEATED = np.array([[1, 1, 0, 3, 3]], np.int32)
+# Six heads: each its own table, or three neighbours one.
+PER_HEAD = np.array([[[0, 2], [1, -1], [3, 0], [-1, -1], [2, 1], [3, -1]]], np.int32)
+SHARED = np.array([[[0, 2], [1, -1]], [[3, 1], [2, 0]]], np.int32)
 
 
 def order(table):
     return Order.of(table, 4, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, REPEATED])
+def rows_of(table, b, h, heads):
+    own = table[b % len(table)]
+    return (own if own.ndim == 1 else own[h * len(own) // heads]).tolist()
+
+
+@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, REPEATED, PER_HEAD, SHARED])
 def test_take(table):
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
     found = order(table).take(x)
     for b in range(2):
-        rows = table[b % len(table)].tolist()
-        torch.testing.assert_close(found[b], x[b][:, rows])
+        for h in range(6):
+            for place, row in enumerate(rows_of(table, b, h, 6)):
+                wanted = x[b, h, row] if row >= 0 else torch.zeros(5, dtype=torch.float64)
+                torch.testing.assert_close(found[b, h, place], wanted)
     assert torch.autograd.gradcheck(order(table).take, x)
 
 
-@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME])
-def test_put_undoes_take_and_fills_the_rest(table):
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    back = order(table).put(order(table).take(x), -7.0)
+@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, PER_HEAD, SHARED])
+def test_put_undoes_take(table):
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    own = order(table)
+    back, lse = own.put(own.take(x)), own.put_lse(own.take(x)[..., 0])
     for b in range(2):
-        rows = table[b % len(table)].tolist()
-        rest = sorted(set(range(4)) - set(rows))
-        torch.testing.assert_close(back[b][:, rows], x[b][:, rows])
-        assert (back[b][:, rest] == -7.0).all()
-    places = torch.randn(2, 3, table.shape[1], 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: order(table).put(y, 0.0), places)
+        for h in range(6):
+            rows = [row for row in rows_of(table, b, h, 6) if row >= 0]
+            rest = sorted(set(range(4)) - set(rows))
+            torch.testing.assert_close(back[b, h, rows], x[b, h, rows])
+            torch.testing.assert_close(lse[b, h, rows], x[b, h, rows, 0])
+            assert (back[b, h, rest] == 0).all()
+            assert (lse[b, h, rest] == -torch.inf).all()
+    places = torch.randn(2, 6, table.shape[-1], 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(own.put, places)
+    assert torch.autograd.gradgradcheck(own.put, places)
+
+
+@pytest.mark.parametrize("table", [PERMUTED, SOME, PER_HEAD, SHARED])
+def test_add(table):
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 6, table.shape[-1], 5, dtype=torch.float64, requires_grad=True)
+    own = order(table)
+    torch.testing.assert_close(own.add(x.clone(), y), x + own.put(y))
+    assert torch.autograd.gradcheck(lambda x, y: own.add(x.clone(), y), (x, y))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_in_their_own_orders_merge_like_parts_in_place(parts):
+    tables = [None, PER_HEAD, SHARED][:parts]
+    outs, lses, placed = [], [], []
+    for table in tables:
+        places = 4 if table is None else table.shape[-1]
+        outs.append(torch.randn(2, 6, places, 5, dtype=torch.float64, requires_grad=True))
+        lses.append(torch.randn(2, 6, places, dtype=torch.float64, requires_grad=True))
+        placed.append(Part(outs[-1], lses[-1], None if table is None else order(table)))
+    leaves = [*outs, *lses]
+
+    def grads(found):
+        return torch.autograd.grad((found[0] ** 2).sum() + found[1].sin().sum(), leaves)
+
+    found = merge_parts(placed)
+    wanted = merge([part.placed() for part in placed])
+    for a, b in zip((*found, *grads(found)), (*wanted, *grads(wanted)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_pass_runs_only_the_heads_that_take_part():
@@ -64,7 +109,7 @@ def test_wide_rows_get_a_pass_of_their_own():
     tokens = tuple(range(100, 8192, 700))
     plan = ls.plan(ls.longformer(128, tokens), 8192, 2)
     alone = [one for one in plan.passes if one.query_order is not None]
-    assert [one.query_order.shape for one in alone] == [(1, len(tokens))]
+    assert [one.query_order.shape for one in alone] == [(1, 1, len(tokens))]
     assert (
         plan.pairs
         == sum(

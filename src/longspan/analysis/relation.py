@@ -43,8 +43,9 @@ def keys_per_query(plan: Plan) -> NDArray[np.int64]:
     found = np.zeros((plan.heads, plan.n), np.int64)
     for part in plan.passes:
         per_class = (part.hi[0] - part.lo[0]).sum(axis=-1, dtype=np.int64)
-        rows = slice(None) if part.query_order is None else part.query_order[0]
-        found[:, rows] += per_class[list(part.head_class)]
+        for head, own in enumerate(part.head_class):
+            rows = part.rows(0, own, plan.n)
+            found[head, rows[rows >= 0]] += per_class[own, rows >= 0]
     return found
 
 
@@ -53,19 +54,20 @@ class _Part:
 
     def __init__(self, part: Pass, n: int) -> None:
         self.classes = list(zip(part.lo[0], part.hi[0], strict=True))
-        if len(self.classes) * part.lo.shape[3] <= _MERGED:
+        alike = part.query_order is None or part.query_order.shape[1] == 1
+        if alike and len(self.classes) * part.lo.shape[3] <= _MERGED:
             each = [Ranges(lo.astype(np.int64), hi.astype(np.int64)) for lo, hi in self.classes]
             merged = reduce(Ranges.__or__, each)
             self.classes = [(merged.lo, merged.hi)]
-        self.queries = None if part.query_order is None else part.query_order[0]
+        self.queries = [part.rows(0, c, n) for c in range(len(self.classes))]
         self.order = None if part.key_order is None else part.key_order[0]
         self.places = n if self.order is None else len(self.order)
 
     def mark(self, rows: Mask, seen: Mask) -> None:
         """Set the flags of the keys that ``rows`` see."""
-        asked = np.flatnonzero(rows if self.queries is None else rows[self.queries])
         edge = np.zeros(self.places + 1, np.int64)
-        for lo, hi in self.classes:
+        for (lo, hi), queries in zip(self.classes, self.queries, strict=True):
+            asked = np.flatnonzero(rows[queries])
             edge += np.bincount(lo[asked].ravel(), minlength=self.places + 1)
             edge -= np.bincount(hi[asked].ravel(), minlength=self.places + 1)
         inside = np.cumsum(edge)[: self.places] > 0

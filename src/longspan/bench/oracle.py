@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.ops import attend
 from longspan.planning import Plan
-from longspan.planning.passes import Pass, rows_at
+from longspan.planning.passes import Pass
 
 # Relative to the norm of the exact result.
 TOLERANCE = {
@@ -72,6 +72,17 @@ def reference(plan: Plan, scale: float) -> Attend:
     return lambda q, k, v: attend(q, k, v, plan, impl="reference", scale=scale, return_lse=True)
 
 
+def beside(call: Callable[[Tensor, Tensor, Tensor], Tensor], theirs: Attend) -> Attend:
+    """A call that gives no log-sum-exp, with the oracle's, so that only the rest is compared."""
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = call(q, k, v)
+        with torch.no_grad():
+            return out, theirs(*(x.float() for x in (q, k, v)))[1]
+
+    return both
+
+
 def wrong(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     """The errors beyond the tolerance of a dtype; NaN is one."""
     return {name: error for name, error in found.items() if not error <= TOLERANCE[dtype]}
@@ -84,18 +95,32 @@ def row_error(
 
     Collects the keys of each row from the ranges of all passes, and computes them in float32.
     """
+    places = [[_places(part, c, plan.n) for c in range(part.lo.shape[1])] for part in plan.passes]
+
+    def keys(head: int, row: int) -> Tensor:
+        found = [
+            key
+            for part, place in zip(plan.passes, places, strict=True)
+            for key in _keys(part, place[part.head_class[head]].get(row), head, plan.keys)
+        ]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+
+    return row_error_over(keys, inputs, out_BHND, rows)
+
+
+def row_error_over(
+    keys: Callable[[int, int], Tensor],
+    inputs: Sequence[Tensor],
+    out_BHND: Tensor,
+    rows: Sequence[int],
+) -> float:
+    """The same, where ``keys`` says which ones a head and row sees."""
     q, k, v = (x.detach() for x in inputs)
     group = q.shape[1] // k.shape[1]
     given, expected = [], []
-    places = [_places(part, plan.n) for part in plan.passes]
     for row in rows:
         for head in range(q.shape[1]):
-            keys = [
-                key
-                for part, place in zip(plan.passes, places, strict=True)
-                for key in _keys(part, place.get(row), head, plan.keys)
-            ]
-            at = torch.cat(keys).to(q.device) if keys else torch.zeros(0, dtype=torch.long)
+            at = keys(head, row).to(q.device)
             logits = k[0, head // group, at].float() @ q[0, head, row].float()
             weight = (logits * q.shape[-1] ** -0.5).softmax(0)
             expected.append(weight @ v[0, head // group, at].float())
@@ -103,15 +128,14 @@ def row_error(
     return relative(torch.stack(given), torch.stack(expected))
 
 
-def _places(part: Pass, n: int) -> dict[int, int]:
-    rows = rows_at(part.query_order, 0, n)
-    return {int(row): place for place, row in enumerate(rows)}
+def _places(part: Pass, head_class: int, n: int) -> dict[int, int]:
+    return {int(row): place for place, row in enumerate(part.rows(0, head_class, n))}
 
 
 def _keys(part: Pass, place: int | None, head: int, keys: int) -> list[Tensor]:
     if place is None:
         return []
     own = part.head_class[head]
-    order = rows_at(part.key_order, 0, keys)
+    order = part.keys(0, keys)
     ranges = zip(part.lo[0, own, place], part.hi[0, own, place], strict=True)
     return [torch.from_numpy(order[a:b].copy()) for a, b in ranges if a < b]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops.rows import Order
+from longspan.ops.rows import Order, Table
 
 
 class Copies:
@@ -25,15 +25,14 @@ class Copies:
         c: places of a row.
 
     Attributes:
-        row_BHP: row at each place.
-        place_BHP: where each copy stands.
+        place_cBHN: where the copies of each row stand.
     """
 
     def __init__(self, copy_BHP: Tensor, c: int = 1) -> None:
         self.copy_BHP, self.c = copy_BHP, c
-        self.row_BHP = copy_BHP if c == 1 else copy_BHP // c
         at = torch.arange(copy_BHP.shape[-1], device=copy_BHP.device)
-        self.place_BHP = torch.empty_like(copy_BHP).scatter_(-1, copy_BHP, at.expand_as(copy_BHP))
+        place_BHP = torch.empty_like(copy_BHP).scatter_(-1, copy_BHP, at.expand_as(copy_BHP))
+        self.place_cBHN = place_BHP.unflatten(-1, (-1, c)).movedim(-1, 0)
 
     @classmethod
     def sorted(cls, key_BHP: Tensor, c: int = 1) -> tuple[Copies, Tensor]:
@@ -43,46 +42,32 @@ class Copies:
 
     def spread(self, x_BHND: Tensor) -> Tensor:
         """Rows in the order of the list [B, H, P, D]; heads that share a list side by side."""
-        return _Spread.apply(x_BHND, self)
+        back = _table(*self.place_cBHN)
+        return Order(x_BHND.shape[2], _table(self.copy_BHP // self.c), back).take(x_BHND)
 
     def collect(self, x_BHPD: Tensor, lse_BHP: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The c parts (out [B, H, N, D], lse [B, H, N]) of every row."""
-        repeat = x_BHPD.shape[1] // self.place_BHP.shape[1]
-        place_BHNc = self.place_BHP.repeat_interleave(repeat, dim=1).unflatten(2, (-1, self.c))
-        outs = _Collect.apply(x_BHPD, self)
-        return [(out, lse_BHP.gather(2, place_BHNc[..., i])) for i, out in enumerate(outs)]
+        repeat = x_BHPD.shape[1] // self.copy_BHP.shape[1]
+        lses = [
+            lse_BHP.gather(2, place.repeat_interleave(repeat, dim=1)) for place in self.place_cBHN
+        ]
+        return list(zip(_Collect.apply(x_BHPD, self), lses, strict=True))
 
 
-def pick(x_BHND: Tensor, row_BHP: Tensor) -> Tensor:
-    """Rows of each head [B, H, P, D]; as many neighbouring heads as needed share a table."""
-    batch, lists = row_BHP.shape[:2]
-    table = Order(row_BHP.flatten(0, 1), None, x_BHND.shape[2], exact=False)
-    shared = x_BHND.reshape(batch * lists, -1, *x_BHND.shape[2:])
-    return table.take(shared).reshape(*x_BHND.shape[:2], row_BHP.shape[2], x_BHND.shape[3])
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BHND: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return pick(x_BHND, copies.row_BHP)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        found = pick(grads[0], ctx.copies.place_BHP)
-        c = ctx.copies.c
-        return found if c == 1 else found.unflatten(2, (-1, c)).sum(dim=3), None
+def _table(rows_BHP: Tensor, *more: Tensor) -> Table:
+    parts = torch.stack([rows_BHP, *more])
+    dtype = torch.int32 if parts.is_cuda else torch.int64
+    return Table(parts.to(dtype), (True,) * len(parts))
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BHPD: Tensor, copies: Copies) -> tuple[Tensor, ...]:
         ctx.copies = copies
-        place_BHNc = copies.place_BHP.unflatten(2, (-1, copies.c))
-        return tuple(pick(x_BHPD, place_BHN) for place_BHN in place_BHNc.unbind(3))
+        return tuple(_table(place).take(x_BHPD) for place in copies.place_cBHN)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        copies = ctx.copies
-        # [.., N c, D] in the order of the copies, then in that of the list.
-        return pick(torch.stack(grads, dim=3).flatten(2, 3), copies.copy_BHP), None
+        # In the order of the copies [B, H, N c, D], then in that of the list.
+        together = torch.stack(grads, dim=3).flatten(2, 3)
+        return _table(ctx.copies.copy_BHP).take(together), None

@@ -1,6 +1,7 @@
 """The Triton kernels of ``fused``; imported only where there is a GPU.
 
-Offsets are 64-bit: a million rows of 32 heads hold more numbers than 32 bits can count.
+Offsets are 64-bit: a million rows of 32 heads hold more numbers than 32 bits can count. Layouts
+come as flat tuples, for each part the steps of batch, head and row, and its number of places.
 """
 
 from __future__ import annotations
@@ -14,82 +15,154 @@ def gather_rows(
     x,
     row,
     out,
-    rows,
     places,
     heads,
-    row_step,
+    x_batch,
+    x_head,
+    x_row,
+    table_step,
+    batch_step,
+    share,
+    count: tl.constexpr,
     width: tl.constexpr,
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
     plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
     p = tl.program_id(0) * tall + tl.arange(0, tall)
     d = tl.arange(0, wide)[None, :]
-    source = tl.load(row + (plane // heads) * row_step + p, mask=p < places, other=0)
-    used = (p < places)[:, None] & (d < width)
-    found = tl.load(x + (plane * rows + source)[:, None] * width + d, mask=used)
-    tl.store(out + (plane * places + p)[:, None] * width + d, found, mask=used)
+    inside = (d < width) & (p < places)[:, None]
+    base = x + b * x_batch + h * x_head
+    at = row + b * batch_step + (h // share) * places + p
+    source = tl.load(at, mask=p < places, other=-1).to(tl.int64)
+    found = tl.load(
+        base + source[:, None] * x_row + d, mask=inside & (source >= 0)[:, None], other=0
+    )
+    if count > 1:
+        total = found.to(tl.float32)
+        for c in tl.static_range(1, count):
+            source = tl.load(at + c * table_step, mask=p < places, other=-1).to(tl.int64)
+            used = inside & (source >= 0)[:, None]
+            total += tl.load(base + source[:, None] * x_row + d, mask=used, other=0).to(tl.float32)
+        found = total.to(out.dtype.element_ty)
+    tl.store(out + (plane * places + p)[:, None] * width + d, found, mask=inside)
+
+
+@triton.jit
+def _place(i: tl.constexpr, tables, steps, shares, used: tl.constexpr, b, h, r, live, rows):
+    """Where the rows stand in part i, -1 for nowhere."""
+    place = tl.where(live, r, -1)
+    if (used >> i) & 1:
+        at = tables[i] + b * steps[i] + (h // shares[i]) * rows + r
+        place = tl.load(at, mask=live, other=-1).to(tl.int64)
+    return place
 
 
 @triton.jit
 def merge_rows(
-    outs, lses, out, lse, rows, width: tl.constexpr, wide: tl.constexpr, tall: tl.constexpr
+    outs,
+    lses,
+    tables,
+    steps,
+    shares,
+    strides,
+    used: tl.constexpr,
+    out,
+    lse,
+    rows,
+    heads,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
 ):
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
     r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
     d = tl.arange(0, wide)[None, :]
     live = r < rows
-    used = live[:, None] & (d < width)
-    at = r[:, None] * width + d
     top = tl.full([tall], float("-inf"), tl.float32)
     for i in tl.static_range(len(outs)):
-        top = tl.maximum(top, tl.load(lses[i] + r, mask=live, other=float("-inf")))
+        place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
+        at = lses[i] + plane * strides[4 * i + 3] + place
+        top = tl.maximum(top, tl.load(at, mask=place >= 0, other=float("-inf")))
     # Rows that see nothing anywhere keep weights of 0.
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([tall], tl.float32)
     sums = tl.zeros([tall, wide], tl.float32)
     for i in tl.static_range(len(outs)):
-        weight = tl.exp(tl.load(lses[i] + r, mask=live, other=float("-inf")) - top)
+        place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
+        at = lses[i] + plane * strides[4 * i + 3] + place
+        weight = tl.exp(tl.load(at, mask=place >= 0, other=float("-inf")) - top)
         total += weight
-        sums += weight[:, None] * tl.load(outs[i] + at, mask=used, other=0.0).to(tl.float32)
+        base = outs[i] + b * strides[4 * i] + h * strides[4 * i + 1]
+        inside = (place >= 0)[:, None] & (d < width)
+        own = tl.load(base + place[:, None] * strides[4 * i + 2] + d, mask=inside, other=0.0)
+        sums += weight[:, None] * own.to(tl.float32)
     share = tl.where(total > 0.0, 1.0 / total, 0.0)
-    tl.store(out + at, (sums * share[:, None]).to(out.dtype.element_ty), mask=used)
-    tl.store(lse + r, tl.where(total > 0.0, top + tl.log(total), float("-inf")), mask=live)
+    to = plane * rows + r
+    inside = live[:, None] & (d < width)
+    tl.store(
+        out + to[:, None] * width + d,
+        (sums * share[:, None]).to(out.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(lse + to, tl.where(total > 0.0, top + tl.log(total), float("-inf")), mask=live)
 
 
 @triton.jit
 def merge_gradients(
     outs,
     lses,
+    tables,
+    steps,
+    shares,
+    strides,
+    used: tl.constexpr,
     lse,
     d_out,
     d_lse,
     d_outs,
+    d_strides,
     d_lses,
     rows,
+    heads,
     width: tl.constexpr,
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
     r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
     d = tl.arange(0, wide)[None, :]
     live = r < rows
-    used = live[:, None] & (d < width)
-    at = r[:, None] * width + d
-    total = tl.load(lse + r, mask=live, other=float("-inf"))
+    row = plane * rows + r
+    total = tl.load(lse + row, mask=live, other=float("-inf"))
     total = tl.where(total == float("-inf"), 0.0, total)
-    slope = tl.load(d_out + at, mask=used, other=0.0).to(tl.float32)
+    inside = live[:, None] & (d < width)
+    slope = tl.load(d_out + row[:, None] * width + d, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros([tall], tl.float32)
     for i in tl.static_range(len(outs)):
-        weight = tl.exp(tl.load(lses[i] + r, mask=live, other=float("-inf")) - total)
-        own = tl.load(outs[i] + at, mask=used, other=0.0).to(tl.float32)
-        mean += weight * tl.sum(slope * own, axis=1)
-    change = tl.load(d_lse + r, mask=live, other=0.0) - mean
+        place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
+        at = lses[i] + plane * strides[4 * i + 3] + place
+        weight = tl.exp(tl.load(at, mask=place >= 0, other=float("-inf")) - total)
+        base = outs[i] + b * strides[4 * i] + h * strides[4 * i + 1]
+        there = (place >= 0)[:, None] & (d < width)
+        own = tl.load(base + place[:, None] * strides[4 * i + 2] + d, mask=there, other=0.0)
+        mean += weight * tl.sum(slope * own.to(tl.float32), axis=1)
+    change = tl.load(d_lse + row, mask=live, other=0.0) - mean
     for i in tl.static_range(len(outs)):
-        weight = tl.exp(tl.load(lses[i] + r, mask=live, other=float("-inf")) - total)
-        own = tl.load(outs[i] + at, mask=used, other=0.0).to(tl.float32)
+        place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
+        at = plane * strides[4 * i + 3] + place
+        weight = tl.exp(tl.load(lses[i] + at, mask=place >= 0, other=float("-inf")) - total)
+        base = outs[i] + b * strides[4 * i] + h * strides[4 * i + 1]
+        there = (place >= 0)[:, None] & (d < width)
+        own = tl.load(base + place[:, None] * strides[4 * i + 2] + d, mask=there, other=0.0)
+        to = d_outs[i] + b * d_strides[4 * i] + h * d_strides[4 * i + 1]
         tl.store(
-            d_outs[i] + at,
+            to + place[:, None] * d_strides[4 * i + 2] + d,
             (weight[:, None] * slope).to(d_outs[i].dtype.element_ty),
-            mask=used,
+            mask=there,
         )
-        tl.store(d_lses[i] + r, weight * (tl.sum(slope * own, axis=1) + change), mask=live)
+        own_slope = tl.sum(slope * own.to(tl.float32), axis=1)
+        tl.store(d_lses[i] + at, weight * (own_slope + change), mask=place >= 0)

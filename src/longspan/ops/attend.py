@@ -21,7 +21,7 @@ from torch import Tensor
 from longspan.errors import InputError
 from longspan.ops.capability import choose, in_order
 from longspan.ops.compiled import attend_compiled
-from longspan.ops.merge import merge
+from longspan.ops.merge import merge_parts
 from longspan.ops.run import compute, load
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
@@ -86,7 +86,7 @@ def attend(
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
     parts = [compute(one, q, k, v, impl, factor, use_lse=use_lse) for one in laid.passes]
-    out, lse = merge(parts)
+    out, lse = merge_parts(parts, use_lse=use_lse)
     return (out, lse) if return_lse else out
 
 

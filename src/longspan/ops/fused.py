@@ -1,12 +1,14 @@
 """What surrounds a kernel on a GPU, each in one Triton kernel: gathering rows, merging parts.
 
-    out[b, h, p] = x[b, h, row[b, p]]
+    out[b, h, p] = sum_c x[b, h, row[c, b, g, p]]
     lse = log sum_p exp(lse_p)            out = sum_p exp(lse_p - lse) out_p
 
-Every number is read and written once, at the speed of memory. Written as PyTorch operations these
-cost as much as the attention over a small window itself.
+Every number is read and written once, at the speed of memory, from whatever layout it has: the
+parts of a merge may lie in orders of their own. Written as PyTorch operations these cost as much
+as the attention over a small window itself.
 
-Axes: B batch, H heads, N rows, P places, D width.
+Axes: B batch, H heads, G heads that differ in their rows, N rows, P places, c rows of a place, D
+width.
 """
 
 from __future__ import annotations
@@ -30,37 +32,74 @@ def can_fuse(*tensors: Tensor) -> bool:
     return all(x.is_cuda and x.dtype != torch.float64 for x in tensors) and _has_triton()
 
 
-def gather(x_BHND: Tensor, row_BP: Tensor) -> Tensor:
-    """Rows of ``x`` [B, H, N, D] in the order of ``row`` int64 [B or 1, P]; without gradient."""
-    x_BHND, row_BP = x_BHND.contiguous(), row_BP.contiguous()
-    batch, heads, rows, width = x_BHND.shape
-    places = row_BP.shape[1]
+def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
+    """Sums of rows of ``x`` [B, H, P, D], in float32 where c > 1; without gradient.
+
+    Args:
+        x_BHND: of any layout.
+        row_cBGP: int32 [c, B or 1, G, P]; G divides H, neighbouring heads share; -1 for no row.
+    """
+    x_BHND, row_cBGP = _rows_dense(x_BHND), row_cBGP.contiguous()
+    batch, heads, _, width = x_BHND.shape
+    count, row_batch, groups, places = row_cBGP.shape
     out_BHPD = x_BHND.new_empty(batch, heads, places, width)
     wide, tall = _tile(width)
-    step = places if len(row_BP) > 1 else 0
     with torch.cuda.device(x_BHND.device):
         _kernels().gather_rows[(-(-places // tall), batch * heads)](
-            x_BHND, row_BP, out_BHPD, rows, places, heads, step, width, wide, tall
+            x_BHND,
+            row_cBGP,
+            out_BHPD,
+            places,
+            heads,
+            *x_BHND.stride()[:3],
+            row_batch * groups * places,
+            groups * places if row_batch > 1 else 0,
+            heads // groups,
+            count,
+            width,
+            wide,
+            tall,
         )
     return out_BHPD
 
 
-def merge_fused(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join (out, lse) pairs as ``merge`` does; differentiable once."""
-    return _Merge.apply(*(x.contiguous() for part in parts for x in part))
+def merge_fused(
+    parts: Sequence[tuple[Tensor, Tensor]],
+    tables: Sequence[tuple[Tensor, bool] | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Join (out, lse) pairs as ``merge`` does; differentiable once.
+
+    Args:
+        parts: out [B, H, P, D] of any layout and lse [B, H, P].
+        tables: for each part None if its places are the rows, or the place of each row, int32 [B
+            or 1, G, N] with -1 for none, and whether every place holds a row.
+    """
+    if tables is None:
+        tables = [None] * len(parts)
+    flat = (x for out, lse in parts for x in (_rows_dense(out), lse.contiguous()))
+    return _Merge.apply(tuple(tables), *flat)
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, tables: tuple[tuple[Tensor, bool] | None, ...], *given: Tensor
+    ) -> tuple[Tensor, Tensor]:
         outs, lses = given[::2], given[1::2]
-        out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
-        width, rows = out.shape[-1], lse.numel()
+        named = next((table[0] for table in tables if table is not None), None)
+        rows = next(
+            (x.shape[2] for x, t in zip(outs, tables, strict=True) if t is None),
+            0 if named is None else named.shape[-1],
+        )
+        batch, heads, _, width = outs[0].shape
+        out = outs[0].new_empty(batch, heads, rows, width)
+        lse = lses[0].new_empty(batch, heads, rows)
         wide, tall = _tile(width)
         with torch.cuda.device(out.device):
-            _kernels().merge_rows[(-(-rows // tall),)](
-                outs, lses, out, lse, rows, width, wide, tall
+            _kernels().merge_rows[(-(-rows // tall), batch * heads)](
+                outs, lses, *_where(tables, outs), out, lse, rows, heads, width, wide, tall
             )
+        ctx.tables = tables
         ctx.save_for_backward(*given, lse)
         return out, lse
 
@@ -68,18 +107,69 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         *given, lse = ctx.saved_tensors
         outs, lses = tuple(given[::2]), tuple(given[1::2])
-        d_outs, d_lses = (tuple(torch.empty_like(x) for x in xs) for xs in (outs, lses))
-        width, rows = outs[0].shape[-1], lse.numel()
+        # Places without a row are not visited.
+        whole = [table is None or table[1] for table in ctx.tables]
+        d_outs, d_lses = (
+            tuple(
+                torch.empty_like(x) if every else torch.zeros_like(x)
+                for x, every in zip(xs, whole, strict=True)
+            )
+            for xs in (outs, lses)
+        )
+        batch, heads, rows = lse.shape
+        width = outs[0].shape[-1]
         wide, tall = _tile(width)
         d_out, d_lse = (x.contiguous() for x in grads)
         with torch.cuda.device(lse.device):
-            _kernels().merge_gradients[(-(-rows // tall),)](
-                outs, lses, lse, d_out, d_lse, d_outs, d_lses, rows, width, wide, tall
+            _kernels().merge_gradients[(-(-rows // tall), batch * heads)](
+                outs,
+                lses,
+                *_where(ctx.tables, outs),
+                lse,
+                d_out,
+                d_lse,
+                d_outs,
+                _strides(d_outs),
+                d_lses,
+                rows,
+                heads,
+                width,
+                wide,
+                tall,
             )
-        return tuple(x for pair in zip(d_outs, d_lses, strict=True) for x in pair)
+        return None, *(x for pair in zip(d_outs, d_lses, strict=True) for x in pair)
+
+
+def _where(
+    tables: Sequence[tuple[Tensor, bool] | None], outs: Sequence[Tensor]
+) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Tables, their steps from batch to batch and heads to a group, layouts, and which count."""
+    heads = outs[0].shape[1]
+    at, step, share, used = [], [], [], 0
+    for i, (table, out) in enumerate(zip(tables, outs, strict=True)):
+        if table is None:
+            at.append(out)
+            step.append(0)
+            share.append(1)
+            continue
+        place = table[0].contiguous()
+        at.append(place)
+        step.append(place[0].numel() if len(place) > 1 else 0)
+        share.append(heads // place.shape[1])
+        used |= 1 << i
+    return tuple(at), tuple(step), tuple(share), _strides(outs), used
+
+
+def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Steps of batch, head and row of each tensor, one after another, and the places of each."""
+    return tuple(n for x in tensors for n in (*x.stride()[:3], x.shape[2]))
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tile(width: int) -> tuple[int, int]:

@@ -12,12 +12,50 @@ Axes: B batch, H heads, N query rows, D value width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.ops.fused import can_fuse, merge_fused
+from longspan.ops.rows import Order
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a kernel gave for some keys.
+
+    Attributes:
+        out: [B, H, P, D].
+        lse: [B, H, P].
+        order: the query row at each place; None if place and row agree.
+    """
+
+    out: Tensor
+    lse: Tensor
+    order: Order | None = None
+
+    def placed(self, *, use_lse: bool = True) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` for all rows in their own order; lse in any if it is of no use."""
+        if self.order is None:
+            return self.out, self.lse
+        lse = self.order.put_lse(self.lse) if use_lse else self.lse
+        return self.order.put(self.out), lse
+
+
+def merge_parts(parts: Sequence[Part], *, use_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Join the parts of a plan as ``merge`` does, whatever the order of each.
+
+    Without ``use_lse`` the log-sum-exp of a single part may be in any order.
+    """
+    if len(parts) == 1:
+        return parts[0].placed(use_lse=use_lse)
+    if can_fuse(*(x for part in parts for x in (part.out, part.lse))):
+        pairs = [(part.out, part.lse) for part in parts]
+        return merge_fused(pairs, [part.order and part.order.place for part in parts])
+    return _merge_plain(parts)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -36,18 +74,23 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     if not parts:
         raise InputError("merge needs at least one (out, lse) pair, got none")
-    if len(parts) == 1:
-        return parts[0]
-    if can_fuse(*(x for part in parts for x in part)):
-        return merge_fused(parts)
-    lse_PBHN = torch.stack([lse for _, lse in parts])
+    return merge_parts([Part(out, lse) for out, lse in parts])
+
+
+def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch operations."""
+    lse_PBHN = torch.stack([p.lse if p.order is None else p.order.put_lse(p.lse) for p in parts])
     empty_BHN = torch.isneginf(lse_PBHN).all(dim=0)
     # Rows that are empty everywhere would be 0 / 0 in the gradient: they are joined with weights
     # of 1, and zeroed.
     safe_PBHN = lse_PBHN.masked_fill(empty_BHN, 0.0)
     total_BHN = safe_PBHN.logsumexp(dim=0)
-    weight_PBHN = (safe_PBHN - total_BHN).exp()
-    out = sum(w[..., None] * out for w, (out, _) in zip(weight_PBHN, parts, strict=True))
-    assert isinstance(out, Tensor)
-    out = out.masked_fill(empty_BHN[..., None], 0.0).to(parts[0][0].dtype)
+    weights = (safe_PBHN - total_BHN).exp()[..., None].unbind(0)
+    whole = [w * p.out for w, p in zip(weights, parts, strict=True) if p.order is None]
+    shape = (*total_BHN.shape, parts[0].out.shape[-1])
+    out = reduce(torch.add, whole) if whole else total_BHN.new_zeros(shape)
+    for weight, part in zip(weights, parts, strict=True):
+        if part.order is not None:
+            out = part.order.add(out, part.order.take(weight) * part.out)
+    out = out.masked_fill(empty_BHN[..., None], 0.0).to(parts[0].out.dtype)
     return out, total_BHN.masked_fill(empty_BHN, -torch.inf)

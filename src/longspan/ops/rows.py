@@ -4,13 +4,14 @@ A residue order puts keys of one remainder side by side, so that a kernel reads 
 and outputs move likewise. Gathering rows costs one copy, and so does its gradient: a row's
 gradient is gathered from its places, instead of scattered and added.
 
-Axes: B batch, H heads, N rows, P places of the order, c places of a row at most, D width.
+Axes: B batch, H heads, G heads that differ in their rows, N rows, P places of the order, c places
+of a row at most, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -25,93 +26,170 @@ _MOST_PLACES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
-    """Which row stands at each place.
+class Table:
+    """Which rows are added up at each place.
 
     Attributes:
-        row_BP: int64 [B or 1, P].
-        places_cBN: int64 [c, B or 1, N], the places of each row, P where there are no more; None
-            for c over ``_MOST_PLACES``.
-        rows: number of rows N.
-        exact: every row has one place.
-        full: for each of the c, whether every row has that many places.
+        row_cBGP: int32 on a GPU, else int64: [c, B or 1, G, P] where G divides the heads, and
+            neighbouring heads share; -1 for no row.
+        full: for each of the c, whether it names a row at every place.
     """
 
-    row_BP: Tensor
-    places_cBN: Tensor | None
+    row_cBGP: Tensor
+    full: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, row_cBGP: Tensor, device: torch.device) -> Table:
+        """From a table on the CPU."""
+        full = tuple((row_cBGP >= 0).flatten(1).all(1).tolist())
+        dtype = torch.int32 if device.type == "cuda" else torch.int64
+        return cls(row_cBGP.to(device, dtype), full)
+
+    def take(self, x_BHND: Tensor, *, plain: bool = False) -> Tensor:
+        """The sum of the rows of each place [B, H, P, D]; 0 where there is none.
+
+        Args:
+            x_BHND: rows.
+            plain: by operations that autograd knows.
+        """
+        if not plain and can_fuse(x_BHND):
+            return gather(x_BHND, self.row_cBGP)
+        parts = [pick(x_BHND, row) for row in self.row_cBGP.clamp(min=0)]
+        for i, full in enumerate(self.full):
+            if not full:
+                parts[i] = parts[i].masked_fill(self._gaps(i, x_BHND.shape[1])[..., None], 0.0)
+        return reduce(torch.add, parts)
+
+    def fill(self, x_BHN: Tensor, gap: float) -> Tensor:
+        """Numbers in place of rows [B, H, P], and ``gap`` where there is no row; for c = 1."""
+        found = pick(x_BHN[..., None], self.row_cBGP[0].clamp(min=0))[..., 0]
+        return found if self.full[0] else found.masked_fill(self._gaps(0, x_BHN.shape[1]), gap)
+
+    def _gaps(self, i: int, heads: int) -> Tensor:
+        gap_BGP = self.row_cBGP[i] < 0
+        return gap_BGP.repeat_interleave(heads // gap_BGP.shape[1], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Which row stands at each place, and where each row stands.
+
+    Attributes:
+        rows: number of rows N.
+        table: the row of each place.
+        back: the places of each row; None if there are over ``_MOST_PLACES``.
+    """
+
     rows: int
-    exact: bool
-    full: tuple[bool, ...] = ()
+    table: Table
+    back: Table | None
 
     @classmethod
     def of(cls, order: NDArray[np.int32], rows: int, device: torch.device) -> Order:
-        """From the table of a pass [B or 1, P]."""
-        row_BP = torch.from_numpy(order.astype(np.int64))
-        batch, places = row_BP.shape
-        ascending_BP, place_BP = torch.sort(row_BP, dim=1, stable=True)
+        """From a table [B or 1, P] or [B or 1, G, P], -1 for places without a row."""
+        row_BGP = torch.from_numpy(order.astype(np.int64))
+        if row_BGP.dim() == 2:
+            row_BGP = row_BGP[:, None]
+        table = Table.of(row_BGP[None], device)
+        flat_LP = row_BGP.flatten(0, 1)
+        # Places without a row are those of a row behind the last one.
+        ascending_LP, place_LP = torch.sort(flat_LP.where(flat_LP >= 0, rows), dim=1, stable=True)
         # How many places of the same row come before each.
-        first_BP = torch.searchsorted(ascending_BP, ascending_BP)
-        turn_BP = torch.arange(places) - first_BP
-        most = int(turn_BP.max()) + 1
+        turn_LP = torch.arange(flat_LP.shape[1]) - torch.searchsorted(ascending_LP, ascending_LP)
+        turn_LP = turn_LP.where(ascending_LP < rows, 0)
+        most = int(turn_LP.max()) + 1
         if most > _MOST_PLACES:
-            return cls(row_BP.to(device), None, rows, exact=False)
-        places_cBN = torch.full((most, batch, rows), places)
-        places_cBN[turn_BP, torch.arange(batch)[:, None], ascending_BP] = place_BP
-        exact = places == rows and most == 1
-        full = tuple((places_cBN < places).flatten(1).all(1).tolist())
-        return cls(row_BP.to(device), places_cBN.to(device), rows, exact, full)
+            return cls(rows, table, None)
+        back_cLN = torch.full((most, len(flat_LP), rows + 1), -1)
+        back_cLN[turn_LP, torch.arange(len(flat_LP))[:, None], ascending_LP] = place_LP
+        back = back_cLN[..., :rows].unflatten(1, row_BGP.shape[:2])
+        return cls(rows, table, Table.of(back, device))
 
     def take(self, x_BHND: Tensor) -> Tensor:
         """Rows in the order of the places [B, H, P, D]."""
-        if self.places_cBN is None:
-            return _pick(x_BHND, self.row_BP)
-        return _Take.apply(x_BHND, self)
+        # A compiler differentiates by itself.
+        if self.back is None or torch.compiler.is_compiling():
+            return self.table.take(x_BHND, plain=True)
+        return _Move.apply(x_BHND, self.table, self.back)
 
-    def put(self, x_BHPD: Tensor, fill: float) -> Tensor:
-        """Places back in the order of the rows [B, H, N, D]; rows without a place get ``fill``."""
-        if self.exact:
-            return _Take.apply(x_BHPD, self.inverse)
-        batch, heads, _, width = x_BHPD.shape
-        index = self.row_BP[:, None, :, None].expand(batch, heads, -1, width)
-        return x_BHPD.new_full((batch, heads, self.rows, width), fill).scatter(2, index, x_BHPD)
+    def put(self, x_BHPD: Tensor) -> Tensor:
+        """Places back in the order of the rows [B, H, N, D]; 0 for rows without a place.
 
-    @cached_property
-    def inverse(self) -> Order:
-        """The order that undoes an exact one."""
-        assert self.exact
-        assert self.places_cBN is not None
-        return Order(self.places_cBN[0], self.row_BP[None], self.rows, True, (True,))
+        For orders in which each row stands once at most.
+        """
+        return _Move.apply(x_BHPD, self._inverse, self.table)
 
-    def add_back(self, x_BHPD: Tensor) -> Tensor:
-        """For every row the sum over its places [B, H, N, D]."""
-        assert self.places_cBN is not None
-        last = x_BHPD.shape[2] - 1
-        parts: list[Tensor] = []
-        for place_BN, full in zip(self.places_cBN, self.full, strict=True):
-            part = _pick(x_BHPD, place_BN if full else place_BN.clamp(max=last))
-            if not full:
-                part = part.masked_fill((place_BN > last)[:, None, :, None], 0.0)
-            parts.append(part)
-        return reduce(torch.add, parts)
+    def put_lse(self, lse_BHP: Tensor) -> Tensor:
+        """The same for numbers in place of rows [B, H, N]; -inf for rows without a place."""
+        return self._inverse.fill(lse_BHP, -torch.inf)
+
+    def add(self, x_BHND: Tensor, y_BHPD: Tensor) -> Tensor:
+        """``x``, overwritten, with ``y`` added to the rows of its places."""
+        return _Add.apply(x_BHND, y_BHPD, self)
+
+    @property
+    def place(self) -> tuple[Tensor, bool]:
+        """The place of each row [B or 1, G, N], and whether every place holds a row."""
+        return self._inverse.row_cBGP[0], self.table.full[0]
+
+    @property
+    def _inverse(self) -> Table:
+        assert self.back is not None
+        assert len(self.back.full) == 1
+        return self.back
 
 
-class _Take(torch.autograd.Function):
+class _Move(torch.autograd.Function):
+    """Rows by one table; gradients by its transpose, which is a table too."""
+
     @staticmethod
-    def forward(ctx: Any, x_BHND: Tensor, order: Order) -> Tensor:
+    def forward(ctx: Any, x_BHND: Tensor, table: Table, back: Table) -> Tensor:
+        ctx.tables = table, back
+        return table.take(x_BHND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        table, back = ctx.tables
+        return _Move.apply(grads[0], back, table), None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHND: Tensor, y_BHPD: Tensor, order: Order) -> Tensor:
         ctx.order = order
-        return _pick(x_BHND, order.row_BP)
+        ctx.mark_dirty(x_BHND)
+        row_BGP = order.table.row_cBGP[0]
+        flat_X, rows_XD = _flat(x_BHND, row_BGP), y_BHPD.reshape(-1, y_BHPD.shape[-1])
+        if not order.table.full[0]:
+            share = x_BHND.shape[1] // row_BGP.shape[1]
+            there_BHP = (row_BGP >= 0).repeat_interleave(share, 1).expand(y_BHPD.shape[:3])
+            flat_X, rows_XD = (x[there_BHP.reshape(-1)] for x in (flat_X, rows_XD))
+        all_XD = x_BHND.view(-1, x_BHND.shape[-1])
+        # Each row stands once at most, so that nothing is written twice.
+        all_XD[flat_X] = all_XD.index_select(0, flat_X) + rows_XD
+        return x_BHND
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.order.add_back(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.order.take(grads[0]), None
 
 
-def _pick(x_BHND: Tensor, row_BP: Tensor) -> Tensor:
-    # A kernel of ours has no gradient of its own; gradients of gradients need one.
-    if not torch.is_grad_enabled() and can_fuse(x_BHND):
-        return gather(x_BHND, row_BP)
-    batch, heads, rows, width = x_BHND.shape
+def pick(x_BHND: Tensor, row_BGP: Tensor) -> Tensor:
+    """Rows [B, H, P, D], differentiable by scattering.
+
+    Args:
+        x_BHND: where they come from.
+        row_BGP: whole numbers [B or 1, G, P]; G divides H, and neighbouring heads share.
+    """
+    batch, heads, _, width = x_BHND.shape
     # Rows of one flat table: several times faster on a CPU than selecting along an inner axis.
+    flat_XD = x_BHND.reshape(-1, width).index_select(0, _flat(x_BHND, row_BGP))
+    return flat_XD.view(batch, heads, -1, width)
+
+
+def _flat(x_BHND: Tensor, row_BGP: Tensor) -> Tensor:
+    """Rows of each batch row and head as rows of one table [B H P]."""
+    batch, heads, rows, _ = x_BHND.shape
     first_X = torch.arange(0, batch * heads * rows, rows, device=x_BHND.device)
-    flat = first_X.view(batch, heads, 1) + row_BP[:, None]
-    return x_BHND.reshape(-1, width).index_select(0, flat.view(-1)).view(batch, heads, -1, width)
+    row_BHP = row_BGP.repeat_interleave(heads // row_BGP.shape[1], 1)
+    return (first_X.view(batch, heads, 1) + row_BHP).view(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.capability import choose
+from longspan.ops.merge import Part
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
 from longspan.planning import Pass
@@ -47,18 +48,13 @@ class Loaded:
             q = self.queries.take(q)
         return (q, k, v) if self.keys is None else (q, self.keys.take(k), self.keys.take(v))
 
-    def outputs(
-        self, out: Tensor, lse: Tensor, heads: int, *, use_lse: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """What the kernel gave, for all rows and heads; lse in any order if it is of no use."""
-        if self.queries is not None:
-            out = self.queries.put(out, 0.0)
-            if use_lse:
-                lse = self.queries.put(lse[..., None], -torch.inf)[..., 0]
+    def outputs(self, out: Tensor, lse: Tensor, heads: int) -> Part:
+        """What the kernel gave, for all heads."""
         if self.heads is None:
-            return out, lse
+            return Part(out, lse, self.queries)
+        out, lse = Part(out, lse, self.queries).placed()
         batch, _, n, width = out.shape
-        return (
+        return Part(
             out.new_zeros(batch, heads, n, width).index_copy(1, self.heads, out),
             lse.new_full((batch, heads, n), -torch.inf).index_copy(1, self.heads, lse),
         )
@@ -82,7 +78,7 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
         kept[name] = Loaded(
             ranges,
             None if one.key_order is None else Order.of(one.key_order, keys, device),
-            None if one.query_order is None else Order.of(one.query_order, q.shape[2], device),
+            _queries(one, heads, q.shape[2], device),
             None if heads is None else torch.tensor(heads, device=device),
             None if kv_heads is None else torch.tensor(kv_heads, device=device),
         )
@@ -91,16 +87,28 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
 
 def compute(
     one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, scale: float, *, use_lse: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, Dv] and log-sum-exp [B, H, N] of one pass.
+) -> Part:
+    """Output and log-sum-exp of one pass, in its order of queries.
 
-    Without ``use_lse`` the log-sum-exp may be without gradient, and its rows in any order.
+    Without ``use_lse`` the log-sum-exp may be without gradient.
     """
     loaded = load(one, q, k)
     own = loaded.inputs(q, k, v)
     kernel = choose(impl, *own, loaded.ranges, use_lse=use_lse).load()
     out, lse = kernel(*own, loaded.ranges, scale)
-    return loaded.outputs(out, lse, q.shape[1], use_lse=use_lse)
+    return loaded.outputs(out, lse, q.shape[1])
+
+
+def _queries(
+    one: Pass, heads: tuple[int, ...] | None, rows: int, device: torch.device
+) -> Order | None:
+    """The order of the queries, for the heads that take part."""
+    if one.query_order is None:
+        return None
+    table = one.query_order
+    if table.shape[1] > 1:
+        table = table[:, [one.head_class[h] for h in heads or range(len(one.head_class))]]
+    return Order.of(table, rows, device)
 
 
 def _taking_part(

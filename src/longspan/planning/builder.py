@@ -16,6 +16,8 @@ from longspan.planning.tiles import touched_tiles
 
 # Rows of a tile, as kernels see them when nothing else is known.
 TILE = 64
+# Rows that see something are moved alone if they are at most this share of all.
+_MOST_KEPT = 0.75
 # A further pass costs about as much as this many pairs for every row, to join its results.
 JOIN = 80
 
@@ -50,13 +52,14 @@ class PassBuilder:
         lo, hi, head_class = self._tables(len(rows[0].query_position), len(rows))
         key_order = None if self._step == 1 else _stack(self.orders)
         if self._step > 1 and _scattered(lo, hi, rows[0], self._step):
-            order = np.stack([query_rows(layout, self._step) for layout in rows])
-            lo, hi = (np.take_along_axis(t, order[:, None, :, None], axis=2) for t in (lo, hi))
+            order = np.stack([query_rows(layout, self._step) for layout in rows])[:, None]
+            order = _seeing(lo, hi, order)
+            lo, hi = (_in_order(table, order) for table in (lo, hi))
             return [Pass(lo, hi, head_class, key_order, order, (self._step,))]
         wide = _wide(lo, hi) if self._step == 1 else np.array([], np.int64)
         if len(wide) == 0:
             return [Pass(lo, hi, head_class, key_order, None, (self._step,))]
-        order = wide[None].astype(np.int32)
+        order = wide[None, None].astype(np.int32)
         apart = Pass(lo[:, :, wide], hi[:, :, wide], head_class, key_order, order, (self._step,))
         lo[:, :, wide], hi[:, :, wide] = 0, 0
         return [Pass(lo, hi, head_class, key_order, None, (self._step,)), apart]
@@ -97,6 +100,36 @@ def _scattered(lo: Rows, hi: Rows, layout: Layout, step: int) -> bool:
         if now != then:
             return then < now
     return False
+
+
+def _seeing(lo: Rows, hi: Rows, order: Rows) -> Rows:
+    """The order without rows that see nothing, where that leaves out many of them.
+
+    In a branch of LongNet each class of heads has its own few queries. Classes are filled up with
+    -1 to the length of the longest.
+    """
+    batch, classes, n, _ = lo.shape
+    sees = [[(lo[b, c] < hi[b, c]).any(axis=1) for c in range(classes)] for b in range(batch)]
+    most = max(int(own.sum()) for row in sees for own in row)
+    if most > _MOST_KEPT * n:
+        return order
+    found = np.full((batch, classes, max(1, most)), -1, np.int32)
+    for b, row in enumerate(sees):
+        for c, own in enumerate(row):
+            left = order[b, 0][own[order[b, 0]]]
+            found[b, c, : len(left)] = left
+    return found
+
+
+def _in_order(table: Rows, order: Rows) -> Rows:
+    """Bounds [batch, classes, n, m] of the rows in an order, 0 where there is no row."""
+    batch, classes, _, width = table.shape
+    found = np.zeros((batch, classes, order.shape[2], width), np.int32)
+    for b in range(batch):
+        for c in range(classes):
+            rows = order[b % len(order), c % order.shape[1]]
+            found[b, c] = np.where((rows >= 0)[:, None], table[b, c, rows], 0)
+    return found
 
 
 def _wide(lo: Rows, hi: Rows) -> NDArray[np.int64]:

@@ -116,6 +116,6 @@ def _price(passes: tuple[Pass, ...], layout: Layout, rows: Layout, costs: Costs)
         width = one.lo.shape[3]
         total += one.tiles(TILE) * TILE * TILE * (1 + costs.mask * (width - 1)) * scale
         places = 0 if one.key_order is None else one.key_order.shape[1]
-        moved = 2 * places + 2 * n * (one.query_order is not None)
+        moved = 2 * places + 2 * (0 if one.query_order is None else one.query_order.shape[2])
         total += costs.move * moved * len(one.heads)
     return total

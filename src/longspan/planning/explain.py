@@ -42,7 +42,7 @@ def _order(part: Pass, n: int) -> str:
     words = "keys " + ", then ".join(_keys(step) for step in part.steps)
     if part.query_order is None:
         return words
-    taken = part.query_order.shape[1]
+    taken = part.query_order.shape[2]
     return words + (", queries too" if taken == n else f", {taken:,} of the queries")
 
 

@@ -42,7 +42,7 @@ def joined(passes: Sequence[Pass], n: int, keys: int) -> tuple[Pass, ...]:
     stay = [one for one in passes if one.query_order is None]
     move = [one for one in passes if one.query_order is not None]
     # Passes over a few rows only stay alone.
-    whole = [one for one in move if one.query_order is not None and one.query_order.shape[1] == n]
+    whole = [one for one in move if one.query_order is not None and one.query_order.shape[2] == n]
     if stay:
         found.append(_side_by_side(stay, keys))
     if whole:
@@ -66,8 +66,8 @@ def _reordered(one: Pass, finest: Pass) -> Pass | None:
     assert finest.query_order is not None
     if any(step == 0 or finest.steps[0] % step for step in one.steps):
         return None
-    place = np.argsort(one.query_order, axis=1)
-    index = np.take_along_axis(*np.broadcast_arrays(place, finest.query_order), axis=1)
+    place = np.argsort(one.query_order, axis=2)
+    index = np.take_along_axis(*np.broadcast_arrays(place, finest.query_order), axis=2)
     lo, hi = (np.take_along_axis(*_broadcast(table, index), axis=2) for table in (one.lo, one.hi))
     moved = replace(one, lo=lo, hi=hi, query_order=finest.query_order)
     extra = (moved.tiles(_TILE) - one.tiles(_TILE)) * _TILE**2
@@ -78,7 +78,7 @@ def _broadcast(table: Rows, index: Rows) -> tuple[Rows, Rows]:
     batch = max(len(table), len(index))
     return (
         np.broadcast_to(table, (batch, *table.shape[1:])),
-        np.broadcast_to(index[:, None, :, None], (batch, 1, index.shape[1], 1)),
+        np.broadcast_to(index[..., None], (batch, *index.shape[1:], 1)),
     )
 
 

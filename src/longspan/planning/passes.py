@@ -23,8 +23,9 @@ class Pass:
         head_class: the class of each query head.
         key_order: int32 [batch or 1, m'], the key row at each place, where keys are reordered,
             listed or repeated; None where place and row agree.
-        query_order: int32 [batch or 1, n'], the query row at each place, each at most once; None
-            where place and row agree. Rows that are missing see nothing in this pass.
+        query_order: int32 [batch or 1, classes or 1, n'], the query row at each place, each at
+            most once, -1 for none; None where place and row agree. Rows that are missing see
+            nothing in this pass.
         steps: what orders of keys lie side by side: the modulus of a residue order, 1 for their
             own order, 0 for listed keys.
     """
@@ -75,18 +76,25 @@ class Pass:
         dense = np.zeros((batch, len(self.head_class), n, keys), np.int64)
         for b in range(batch):
             lo, hi = (t[b % len(t)][list(self.head_class), ..., None] for t in (self.lo, self.hi))
-            row = rows_at(self.query_order, b, n)
-            key = rows_at(self.key_order, b, keys)
+            key = self.keys(b, keys)
             place = np.arange(len(key))
             inside = np.asarray(((lo <= place) & (place < hi)).any(axis=2))
-            at = (row[:, None] * keys + key).ravel()
             for h, used in enumerate(inside):
+                row = self.rows(b, self.head_class[h], n)
+                # Places without a row see nothing.
+                at = (row.clip(min=0)[:, None] * keys + key).ravel()
                 dense[b, h] = np.bincount(at, used.ravel(), n * keys).reshape(n, keys)
         return dense
 
+    def rows(self, batch_row: int, head_class: int, n: int) -> NDArray[np.int64]:
+        """The query row at each place of a class of heads, -1 for none."""
+        table = self.query_order
+        if table is None:
+            return np.arange(n)
+        return table[batch_row % len(table), head_class % table.shape[1]].astype(np.int64)
 
-def rows_at(order: Rows | None, batch_row: int, count: int) -> NDArray[np.int64]:
-    """The row at each place of one batch row."""
-    if order is None:
-        return np.arange(count)
-    return order[batch_row % len(order)].astype(np.int64)
+    def keys(self, batch_row: int, keys: int) -> NDArray[np.int64]:
+        """The key row at each place."""
+        if self.key_order is None:
+            return np.arange(keys)
+        return self.key_order[batch_row % len(self.key_order)].astype(np.int64)
