@@ -18,15 +18,13 @@ it to src/longspan/ops/measured.json. FOLDER/routes.md is for people.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +33,30 @@ import torch
 from torch import Tensor
 
 import longspan as ls
-from longspan.bench import dense, oracle
-from longspan.bench.setting import WAYS, Call, both_ways
+from gpu_harness import (
+    HEADS,
+    KERNELS,
+    LIBRARIES,
+    Log,
+    agreeing,
+    as_markdown,
+    do,
+    failed,
+    free,
+    race,
+    share_caches,
+    side_by_side,
+    tensors,
+    unshare,
+)
+from longspan.bench import oracle
+from longspan.bench.setting import Call, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
-from longspan.eval.environment import environment, version
-from longspan.eval.records import read_lines
+from longspan.eval.environment import version
+from longspan.ops.kernels import _cudnn_plan
 
-KERNELS = ("cudnn", "flex_flash", "flex")
 WIDTHS = (128, 64, 96)
-HEADS, KEY_HEADS = 32, 8
 CORE = (
     "causal()",
     "window(4096)",
@@ -70,55 +82,10 @@ MORE = (
 LONG = ("scca.flow(1024)", "ssa(1024, 64)", "longnet([2048, 32768, 524288], [1, 16, 256])")
 
 
-# What the libraries below our kernels call themselves.
-LIBRARIES = {"cudnn": "FLEX_ATTENTION", "flex_flash": "FLASH_ATTENTION"}
-
-
-def share_caches() -> None:
-    """Let the process that times find what the checking processes compiled."""
-    folder = os.environ.setdefault("LONGSPAN_BENCH_CACHE", tempfile.mkdtemp(prefix="routes-"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
-    if "LONGSPAN_BENCH_UNSHARED" in os.environ:
-        return
-    for library in LIBRARIES.values():
-        os.environ[f"{library}_CUTE_DSL_CACHE_ENABLED"] = "1"
-        os.environ[f"{library}_CUTE_DSL_CACHE_DIR"] = f"{folder}/{library.lower()}"
-
-
-def unshare(kernel: str) -> bool:
-    """Turn the cache of a kernel's library off; False if it was off."""
-    name = f"{LIBRARIES.get(kernel, '')}_CUTE_DSL_CACHE_ENABLED"
-    return os.environ.pop(name, None) is not None
-
-
-class Log:
-    """Records as lines of a file, and on the terminal."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, default=str) + "\n")
-        shown = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
-        shown.pop("trace", None)
-        print(json.dumps(shown, default=str), flush=True)
-
-
-def failed(error: Exception) -> dict[str, str]:
-    text = f"{type(error).__name__}: {error}"
-    return {"error": text[:500], "trace": traceback.format_exc()[-2000:]}
-
-
-def tensors(
-    n: int, width: int, *, heads: int = HEADS, key_heads: int = KEY_HEADS, batch: int = 1
-) -> list[Tensor]:
-    make = torch.Generator("cuda").manual_seed(n + width)
-    shapes = [(batch, h, n, width) for h in (heads, key_heads, key_heads)]
-    return [torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes]
+def fresh(plan: ls.Plan) -> ls.Plan:
+    """The same plan as one that no kernel has seen: what is derived from it is made anew."""
+    _cudnn_plan._latest.clear()
+    return replace(plan, passes=tuple(replace(part) for part in plan.passes))
 
 
 def through(kernel: str, plan: ls.Plan) -> Call:
@@ -195,45 +162,19 @@ def warm(kernel: str, width: int, log: Log) -> None:
 
 def checks(log: Log, seconds: float) -> None:
     """Run all checks side by side, and see whether their caches can be read."""
-    side_by_side([f"{kernel}-{width}" for width in WIDTHS for kernel in KERNELS], log, seconds)
+    side_by_side(
+        __file__, [f"{kernel}-{width}" for width in WIDTHS for kernel in KERNELS], log, seconds
+    )
     for kernel in LIBRARIES:
         if any(row["kind"] == "cache" and row["kernel"] == kernel for row in log.rows):
             unshare(kernel)
     before = len(log.rows)
     probes = [f"{kernel}-128-again" for kernel in LIBRARIES]
-    side_by_side(probes, log, 60)
+    side_by_side(__file__, probes, log, 60)
     for kernel in LIBRARIES:
         again = [r for r in log.rows[before:] if r.get("kernel") == kernel and "errors" in r]
         if not again and unshare(kernel):
             log.add(kind="cache", kernel=kernel, why="could not be read: compiled anew")
-
-
-def side_by_side(names: list[str], log: Log, seconds: float) -> None:
-    """Run checks in processes of their own and collect their records."""
-    folder = Path(tempfile.mkdtemp())
-    command = [sys.executable, __file__, "--out", str(folder), "--check"]
-    jobs = {}
-    # A few threads each: they compile at the same time.
-    own = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    for name in names:
-        with (folder / f"{name}.log").open("w") as text:
-            jobs[name] = subprocess.Popen(
-                [*command, name], env=own, stdout=text, stderr=subprocess.STDOUT
-            )
-    until = time.monotonic() + seconds
-    for name, job in jobs.items():
-        try:
-            code = job.wait(max(1.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.wait()
-            code = "stopped: no time left"
-        path = folder / f"{name}.jsonl"
-        for row in read_lines(path) if path.exists() else ():
-            log.add(**row)
-        if code:
-            tail = (folder / f"{name}.log").read_text()[-1500:]
-            log.add(kind="check process", name=name, code=code, output=tail)
 
 
 def verdicts(log: Log) -> dict[tuple[str, int], str]:
@@ -269,74 +210,26 @@ def compare(
     plan = ls.plan(ls.parse(text), n, HEADS)
     planned = time.perf_counter() - start
     inputs = tensors(n, width)
-    calls: dict[str, Call] = {}
-    first: dict[str, float] = {}
-    results: dict[str, list[Tensor]] = {}
-    for kernel in rivals:
-        try:
-            ways = both_ways(through(kernel, plan), inputs)
-            out = ways["forward"]()
-            row_error = oracle.row_error(plan, inputs, out, [0, n // 3, n - 1])
-            # The ranges are on the device by now; what is left is what a new pattern costs.
-            fresh = ls.plan(ls.parse(text), n, HEADS)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            both_ways(through(kernel, fresh), inputs)["forward"]()
-            torch.cuda.synchronize()
-            first[kernel] = time.perf_counter() - start
-            results[kernel] = [out, *ways["forward+backward"]()]
-            lead = next(iter(results.values()))
-            apart = [oracle.relative(a, b) for a, b in zip(results[kernel], lead, strict=True)]
-            log.add(**{**about, "kind": "full length"}, kernel=kernel, rows=row_error, apart=apart)
-            if not row_error <= 1e-2 or not max(apart) <= 1e-2:
-                results.pop(kernel)
-                log.add(**about, kernel=kernel, error="wrong at full length: not timed")
-                continue
-            calls[kernel] = through(kernel, plan)
-        except Exception as error:
-            log.add(**about, kernel=kernel, **failed(error))
-    results.clear()
-    pairs = dict.fromkeys(calls, plan.pairs)
-    for name, call in dense.on_gpu().items():
-        try:
-            with torch.no_grad():
-                call(*inputs)
-            calls[f"dense {name}"] = call
-            pairs[f"dense {name}"] = HEADS * n * (n + 1) // 2
-        except Exception as error:
-            log.add(kind="peer", name=name, **failed(error))
-    for way, flops in WAYS.items():
-        steps = {}
-        for name, call in calls.items():
-            step = both_ways(call, inputs)[way]
-            try:
-                step()
-                steps[name] = step
-            except Exception as error:
-                log.add(**about, kernel=name, way=way, **failed(error))
-        seconds = in_turns(steps, rounds=rounds, device="cuda", warm_up=2)
-        rate = {
-            name: flops * width * pairs[name] / summary(taken)["seconds"] / 1e12
-            for name, taken in seconds.items()
-        }
-        best = max((x for name, x in rate.items() if name.startswith("dense")), default=None)
-        for name, taken in seconds.items():
-            log.add(
-                **about,
-                kernel=name,
-                way=way,
-                passes=len(plan.passes),
-                keys=plan.pairs / (HEADS * n),
-                apart=len({one for p in plan.passes for one in p.head_class}) > 1,
-                **summary(taken),
-                tflops=rate[name],
-                of_dense=rate[name] / best if best else None,
-                plan_seconds=planned,
-                first_seconds=first.get(name),
-            )
-    del calls, inputs
-    gc.collect()
-    torch.cuda.empty_cache()
+    rows = partial(oracle.row_error, plan, inputs, rows=[0, n // 3, n - 1])
+    makers = {kernel: lambda kernel=kernel: through(kernel, fresh(plan)) for kernel in rivals}
+    calls, first = agreeing(makers, inputs, rows, log, about)
+    about |= {
+        "passes": len(plan.passes),
+        "keys": plan.pairs / (HEADS * n),
+        "apart": len({one for p in plan.passes for one in p.head_class}) > 1,
+        "plan_seconds": planned,
+    }
+    race(
+        calls,
+        plan.pairs,
+        inputs,
+        log,
+        about,
+        rounds=rounds,
+        more=lambda name: {"first_seconds": first.get(name)},
+    )
+    del calls, makers, inputs, rows
+    free()
 
 
 # Step 3.
@@ -376,8 +269,7 @@ def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
         )
     except Exception as error:
         log.add(**about, **failed(error))
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
 
 
 def measured(log: Log, command: str) -> dict[str, Any]:
@@ -418,26 +310,6 @@ def measured(log: Log, command: str) -> dict[str, Any]:
     }
 
 
-def as_markdown(log: Log) -> str:
-    lines = ["# CUDA routes on one GPU", "", torch.cuda.get_device_name(), ""]
-    lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
-    for r in log.rows:
-        if r["kind"] in ("speed", "long") and "tflops" in r:
-            share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
-            cells = (
-                r["pattern"].replace("|", "\\|"),
-                r["n"],
-                r["width"],
-                r.get("way", "forward"),
-                r["kernel"],
-                f"{r['seconds'] * 1e3:.2f}",
-                f"{r['tflops']:.0f}",
-                share,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -458,8 +330,7 @@ def main() -> None:
         return options.seconds - (time.monotonic() - begin)
 
     log = Log(options.out / "routes.jsonl")
-    stack = ("nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "flash-attn-4")
-    log.add(kind="machine", **environment(), stack={name: version(name) for name in stack})
+    log.machine()
     checks(log, 0.45 * options.seconds)
     found = verdicts(log)
     log.add(kind="verdicts", **{f"{k} {w}": v or "right" for (k, w), v in found.items()})
@@ -497,19 +368,14 @@ def main() -> None:
         *((f"long {t}", 50, lambda t=t: long(t, log, n=1 << 20)) for t in LONG[1:]),
     ]
     command = f"python benchmarks/gpu_routes.py --seconds {options.seconds:.0f}"
-    for name, needed, step in work:
-        if left() < needed:
-            log.add(kind="skipped", name=name, why="no time left")
-            continue
-        try:
-            step()
-        except Exception as error:
-            log.add(kind="failed", name=name, **failed(error))
-            gc.collect()
-            torch.cuda.empty_cache()
+
+    def tables() -> None:
         table = json.dumps(measured(log, command), indent=2) + "\n"
         (options.out / "measured.json").write_text(table, encoding="utf-8")
-        (options.out / "routes.md").write_text(as_markdown(log), encoding="utf-8")
+        text = as_markdown(log, "CUDA routes on one GPU")
+        (options.out / "routes.md").write_text(text, encoding="utf-8")
+
+    do(work, log, left(), tables)
     log.add(kind="done", seconds=time.monotonic() - begin)
 
 

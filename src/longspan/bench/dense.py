@@ -18,7 +18,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def on_cpu() -> dict[str, Call]:
     """PyTorch's own, the only one there is."""
-    return {"SDPA": _sdpa}
+    return {"SDPA": sdpa}
 
 
 def on_gpu() -> dict[str, Call]:
@@ -29,7 +29,8 @@ def on_gpu() -> dict[str, Call]:
     return found
 
 
-def _sdpa(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
+def sdpa(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
+    """PyTorch's, with the backend that it chooses."""
     grouped = q_BHND.shape[1] != k_BKND.shape[1]
     return scaled_dot_product_attention(q_BHND, k_BKND, v_BKND, is_causal=True, enable_gqa=grouped)
 
@@ -37,7 +38,7 @@ def _sdpa(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
 def _with_backend(backend: SDPBackend) -> Call:
     def attend(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return _sdpa(q_BHND, k_BKND, v_BKND)
+            return sdpa(q_BHND, k_BKND, v_BKND)
 
     return attend
 

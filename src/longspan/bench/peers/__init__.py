@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
+from longspan.bench import dense
+from longspan.bench.peers.longlora import longlora
 from longspan.bench.setting import Call, Setting
 from longspan.errors import Refusal
 from longspan.hf.peers import longformer_layer
@@ -186,29 +187,11 @@ def _natten(pattern: Pattern, setting: Setting) -> Call:
 
 
 def _longlora(pattern: Pattern, setting: Setting) -> Call:
-    """LongLoRA's own way: roll half of the heads, fold groups into the batch, dense attention."""
     if not isinstance(pattern, ShiftedChunk) or not pattern.causal or setting.n % pattern.size:
         raise Refusal("causal shifted chunks of a whole number of groups only")
-    size, half = pattern.size, setting.heads // 2
     if setting.heads % 2 or setting.key_heads % 2:
         raise Refusal("an even number of heads only")
-
-    def fold(x_BHND: Tensor) -> Tensor:
-        heads = x_BHND.shape[1] // 2
-        rolled = x_BHND[:, heads:].roll(-size // 2, 2)
-        x_BHND = torch.cat([x_BHND[:, :heads], rolled], 1)
-        return x_BHND.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        q_GHND, k_GKND, v_GKND = (fold(x) for x in (q, k, v))
-        out = scaled_dot_product_attention(
-            q_GHND, k_GKND, v_GKND, is_causal=True, enable_gqa=grouped
-        )
-        out = out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-        return torch.cat([out[:, :half], out[:, half:].roll(size // 2, 2)], 1)
-
-    return call
+    return longlora(pattern.size, dense.sdpa)
 
 
 def _longformer(pattern: Pattern, setting: Setting) -> Call:

@@ -1,0 +1,334 @@
+"""Block patterns on one GPU: our routes against dense and block-sparse kernels of others.
+
+    PYTHONPATH=src python benchmarks/gpu_blocks.py --out FOLDER [--budget-s 240]
+
+A query block sees whole key blocks, its own and earlier ones: 5, 10, 20, 35 and 50 % of those
+before it, of 64 and 128 tokens, drawn at random or chosen by content (the means of queries and
+keys, ``block_topk``). Query heads that share a key head share a map. N 32768, batch 1, 32 heads
+over 8 key heads, width 128, bfloat16, forward and forward + backward.
+
+1. Every rival at 2,048 rows against float32, output and gradients. In processes side by side,
+   which also compile.
+2. At full length: some rows against float32, all results against each other, and what a new map
+   costs. Then in turns with dense causal attention of cuDNN and FlashAttention-4.
+
+Rivals: our kernels over ranges; FlexAttention (Triton) with a mask by hand, in tiles of 128 and,
+for blocks of 64, of 64; cuDNN's block-sparse attention (its backward knows no grouped queries:
+keys and values are repeated for it, which counts); FlashAttention-4 with lists of blocks. What is
+wrong is not timed. Every record is a line of FOLDER/blocks.jsonl as it comes, FOLDER/blocks.md is
+for people. ``--device cpu --n 1024`` walks the same steps as a rehearsal, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gpu_harness import (
+    HEADS,
+    KERNELS,
+    KEY_HEADS,
+    Log,
+    Work,
+    agreeing,
+    as_markdown,
+    device_of_this_run,
+    do,
+    dtype_of_this_run,
+    failed,
+    free,
+    race,
+    share_caches,
+    side_by_side,
+    tensors,
+)
+from longspan.bench import oracle
+from longspan.bench.peers import block_sparse
+from longspan.bench.peers.block_maps import BlockMap
+from longspan.bench.setting import Call, both_ways
+from longspan.errors import Refusal
+from longspan.ops.capability import choose
+from longspan.ops.ranges import KeyRanges
+from longspan.select import sample, select
+
+WIDTH = 128
+SCALE = WIDTH**-0.5
+SIZES = (128, 64)
+DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
+KINDS = ("random", "content")
+CHECKED_ROWS = 2048
+# FlexAttention's mask looks at each range of a row: with more, compiling it takes minutes.
+MOST_RANGES = 32
+# What has no cache on disk is compiled where it is timed.
+UNCACHED = ("cuDNN block-sparse",)
+
+
+def random_map(blocks: int, density: float) -> Tensor:
+    """bool [K, Q, T]: a share of the blocks up to a query's own, which is one of them."""
+    make = torch.Generator(device_of_this_run()).manual_seed(blocks)
+    score = torch.rand(KEY_HEADS, blocks, blocks, generator=make, device=device_of_this_run())
+    own = torch.arange(blocks, device=score.device)
+    score = score.masked_fill(own > own[:, None], -1.0).masked_fill(own == own[:, None], 2.0)
+    rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
+    return rank < (density * (own + 1)).round().clamp(min=1)[:, None]
+
+
+@cache
+def prompt(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with attention as models have it."""
+    where = device_of_this_run()
+    return sample(n, HEADS, KEY_HEADS, WIDTH, dtype=dtype_of_this_run(), device=where)
+
+
+def content_map(n: int, size: int, density: float) -> Tensor:
+    """bool [K, Q, T]: what ``block_topk`` chooses for the first head of each group."""
+    chosen = select(*prompt(n), f"block_topk({density}, block={size})").selection.blocks
+    return chosen[0, :: HEADS // KEY_HEADS, : n // size, : n // size]
+
+
+def made(kind: str, n: int, size: int, density: float) -> BlockMap:
+    """A map by name."""
+    if kind == "content":
+        return BlockMap(content_map(n, size, density), size, HEADS)
+    return BlockMap(random_map(n // size, density), size, HEADS)
+
+
+def ranges_of(given: BlockMap) -> KeyRanges:
+    """A map as ranges: neighbouring blocks are one range."""
+    seen_KQT = given.seen_GQT
+    count = seen_KQT.shape[-1]
+    turn = pad(seen_KQT.int(), (1, 1)).diff(dim=-1)
+    width = int((turn > 0).sum(-1).max())
+    place = torch.arange(count + 1, device=seen_KQT.device)
+    # Unused ranges begin and end at the last row.
+    lo, hi = (
+        place.expand_as(turn).masked_fill(turn != sign, count).sort(-1).values[..., :width]
+        for sign in (1, -1)
+    )
+    lo, hi = (x.repeat_interleave(given.size, 1).int() * given.size for x in (lo, hi))
+    group = torch.arange(given.heads, device=lo.device) // (given.heads // len(seen_KQT))
+    return KeyRanges(lo, hi, group[None], count * given.size)
+
+
+def ours(kernel: str, given: BlockMap) -> Call:
+    """A kernel of ours over a map."""
+    ranges = ranges_of(given)
+    if kernel == "flex" and ranges.lo_GNm.shape[2] > MOST_RANGES:
+        raise Refusal(
+            f"rows have up to {ranges.lo_GNm.shape[2]} ranges: would compile for minutes"
+        )
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = choose(kernel, q, k, v, ranges, use_lse=False)
+        return found.load()(q, k, v, ranges, SCALE)[0]
+
+    return call
+
+
+def rivals(size: int) -> dict[str, Callable[[BlockMap], Call]]:
+    """Who competes, by name."""
+    kernels = KERNELS if device_of_this_run() == "cuda" else (*KERNELS, "tiled")
+    found: dict[str, Callable[[BlockMap], Call]] = {
+        f"longspan {kernel}": partial(ours, kernel) for kernel in kernels
+    }
+    for tile in (128,) if size == 128 else (128, 64):
+        found[f"FlexAttention by hand, tiles of {tile}"] = partial(
+            block_sparse.flex, scale=SCALE, tile=tile
+        )
+    found["cuDNN block-sparse"] = partial(block_sparse.cudnn, scale=SCALE)
+    found["FlashAttention-4 block-sparse"] = partial(block_sparse.flash_4, scale=SCALE)
+    return found
+
+
+def check(name: str, size: int, log: Log, n: int) -> None:
+    """One rival on a short map against float32; then compile what will be timed."""
+    own = min(CHECKED_ROWS, n)
+    heads, key_heads = HEADS // 4, KEY_HEADS // 4
+    given = BlockMap(random_map(own // size, 0.2)[:key_heads], size, heads)
+    about = {"kind": "check", "kernel": name, "block": size}
+    start = time.perf_counter()
+    try:
+        call = rivals(size)[name](given)
+        ranges = ranges_of(given)
+
+        def theirs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return choose("reference", q, k, v, ranges).load()(q, k, v, ranges, SCALE)
+
+        inputs = tensors(own, WIDTH, heads=heads, key_heads=key_heads)
+        found: dict[str, float] = {}
+        why = ""
+        try:
+            found = oracle.errors(oracle.beside(call, theirs), theirs, inputs, use_lse=False)
+            found.pop("lse")
+        except (Refusal, NotImplementedError) as error:
+            why = str(error)
+            with torch.no_grad():
+                exact = theirs(*(x.float() for x in inputs))[0]
+                found = {"out": oracle.relative(call(*inputs), exact)}
+        wrong = oracle.wrong(found, dtype_of_this_run())
+        seconds = time.perf_counter() - start
+        log.add(**about, errors=found, wrong=wrong, no_backward=why, seconds=seconds)
+        if n > own and not wrong:
+            warm(name, size, n)
+            log.add(**{**about, "kind": "warm"}, seconds=time.perf_counter() - start)
+    except Exception as error:
+        log.add(**about, **failed(error), seconds=time.perf_counter() - start)
+
+
+def warm(name: str, size: int, n: int) -> None:
+    """Compile what will be timed; the graphs of ``flex`` hold the number of ranges."""
+    for density in DENSITIES[:2]:
+        with contextlib.suppress(Refusal):
+            call = rivals(size)[name](made("random", n, size, density))
+            for step in both_ways(call, tensors(n, WIDTH)).values():
+                step()
+
+
+def checks(log: Log, n: int, seconds: float) -> None:
+    """Check every rival: in processes side by side, but for what leaves no cache on disk."""
+    # Blocks of the least size have all rivals.
+    everyone = list(rivals(min(SIZES)))
+    here = UNCACHED if device_of_this_run() == "cuda" else everyone
+    with ThreadPoolExecutor(1) as beside:
+        others = [name for name in everyone if name not in here]
+        children = beside.submit(side_by_side, __file__, others, log, seconds)
+        for name in here:
+            check_sizes(name, log, n)
+        children.result()
+
+
+def check_sizes(name: str, log: Log, n: int) -> None:
+    """One rival with every block size that it takes part in."""
+    for size in SIZES:
+        if name in rivals(size):
+            check(name, size, log, n)
+
+
+def right(log: Log) -> dict[int, list[str]]:
+    """The rivals of each block size that passed their check, in order."""
+    passed = {
+        (row["kernel"], row["block"])
+        for row in log.rows
+        if row["kind"] == "check" and "errors" in row and not row["wrong"]
+    }
+    return {size: [name for name in rivals(size) if (name, size) in passed] for size in SIZES}
+
+
+def compare(
+    kind: str, size: int, density: float, names: list[str], log: Log, *, n: int, rounds: int
+) -> None:
+    """Check and time the rivals on one map."""
+    given = made(kind, n, size, density)
+    pattern = f"{kind} blocks of {size}, {density:.0%}"
+    about = {"kind": "speed", "pattern": pattern, "n": n, "width": WIDTH, "block": size}
+    inputs = list(prompt(n)) if kind == "content" else tensors(n, WIDTH)
+    seen_HQT = given.seen_HQT
+
+    def keys(head: int, row: int) -> Tensor:
+        return seen_HQT[head, row // size].repeat_interleave(size).nonzero()[:, 0]
+
+    rows = partial(oracle.row_error_over, keys, inputs, rows=[0, n // 3, n - 1])
+    makers = {name: partial(rivals(size)[name], given) for name in names}
+    calls, first = agreeing(makers, inputs, rows, log, about)
+    about["density"] = given.pairs / (HEADS * n * (n + size) / 2)
+    race(
+        calls,
+        given.pairs,
+        inputs,
+        log,
+        about,
+        rounds=rounds,
+        more=lambda name: {"first_seconds": first.get(name)},
+    )
+    del calls, makers, inputs, rows
+    free()
+
+
+def verdict(log: Log) -> str:
+    """The best of ours and of others for each case, as a table."""
+    lines = ["", "| case | way | ours | of dense | other | of dense |", "|" + "---|" * 6]
+    cases: dict[tuple[str, str], dict[str, float]] = {}
+    for row in log.rows:
+        if row["kind"] == "speed" and row.get("of_dense"):
+            cases.setdefault((row["pattern"], row["way"]), {})[row["kernel"]] = row["of_dense"]
+    for (pattern, way), shares in cases.items():
+        cells = [pattern, way]
+        for own in (True, False):
+            among = [
+                name
+                for name in shares
+                if name.startswith("longspan") == own and not name.startswith("dense")
+            ]
+            best = max(among, key=lambda name: shares[name], default=None)
+            cells += ["-", "-"] if best is None else [best, f"{shares[best]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget-s", type=float, default=240)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device_of_this_run())
+    parser.add_argument("--n", type=int, default=int(os.environ.get("LONGSPAN_BENCH_N", "32768")))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--densities", default=",".join(map(str, DENSITIES)))
+    parser.add_argument("--check", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    # The checking processes are asked for the same.
+    os.environ["LONGSPAN_BENCH_DEVICE"] = options.device
+    os.environ["LONGSPAN_BENCH_N"] = str(options.n)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("needs a CUDA device; --device cpu --n 1024 is a rehearsal")
+    if options.n % max(SIZES):
+        sys.exit(f"--n must be a multiple of {max(SIZES)}, got {options.n}")
+    share_caches()
+    if options.check:
+        log = Log(options.out / f"{options.check}.jsonl")
+        check_sizes(options.check, log, options.n)
+        return
+    begin = time.monotonic()
+    log = Log(options.out / "blocks.jsonl")
+    log.machine()
+    checks(log, options.n, 0.45 * options.budget_s)
+    able = right(log)
+    log.add(kind="verdicts", right=able)
+    work: list[Work] = []
+    # The middle first: what is left out for want of time is at the ends.
+    asked = [float(word) for word in options.densities.split(",")]
+    for density in sorted(asked, key=lambda x: abs(x - 0.2)):
+        for kind in KINDS:
+            for size in SIZES:
+                step = partial(
+                    compare,
+                    kind,
+                    size,
+                    density,
+                    able[size],
+                    log,
+                    n=options.n,
+                    rounds=options.rounds,
+                )
+                work.append((f"{kind} {size} {density}", 6, step))
+
+    def tables() -> None:
+        text = as_markdown(log, "Block patterns on one GPU") + verdict(log)
+        (options.out / "blocks.md").write_text(text, encoding="utf-8")
+
+    do(work, log, options.budget_s - (time.monotonic() - begin), tables)
+    log.add(kind="done", seconds=time.monotonic() - begin)
+
+
+if __name__ == "__main__":
+    main()
