@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import longspan as ls  # noqa: E402
-from longspan.errors import InputError  # noqa: E402
-from longspan.hf.fork import fork, waiting  # noqa: E402
+import longspan as ls
+from longspan.errors import InputError
+from longspan.hf.fork import fork, waiting
 
 POLICIES = (
     "everything()",

@@ -1,85 +1,61 @@
-"""``longspan eval``: perplexity and passkey retrieval, with a pattern, scaling or adapter."""
+"""``longspan eval``: perplexity, passkeys, RULER's tasks, and what cache policies lose."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
+from longspan.cli.eval_kv import kv as kv_command
+from longspan.cli.eval_options import KV, Data, Lengths, Model, PythonStdlib, Shared, shared
 
-Model = Annotated[str, typer.Argument(help="Local folder of a causal language model.")]
-Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096.")]
-Pattern = Annotated[
-    str | None,
-    typer.Option(help='Attention pattern, e.g. "window(1024) | sink(4)"; default: dense.'),
-]
-Rope = Annotated[
-    str | None,
-    typer.Option(
-        help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3."
-    ),
-]
-Adapter = Annotated[
-    Path | None, typer.Option(help="Adapter folder of longspan extend; sets its position scaling.")
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Record file (.jsonl): what it already holds is not measured again."),
-]
-Limit = Annotated[int | None, typer.Option(help="Measure only so many, for a quick look.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
 
 
 @app.command()
+@shared
 def ppl(
     model: Model,
     lengths: Lengths,
-    data: Annotated[
-        list[str] | None, typer.Option(help="File or folder with text; may be repeated.")
-    ] = None,
-    python_stdlib: Annotated[
-        bool, typer.Option("--python-stdlib", help="Held-out modules of the standard library.")
-    ] = False,
+    data: Data = None,
+    python_stdlib: PythonStdlib = False,
     protocol: Annotated[
         str,
         typer.Option(help="blocks (side by side), sliding (LongLoRA's) or new-tokens (YaRN's)."),
     ] = "blocks",
     stride: Annotated[int, typer.Option(help="Tokens by which windows move.")] = 256,
-    pattern: Pattern = None,
-    rope: Rope = None,
-    adapter: Adapter = None,
-    out: Out = None,
-    limit: Limit = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    as_json: Json = False,
+    kv: KV = None,
+    chunk: Annotated[
+        int, typer.Option(help="With --kv: tokens that go through the cache at a time.")
+    ] = 1,
+    prompt: Annotated[
+        int, typer.Option(help="With --kv: first tokens read at once and not scored.")
+    ] = 0,
+    *,
+    given: Shared,
 ) -> None:
-    """Perplexity by context length and by position."""
+    """Perplexity by context length and by position; with --kv token by token through a cache."""
     from longspan.cli.progress import Bars
-    from longspan.cli.values import pick_device, whole_numbers
+    from longspan.cli.values import whole_numbers
+    from longspan.errors import InputError
     from longspan.eval.perplexity import check_protocol, perplexity
     from longspan.eval.records import Records
-    from longspan.eval.subject import Subject
+    from longspan.eval.stepwise import by_length
+    from longspan.kv import cache
+    from longspan.kv import parse as read_policy
     from longspan.train.data import tokenize_documents
     from longspan.train.prepare import read_text, text_hash
 
     sizes = whole_numbers(lengths)
     check_protocol(protocol, stride)
+    policy = None if kv is None else read_policy(kv)
+    if policy is not None and protocol != "blocks":
+        raise InputError("With --kv windows lie side by side: leave --protocol out.")
+    if policy is None and (chunk, prompt) != (1, 0):
+        raise InputError("--chunk and --prompt belong to --kv: nothing is read in pieces else.")
     documents = read_text(data or (), python_stdlib, "heldout")
-    subject = Subject(
-        model=model,
-        length=max(sizes),
-        pattern=pattern,
-        rope=rope,
-        adapter=adapter,
-        dtype=dtype,
-        device=pick_device(device),
-    )
+    subject = given.subject(model, max(sizes))
     with subject.open() as (loss, tokenizer), Bars() as bars:
         text = tokenize_documents(tokenizer, documents)
         asked = {
@@ -88,24 +64,40 @@ def ppl(
             "protocol": protocol,
             "stride": stride,
         }
-        result = perplexity(
-            loss,
-            text,
-            sizes,
-            protocol=protocol,
-            stride=stride,
-            bos=tokenizer.bos_token_id,
-            limit=limit,
-            # The curve belongs to the longest length, so records of other lengths would not fit
-            # it.
-            records=Records(out, {**asked, "longest": max(sizes)}),
-            progress=bars,
-        )
-    if as_json:
+        if policy is not None:
+            asked |= {"kv": str(policy), "chunk": chunk, "prompt": prompt}
+            rows = by_length(
+                loss.model,
+                text,
+                sizes,
+                lambda: cache(loss.model, policy),
+                chunk=chunk,
+                prompt=prompt,
+                limit=given.limit,
+                records=Records(given.out, asked),
+                progress=bars,
+            )
+            result = {"lengths": rows}
+        else:
+            result = perplexity(
+                loss,
+                text,
+                sizes,
+                protocol=protocol,
+                stride=stride,
+                bos=tokenizer.bos_token_id,
+                limit=given.limit,
+                # The curve belongs to the longest length, so records of other lengths would not
+                # fit it.
+                records=Records(given.out, {**asked, "longest": max(sizes)}),
+                progress=bars,
+            )
+    if given.as_json:
         typer.echo(json.dumps({**asked, **result}))
         return
+    how = f"protocol {protocol}" if policy is None else f"through {policy}"
     _table(
-        f"Perplexity, protocol {protocol}",
+        f"Perplexity, {how}",
         ("context", "perplexity", "nats per token", "windows", "tokens"),
         [
             (
@@ -121,6 +113,7 @@ def ppl(
 
 
 @app.command()
+@shared
 def passkey(
     model: Model,
     lengths: Lengths,
@@ -130,34 +123,19 @@ def passkey(
     trials: Annotated[int, typer.Option(help="Probes per length and depth.")] = 5,
     style: Annotated[str, typer.Option(help="Wording: prose or code.")] = "prose",
     seed: Annotated[int, typer.Option(help="Chooses keys and filler.")] = 0,
-    pattern: Pattern = None,
-    rope: Rope = None,
-    adapter: Adapter = None,
-    out: Out = None,
-    limit: Limit = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    as_json: Json = False,
+    *,
+    given: Shared,
 ) -> None:
     """Passkey retrieval by context length and depth."""
     from longspan.cli.progress import Bars
-    from longspan.cli.values import numbers, pick_device, whole_numbers
+    from longspan.cli.values import numbers, whole_numbers
     from longspan.eval.passkey import check_passkey
     from longspan.eval.passkey import passkey as measure
     from longspan.eval.records import Records
-    from longspan.eval.subject import Subject
 
     sizes, places = whole_numbers(lengths), numbers(depths)
     check_passkey(places, trials, style)
-    subject = Subject(
-        model=model,
-        length=max(sizes),
-        pattern=pattern,
-        rope=rope,
-        adapter=adapter,
-        dtype=dtype,
-        device=pick_device(device),
-    )
+    subject = given.subject(model, max(sizes))
     asked = {**subject.settings(), "style": style, "seed": seed}
     with subject.open() as (loss, tokenizer), Bars() as bars:
         result = measure(
@@ -168,11 +146,11 @@ def passkey(
             trials=trials,
             style=style,
             seed=seed,
-            limit=limit,
-            records=Records(out, asked),
+            limit=given.limit,
+            records=Records(given.out, asked),
             progress=bars,
         )
-    if as_json:
+    if given.as_json:
         typer.echo(json.dumps({**asked, **result}))
         return
     rows = [
@@ -184,6 +162,7 @@ def passkey(
 
 
 @app.command()
+@shared
 def ruler(
     model: Model,
     lengths: Lengths,
@@ -199,50 +178,32 @@ def ruler(
         int | None,
         typer.Option(help="Tokens below which prefill is dense; default: measured here."),
     ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(help='What the cache keeps, e.g. "sinks(4) + recent(256) + heavy(256)".'),
-    ] = None,
-    pattern: Pattern = None,
-    rope: Rope = None,
-    adapter: Adapter = None,
-    out: Out = None,
-    limit: Limit = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    as_json: Json = False,
+    kv: KV = None,
+    *,
+    given: Shared,
 ) -> None:
     """RULER's tasks that need no download, and key-value retrieval, answered by generation."""
     from contextlib import nullcontext
 
     from longspan import hf
     from longspan.cli.progress import Bars
-    from longspan.cli.values import pick_device, whole_numbers
+    from longspan.cli.values import whole_numbers
     from longspan.errors import InputError
     from longspan.eval.records import Records
-    from longspan.eval.ruler import TASKS, check_tasks
+    from longspan.eval.ruler import ALL, check_tasks
     from longspan.eval.ruler_run import ruler as measure
-    from longspan.eval.subject import Subject
     from longspan.kv import cache
     from longspan.kv import parse as read_policy
     from longspan.select import parse as read_method
 
     sizes = whole_numbers(lengths)
-    names = tuple(TASKS) if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    names = ALL if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
     check_tasks(names)
     method = None if prefill is None else read_method(prefill)
     policy = None if kv is None else read_policy(kv)
-    if method is not None and pattern is not None:
+    if method is not None and given.pattern is not None:
         raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
-    subject = Subject(
-        model=model,
-        length=max(sizes),
-        pattern=pattern,
-        rope=rope,
-        adapter=adapter,
-        dtype=dtype,
-        device=pick_device(device),
-    )
+    subject = given.subject(model, max(sizes))
     asked = {
         **subject.settings(),
         "seed": seed,
@@ -264,12 +225,12 @@ def ruler(
                 sizes,
                 samples=samples,
                 seed=seed,
-                limit=limit,
+                limit=given.limit,
                 make_cache=None if policy is None else lambda: cache(loss.model, policy),
-                records=Records(out, asked),
+                records=Records(given.out, asked),
                 progress=bars,
             )
-    if as_json:
+    if given.as_json:
         typer.echo(json.dumps({**asked, **result}))
         return
     rows = [
@@ -283,6 +244,9 @@ def ruler(
     _table(f"RULER, {samples} questions each", columns, rows)
 
 
+app.command("kv")(kv_command)
+
+
 def _share(score: float | None) -> str:
     return "-" if score is None else f"{score:.0%}"
 
@@ -293,7 +257,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) ->
 
     console = Console()
     # As a title of the table it would wrap at the table's width.
-    console.print(title, style="italic", highlight=False)
+    console.print(title, style="italic", highlight=False, markup=False)
     table = Table()
     for column in columns:
         table.add_column(column, justify="right")

@@ -129,7 +129,7 @@ def probe(
     number, filler_seed = str(rng.randint(10_000, 99_999)), rng.randrange(2**31)
     chars = length * 8
     while True:
-        context, question, answer = _text(style)(chars, depth, number, filler_seed)
+        context, question, answer = wording(style)(chars, depth, number, filler_seed)
         ids = tokenizer(context + question + answer, verbose=False)["input_ids"]
         if len(ids) <= length:
             break
@@ -146,7 +146,8 @@ def probe(
     return ids, len(ids) - (min(len(prompt), len(ids)) if shared is None else shared)
 
 
-def _text(style: str) -> Callable[[int, float, str, int], tuple[str, str, str]]:
+def wording(style: str) -> Callable[[int, float, str, int], tuple[str, str, str]]:
+    """(characters, depth, key, seed) to (context, question, answer) in a style of ``STYLES``."""
     if style == "prose":
         return prose
     from longspan.train.recall import passkey_text

@@ -13,6 +13,9 @@ RULER (Hsieh et al. 2024, arXiv 2404.06654): a text of any length that hides wha
     fwe               frequent words: which three coded words are most frequent? (Zipf, alpha 2)
     kv                InfiniteBench's retrieval (Zhang et al. 2024, arXiv 2402.13718): JSON of
                       uuid pairs, one is asked for
+    passkey           a five-digit key in noise (Landmark Attention, arXiv 2305.16300), the wording
+                      of ``longspan.eval.passkey``
+    passkey.code      the same as Python, for models of code; not among "all"
 
 A score is the share of the answers that the continuation contains, whatever their case. How ours
 differ: where RULER takes essays as haystack, noise stands (its own repeated sentences); words are
@@ -30,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longspan.errors import InputError
+from longspan.eval.passkey import wording
 
 _NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -43,12 +47,19 @@ class Sample:
     """One question.
 
     Attributes:
-        prompt: what the model reads; ends where its answer begins.
+        context: what the model reads first.
+        question: what is asked about it; ends where the answer begins.
         answers: what the continuation should contain.
     """
 
-    prompt: str
+    context: str
+    question: str
     answers: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """All that the model reads."""
+        return self.context + self.question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +146,12 @@ def _asked(lines: list[str], held: dict[str, list[str]], asked: list[str]) -> Sa
     numbers_are = "number" if one else "numbers"
     text = "\n".join(lines)
     return Sample(
-        prompt=(
-            f"Some special magic numbers are hidden within the following text. Make sure to "
-            f"memorize them. I will quiz you about the numbers afterwards.\n{text}\n"
-            f"What {'is the' if one else 'are all the'} special magic {numbers_are} for {names} "
+        context=(
+            "Some special magic numbers are hidden within the following text. Make sure to "
+            f"memorize them. I will quiz you about the numbers afterwards.\n{text}"
+        ),
+        question=(
+            f"\nWhat {'is the' if one else 'are all the'} special magic {numbers_are} for {names} "
             f"mentioned in the provided text? The special magic {numbers_are} for {names} "
             f"mentioned in the provided text {'is' if one else 'are'}"
         ),
@@ -178,7 +191,9 @@ def _tracking(rng: random.Random, size: int) -> Sample:
     text, names, value = _tracking_text(rng, size)
     example = f"{task}\n{shown}{ask.format(held, len(own))} {' '.join(own)}\n\n"
     return Sample(
-        prompt=f"{example}{task}\n{text}{ask.format(value, len(names))}", answers=tuple(names)
+        context=f"{example}{task}\n{text}",
+        question=ask.format(value, len(names)),
+        answers=tuple(names),
     )
 
 
@@ -203,7 +218,9 @@ def _common(rng: random.Random, size: int) -> Sample:
     text, common = _common_text(rng, many, few, size // few)
     listed = " ".join(f"{i}. {word}" for i, word in enumerate(own, 1))
     return Sample(
-        prompt=f"{task}\n{shown}{ask} {listed}\n\n{task}\n{text}{ask}", answers=tuple(common)
+        context=f"{task}\n{shown}{ask} {listed}\n\n{task}\n{text}",
+        question=ask,
+        answers=tuple(common),
     )
 
 
@@ -219,12 +236,14 @@ def _frequent(rng: random.Random, size: int) -> Sample:
     listed += [word for extra, word in enumerate(reversed(drawn[:3]), 1) for _ in range(extra)]
     rng.shuffle(listed)
     return Sample(
-        prompt=(
+        context=(
             "Read the following coded text and track the frequency of each coded word. Find the "
-            f"three most frequently appeared coded words. {' '.join(listed)}\nQuestion: Do not "
-            "provide any explanation. Please ignore the dots '....'. What are the three most "
-            "frequently appeared words in the above coded text? Answer: According to the coded "
-            "text above, the three most frequently appeared words are:"
+            f"three most frequently appeared coded words. {' '.join(listed)}"
+        ),
+        question=(
+            "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are "
+            "the three most frequently appeared words in the above coded text? Answer: According "
+            "to the coded text above, the three most frequently appeared words are:"
         ),
         answers=tuple(drawn[:3]),
     )
@@ -235,12 +254,25 @@ def _pairs(rng: random.Random, size: int) -> Sample:
     asked = rng.choice(list(held))
     listed = ", ".join(f'"{key}": "{value}"' for key, value in held.items())
     return Sample(
-        prompt=(
+        context=(
             "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-            f'{{{listed}}}\n\nKey: "{asked}"\nThe value associated with the specified key is: "'
+            f"{{{listed}}}"
         ),
+        question=f'\n\nKey: "{asked}"\nThe value associated with the specified key is: "',
         answers=(held[asked],),
     )
+
+
+def _key(style: str) -> Callable[[random.Random, int], Sample]:
+    """A passkey at one of the depths, in about so many sentences of filler."""
+
+    def make(rng: random.Random, size: int) -> Sample:
+        number, depth = numbers(rng, 1, 5)[0], rng.randint(0, _DEPTHS) / _DEPTHS
+        chars = 250 + len(_NOISE) * size
+        context, question, answer = wording(style)(chars, depth, number, rng.randrange(2**31))
+        return Sample(context=context, question=question, answers=(answer.strip(),))
+
+    return make
 
 
 TASKS: dict[str, Task] = {
@@ -253,4 +285,7 @@ TASKS: dict[str, Task] = {
     "cwe": Task(make=_common, tokens=120),
     "fwe": Task(make=_frequent, tokens=50),
     "kv": Task(make=_pairs, tokens=64),
+    "passkey": Task(make=_key("prose"), tokens=12),
+    "passkey.code": Task(make=_key("code"), tokens=12),
 }
+ALL = tuple(name for name in TASKS if name != "passkey.code")

@@ -11,15 +11,16 @@ O(N) forward passes of ``chunk`` tokens. Larger chunks are faster and forget bet
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError
+from longspan.errors import DataError, InputError
+from longspan.eval.perplexity import check_limit, evenly, exp, windows
 from longspan.eval.progress import Progress, silent
+from longspan.eval.records import Records
 
 
 @torch.inference_mode()
@@ -68,8 +69,78 @@ def stepwise(
     each = torch.cat(losses)
     nll = float(each.double().mean())
     return {
-        "perplexity": math.exp(nll),
+        "perplexity": exp(nll),
         "nll": nll,
         "tokens": len(each),
         "losses": each.tolist(),
     }
+
+
+def by_length(
+    model: Any,
+    documents: Sequence[Tensor],
+    lengths: Sequence[int],
+    make_cache: Callable[[], Any],
+    *,
+    chunk: int = 1,
+    prompt: int = 0,
+    limit: int | None = None,
+    records: Records | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """``stepwise`` over windows side by side of the joined text, for several lengths.
+
+    Args:
+        model: a Hugging Face causal language model.
+        documents: int64 token ids [N] of each.
+        lengths: tokens of a window.
+        make_cache: gives a fresh cache for every window.
+        chunk: as for ``stepwise``.
+        prompt: as for ``stepwise``.
+        limit: at most so many windows per length, spread evenly.
+        records: measurements that are already done; new ones are added.
+        progress: called with (what, windows done, windows in all).
+
+    Returns:
+        ``{"length", "perplexity", "nll", "windows", "tokens"}`` for each length.
+
+    Raises:
+        InputError: for a length, chunk, prompt or limit that makes no sense.
+        DataError: a length for which the text holds no whole window.
+    """
+    check_limit(limit)
+    records = Records(None, {}) if records is None else records
+    text = torch.cat(list(documents))
+    found = {
+        length: evenly(windows("blocks", [len(text)], length), limit)
+        for length in sorted(set(lengths))
+    }
+    for length, some in found.items():
+        if not some:
+            raise DataError(
+                f"The text holds {len(text)} tokens, too few for one window of {length}: give "
+                "more text or a shorter length."
+            )
+    done, total, rows = 0, sum(map(len, found.values())), []
+    for length, some in found.items():
+        losses = []
+        for window in some:
+            key = f"{length}/{window.start}"
+            if key not in records:
+                ids = text[window.start : window.end]
+                result = stepwise(model, ids, make_cache, chunk=chunk, prompt=prompt)
+                records.add(key, {"nll": result["nll"], "tokens": result["tokens"]})
+            losses.append(records[key])
+            done += 1
+            progress("stepwise", done, total)
+        nll = sum(one["nll"] for one in losses) / len(losses)
+        rows.append(
+            {
+                "length": length,
+                "perplexity": exp(nll),
+                "nll": nll,
+                "windows": len(losses),
+                "tokens": sum(one["tokens"] for one in losses),
+            }
+        )
+    return rows
