@@ -38,9 +38,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def slices(rows: int, per_row: int) -> list[slice]:
-    """Cut query rows so that a bounded number of scores exists at a time."""
-    step = max(1, _SCORES // max(1, per_row))
+def slices(rows: int, per_row: int, most: int | None = None) -> list[slice]:
+    """Cut query rows, ``most`` at a time, so that a bounded number of scores exists at once."""
+    step = max(1, min(_SCORES // max(1, per_row), rows if most is None else most))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

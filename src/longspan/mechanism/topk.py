@@ -17,6 +17,7 @@ Axes: B batch, H query heads, K key heads, G = H / K, N query rows, M key rows, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def _attend(
     if not causal:
         seen = seen.amax(dim=-1, keepdim=True).where(place >= 0, 0)
     out = []
-    for part in slices(rows, q.shape[0] * q.shape[1] * keys):
+    # Cut finely: a causal slice computes the keys up to its last row.
+    for part in slices(rows, q.shape[0] * q.shape[1] * keys, most=max(64, rows // 16)):
         # A row stands no later than its number says.
         end = keys - rows + part.stop if causal else keys
         own = (q[:, :, part], k[:, :, :end], v[:, :, :end], seen[:, part], keep, factor)
@@ -134,13 +136,29 @@ def _attend(
 @without_autocast
 def _slice(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, keep: int, factor: float) -> Tensor:
     work = torch.promote_types(q.dtype, torch.float32)
-    q_BKGND = q.to(work).unflatten(1, (k.shape[1], -1))
-    logits = q_BKGND @ k.to(work).mT[:, :, None] * factor
+    q_BKGND = (q.to(work) * factor).unflatten(1, (k.shape[1], -1))
+    logits = q_BKGND @ k.to(work).mT[:, :, None]
     hidden = torch.arange(k.shape[2], device=k.device) >= seen[:, None, None, :, None]
     empty = (seen == 0)[:, None, None, :, None]
     # A row of -inf alone would be NaN in the gradient too: it is computed unmasked, then zeroed.
-    logits = logits.masked_fill(hidden & ~empty, -torch.inf)
-    least = logits.detach().topk(min(keep, k.shape[2]), dim=-1).values[..., -1:]
-    weight = logits.masked_fill(logits < least, -torch.inf).softmax(dim=-1)
-    out = (weight @ v.to(work)[:, :, None]).masked_fill(empty, 0.0)
+    logits.masked_fill_(hidden & ~empty, -torch.inf)
+    if keep < k.shape[2]:
+        logits.masked_fill_(logits < _kth_largest(logits.detach(), keep), -torch.inf)
+    out = (logits.softmax(dim=-1) @ v.to(work)[:, :, None]).masked_fill(empty, 0.0)
     return out.flatten(1, 2).to(q.dtype)
+
+
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest number of each row [..., 1].
+
+    The k largest lie in the k groups of the largest maxima: with groups of sqrt(M / k), two
+    selections among sqrt(M k) numbers each take the place of one among M.
+    """
+    size = math.isqrt(x.shape[-1] // k)
+    if size > 1:
+        groups = x.shape[-1] // size
+        whole = x[..., : groups * size].unflatten(-1, (size, groups))
+        best = whole.amax(dim=-2).topk(k, dim=-1, sorted=False).indices
+        members = whole.gather(-1, best[..., None, :].expand(*whole.shape[:-1], k))
+        x = torch.cat([members.flatten(-2), x[..., groups * size :]], dim=-1)
+    return x.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
