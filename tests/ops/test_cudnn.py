@@ -435,6 +435,19 @@ GPU_CASES = {
 }
 
 
+def test_the_backward_walks_queries_from_the_last():
+    index = torch.arange(9, dtype=torch.int32)
+    lists = types.SimpleNamespace(
+        full_block_idx=index, full_block_offset=torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    )
+    packed = types.SimpleNamespace(bwd_tensors=lists)
+    _cudnn_plan.last_queries_first(types.SimpleNamespace(_packed_plan=packed))
+    # Behind the last row is memory without meaning.
+    assert index.tolist() == [2, 1, 0, 6, 5, 4, 3, 7, 8]
+    # Another version of the library may call it otherwise: then nothing happens.
+    _cudnn_plan.last_queries_first(types.SimpleNamespace())
+
+
 @gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_cudnn_equals_the_oracle(name):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from longspan.ops.fused import gather, merge_fused
+from longspan.ops.merge import Part, merge, merge_parts
+from longspan.ops.rows import Order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,12 +19,15 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (1000, 128), (333, 40)])
 def test_gather(dtype, rows, width):
-    x = torch.randn(2, 3, rows, width, device="cuda", dtype=dtype)
-    for batch in (1, 2):
-        row = torch.randint(rows, (batch, 2 * rows + 1), device="cuda")
-        wanted = torch.stack([x[b][:, row[b % batch]] for b in range(2)])
-        assert torch.equal(gather(x, row), wanted)
-        assert torch.equal(gather(x.mT.contiguous().mT, row), wanted)
+    x = torch.randn(2, 6, rows, width, device="cuda", dtype=dtype)
+    for batch, groups, count in ((1, 1, 1), (2, 3, 1), (1, 6, 3)):
+        row = torch.randint(-1, rows, (count, batch, groups, 2 * rows + 1), device="cuda")
+        each = row.expand(count, 2, groups, -1).repeat_interleave(6 // groups, 2)
+        at = each.clamp(min=0)[..., None].expand(-1, -1, -1, -1, width)
+        taken = x.float()[None].expand(count, -1, -1, -1, -1).gather(3, at)
+        wanted = taken.masked_fill((each < 0)[..., None], 0.0).sum(0).to(dtype)
+        for layout in (x, x.mT.contiguous().mT, x.transpose(1, 2).contiguous().transpose(1, 2)):
+            torch.testing.assert_close(gather(layout, row.int()), wanted)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -39,8 +45,6 @@ def test_merge(parts):
         x[:, :, 60:] = -torch.inf if x.dim() == 3 else 0.0
     leaves = [x.requires_grad_() for x in (*outs, *lses)]
     small = [x.detach().float().requires_grad_() for x in leaves]
-    from longspan.ops.merge import merge
-
     wanted = merge(list(zip(leaves[:parts], leaves[parts:], strict=True)))
     found = merge_fused(list(zip(small[:parts], small[parts:], strict=True)))
     slopes = [normal(*x.shape) for x in wanted]
@@ -54,8 +58,26 @@ def test_merge(parts):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+def test_parts_in_orders_of_their_own():
+    make = torch.Generator().manual_seed(0)
+    table = torch.stack([torch.randperm(77, generator=make)[:30] for _ in range(3)])
+    table[1, 20:] = -1
+    order = Order.of(table[None].numpy().astype(np.int32), 77, torch.device("cuda"))
+    outs = [torch.randn(2, n, 6, 48, device="cuda").transpose(1, 2) for n in (77, 30)]
+    lses = [torch.randn(2, 6, n, device="cuda") for n in (77, 30)]
+    leaves = [x.detach().requires_grad_() for x in (*outs, *lses)]
+    parts = [Part(leaves[0], leaves[2]), Part(leaves[1], leaves[3], order)]
+    results = []
+    for join in (merge_parts, lambda parts: merge([part.placed() for part in parts])):
+        found = join(parts)
+        loss = (found[0] ** 2).sum() + found[1].sin().sum()
+        results.append((*found, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_offsets_beyond_32_bits():
     x = torch.zeros(1, 9, 1 << 21, 128, device="cuda", dtype=torch.int8)
     x[0, 8, -1] = 7
-    row = torch.full((1, 1 << 21), (1 << 21) - 1, device="cuda")
+    row = torch.full((1, 1, 1, 1 << 21), (1 << 21) - 1, device="cuda", dtype=torch.int32)
     assert (gather(x, row)[0, 8, -5:] == 7).all()

@@ -109,7 +109,8 @@ def explain(
     lines = [str(laid)]
     for index, one in enumerate(laid.passes):
         loaded = load(one, q, k)
-        own = (*loaded.inputs(q, k, v), loaded.ranges)
+        own_q, own_k, own_v = loaded.inputs(q, k, v)
+        own = (own_q, own_k, own_v, loaded.ranges)
         chosen = choose(impl, *own, use_lse=use_lse)
         kernels, measured = in_order(*own)
         tflops = {} if measured is None else measured.tflops

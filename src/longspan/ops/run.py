@@ -15,9 +15,11 @@ from longspan.ops.capability import choose
 from longspan.ops.merge import Part
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
+from longspan.ops.views import Views, views_of
 from longspan.planning import Pass
 
-_loaded: WeakKeyDictionary[Pass, dict[tuple[torch.device, int, int], Loaded]] = WeakKeyDictionary()
+_Kept = dict[tuple[torch.device, int, int, bool], "Loaded | Views"]
+_loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Loaded:
         queries: order of the queries; None if they stay.
         heads: query heads that take part; None for all.
         kv_heads: their key heads; None for all.
+        all_heads: number of query heads, whether they take part or not.
     """
 
     ranges: KeyRanges
@@ -37,9 +40,10 @@ class Loaded:
     queries: Order | None
     heads: Tensor | None
     kv_heads: Tensor | None
+    all_heads: int
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernel gets."""
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What the kernel gets besides ``ranges``."""
         if self.heads is not None:
             q = q.index_select(1, self.heads)
         if self.kv_heads is not None:
@@ -48,23 +52,28 @@ class Loaded:
             q = self.queries.take(q)
         return (q, k, v) if self.keys is None else (q, self.keys.take(k), self.keys.take(v))
 
-    def outputs(self, out: Tensor, lse: Tensor, heads: int) -> Part:
+    def outputs(self, out: Tensor, lse: Tensor) -> Part:
         """What the kernel gave, for all heads."""
         if self.heads is None:
             return Part(out, lse, self.queries)
         out, lse = Part(out, lse, self.queries).placed()
         batch, _, n, width = out.shape
+        heads = self.all_heads
         return Part(
             out.new_zeros(batch, heads, n, width).index_copy(1, self.heads, out),
             lse.new_full((batch, heads, n), -torch.inf).index_copy(1, self.heads, lse),
         )
 
 
-def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
+def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
     """The pass as tensors on the device of ``q``; kept as long as the pass lives."""
     device, key_heads, keys = q.device, k.shape[1], k.shape[2]
     kept = _loaded.setdefault(one, {})
-    name = (device, key_heads, keys)
+    # On a CPU rows that lie side by side are worth their copies.
+    single = len(q) == 1 and device.type == "cuda"
+    name = (device, key_heads, keys, single)
+    if name not in kept and single and (views := views_of(one, q.shape[2], keys, device)):
+        kept[name] = views
     if name not in kept:
         batch, classes, places, width = one.lo.shape
         heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
@@ -81,6 +90,7 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded:
             _queries(one, heads, q.shape[2], device),
             None if heads is None else torch.tensor(heads, device=device),
             None if kv_heads is None else torch.tensor(kv_heads, device=device),
+            q.shape[1],
         )
     return kept[name]
 
@@ -93,10 +103,10 @@ def compute(
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
     loaded = load(one, q, k)
-    own = loaded.inputs(q, k, v)
-    kernel = choose(impl, *own, loaded.ranges, use_lse=use_lse).load()
-    out, lse = kernel(*own, loaded.ranges, scale)
-    return loaded.outputs(out, lse, q.shape[1])
+    q, k, v = loaded.inputs(q, k, v)
+    kernel = choose(impl, q, k, v, loaded.ranges, use_lse=use_lse).load()
+    out, lse = kernel(q, k, v, loaded.ranges, scale)
+    return loaded.outputs(out, lse)
 
 
 def _queries(

@@ -110,6 +110,28 @@ def plan_of(
     return own[kind]
 
 
+def last_queries_first(plan: Any) -> None:
+    """Let the backward walk the queries of each key tile from the last to the first.
+
+    It keeps a key tile and walks the query tiles that see it. Causal keys begin to be seen at
+    different queries, but most are seen to the end: walking from there, programs that run at the
+    same time read the same queries, from the cache. Strided keys are few, so that many heads
+    are under way at once, and without this their queries come from memory again and again.
+
+    Args:
+        plan: made with a backward, of the kind that is not deterministic.
+    """
+    lists = getattr(getattr(plan, "_packed_plan", None), "bwd_tensors", None)
+    index, offset = (getattr(lists, f"full_block_{x}", None) for x in ("idx", "offset"))
+    if index is None or offset is None or offset.numel() < 2:
+        return
+    offset = offset.long()
+    rows = torch.arange(len(offset) - 1, device=index.device)
+    row = rows.repeat_interleave(offset.diff(), output_size=int(offset[-1]))
+    place = torch.arange(len(row), device=index.device)
+    index[: len(row)] = index[offset[row] + offset[row + 1] - 1 - place]
+
+
 def _by_content(ends_HeN: Tensor, kind: tuple[object, ...], make: Callable[[Tensor], Any]) -> Any:
     for at, old in enumerate(_latest):
         if (

@@ -28,6 +28,7 @@ from longspan.ops.kernels._cudnn_plan import (
     MOST_WORDS,
     empty_rows,
     endpoint_count,
+    last_queries_first,
     mask_words,
     plan_of,
 )
@@ -131,7 +132,8 @@ def cudnn(
     """
     backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
     batch, heads, _, width = q_BHND.shape
-    kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward, fixed)
     q_BNHD, k_BMKD, v_BMKD = (_aligned(x.transpose(1, 2)) for x in (q_BHND, k_BKMD, v_BKMD))
 
     def make(ends_HeN: Tensor) -> Any:
@@ -139,6 +141,8 @@ def cudnn(
             raise Refusal("cudnn cannot run here: " + "; ".join(found))
         create = importlib.import_module("cudnn.flex_attention").create_mask_plan
         made = create(ends_HeN, q_BNHD, k_BMKD, v_BMKD, build_backward=backward)
+        if backward and not fixed:
+            last_queries_first(made)
         return made, empty_rows(ends_HeN, batch)
 
     plan, empty_BHN = plan_of(ranges, (*kind, q_BHND.device), batch, make)
@@ -149,7 +153,7 @@ def cudnn(
         v_BMKD,
         mask_plan=plan,
         softmax_scale=scale,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=fixed,
         return_lse=True,
     )
     if backward:
