@@ -49,7 +49,7 @@ def test_any_order_of_operations(seed, padded):
     like = {"keys": torch.empty(1, WIDTH), "numbers": torch.tensor(0.0)}
     store, lists = Store(batch, heads, like), Lists(batch, heads)
     for step in range(8):
-        kind = int(torch.randint(5, (), generator=draw)) if step else 0
+        kind = int(torch.randint(6, (), generator=draw)) if step else 0
         if kind <= 1:
             n = int(torch.randint(1, 25, (), generator=draw))
             keys = torch.rand(len(lists.rows), heads, n, WIDTH, generator=draw)
@@ -59,8 +59,14 @@ def test_any_order_of_operations(seed, padded):
                 real = torch.rand(len(lists.rows), n, generator=draw) < 0.7
             store.append({"keys": keys, "numbers": numbers}, real)
             lists.append(keys, numbers, real)
-        elif kind == 2:
-            mask = store.valid() & (torch.rand(store.valid().shape, generator=draw) < 0.6)
+        elif kind in (2, 5):
+            score = torch.rand(store.valid().shape, generator=draw)
+            mask = store.valid() & (score < 0.6)
+            if kind == 5:
+                # One of every head goes, as at each step of a full cache.
+                mask = store.valid() & (
+                    score > score.masked_fill(~store.valid(), 2.0).amin(-1)[..., None]
+                )
             store.keep(mask)
             for b, row in enumerate(lists.rows):
                 for g, head in enumerate(row):
@@ -107,3 +113,43 @@ def test_gather(even):
     places = torch.tensor([[[0, 3], [1, 1]], [[2, 4], [4, 0]]])
     expected = store.padded("keys").gather(2, places[..., None].expand(-1, -1, -1, 4))
     assert (store.gather("keys", places) == expected).all()
+
+
+def test_a_full_cache_moves_rows_within_its_room():
+    store = Store(2, 3, {"keys": torch.empty(1, WIDTH)})
+    store.append({"keys": torch.rand(2, 3, 20, WIDTH)})
+    buffer = store.buffers["keys"].data_ptr()
+    for step in range(3 * SPARE):
+        new = torch.rand(2, 3, 1, WIDTH)
+        before = torch.cat([store.padded("keys"), new], 2)
+        store.append({"keys": new})
+        keep = torch.ones(2, 3, 21, dtype=torch.bool)
+        gone = torch.arange(6).view(2, 3, 1) + step % 15
+        assert store.keep(keep.scatter(2, gone, False))
+        assert store.buffers["keys"].data_ptr() == buffer
+        left = torch.arange(20).expand(2, 3, -1)
+        left = left + (left >= gone)
+        assert torch.equal(
+            store.padded("keys"), before.gather(2, left[..., None].expand(-1, -1, -1, WIDTH))
+        )
+    assert not store.keep(torch.ones(2, 3, 20, dtype=torch.bool))
+
+
+def test_what_went_in_bulk_is_free():
+    store = Store(1, 2, {"keys": torch.empty(1, WIDTH)})
+    store.append({"keys": torch.rand(1, 2, 500, WIDTH)})
+    keep = torch.arange(500).expand(1, 2, -1) < 10
+    assert store.keep(keep)
+    assert store.bytes == 2 * (10 + SPARE) * WIDTH * 4
+
+
+def test_rows_made_in_inference_mode_can_be_added_to_outside():
+    store = Store(1, 2, {"keys": torch.empty(1, WIDTH), "numbers": torch.tensor(0.0)})
+    rows = {"keys": torch.rand(1, 2, 4, WIDTH), "numbers": torch.rand(1, 2, 4)}
+    with torch.inference_mode():
+        store.append(rows)
+    store.append(rows)
+    store.add("numbers", torch.ones(1, 2, 8))
+    assert store.keep(torch.arange(8).expand(1, 2, -1) % 2 == 0)
+    assert torch.equal(store.padded("keys"), rows["keys"][:, :, ::2].repeat(1, 1, 2, 1))
+    assert torch.equal(store.padded("numbers"), rows["numbers"][:, :, ::2].repeat(1, 1, 2) + 1)

@@ -100,7 +100,9 @@ class KeptLayer(CacheLayerMixin):
         """Positions of the kept tokens among the real ones of their row [B, G, C]; -1: none."""
         if self.store is None:
             return None
-        return self.store.padded("positions").long().masked_fill(~self.store.valid(), -1)
+        positions = self.store.padded("positions").long()
+        # Most caches are even, at every step.
+        return positions if self.store.even else positions.masked_fill(~self.store.valid(), -1)
 
     @property
     def bytes(self) -> int:
@@ -183,12 +185,9 @@ class KeptLayer(CacheLayerMixin):
         self._due, self._since = False, 0
         if self.store is None or self.store.longest <= self.policy.least:
             return
-        keep = self.policy.keep(self.view())
-        if bool((keep.sum(-1).cpu() == self.store.length).all()):
-            return
-        self.store.keep(keep)
-        self._evicted = True
-        self._bounds = None
+        if self.store.keep(self.policy.keep(self.view())):
+            self._evicted = True
+            self._bounds = None
 
     def view(self) -> View:
         """What the policy sees."""

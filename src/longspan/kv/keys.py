@@ -36,7 +36,7 @@ class KeyDiff(Scorer):
         unit = F.normalize(_wide(view.keys), dim=-1)
         there = view.valid[..., None]
         anchor = (unit * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
-        return -F.cosine_similarity(_wide(view.keys), anchor, dim=-1)
+        return -(unit @ F.normalize(anchor, dim=-1).mT)[..., 0]
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,7 @@ class Store:
 
     def gather(self, name: str, places: Tensor) -> Tensor:
         """Places [B, G, S] of a buffer, [B, G, S, ...]; cut to the room of each head."""
-        room = self.room.to(places.device)
-        start = _starts(self.room).to(places.device)
+        room, start = self.room.to(places.device), self._start.to(places.device)
         flat = start[..., None] + torch.minimum(places, (room - 1).clamp(min=0)[..., None])
         buffer = self.buffers[name]
         return buffer[flat.flatten().clamp(max=max(0, len(buffer) - 1))].view(
@@ -86,35 +85,61 @@ class Store:
         if real is None and self.even and self._places is not None:
             begin = self.longest
             for name, row in rows.items():
-                buffer = self.buffers[name]
-                whole = buffer.view(batch, heads, self._places, *buffer.shape[1:])
-                whole[:, :, begin : begin + new] = row.detach()
+                self._rectangle(name)[:, :, begin : begin + new] = row.detach()
         else:
             order = torch.arange(new).expand(batch, -1) if real is None else real.cumsum(1) - 1
-            place = (_starts(self.room) + self.length)[..., None] + order[:, None]
+            place = (self._start + self.length)[..., None] + order[:, None]
             taken = torch.ones(batch, new, dtype=torch.bool) if real is None else real
             taken = taken[:, None].expand(batch, heads, new)
             target = place[taken].to(self._device)
             chosen = taken.to(self._device)
             for name, row in rows.items():
-                self.buffers[name][target] = row.detach()[chosen]
+                self._writable(name)[target] = row.detach()[chosen]
         self._describe(self.length + count, self.room)
 
     def add(self, name: str, amount: Tensor) -> None:
         """Add numbers [B, G, C] to those of a buffer, where there is a token."""
-        tokens = self._every(_starts(self.room), self.length)
-        self.buffers[name][tokens] += amount[self.valid()].to(self.buffers[name].dtype)
+        if self.even and self._places is not None:
+            self._rectangle(name)[:, :, : self.longest] += amount
+            return
+        tokens = self._every(self._start, self.length)
+        self._writable(name)[tokens] += amount[self.valid()].to(self.buffers[name].dtype)
 
-    def keep(self, mask: Tensor) -> None:
+    def keep(self, mask: Tensor) -> bool:
         """Keep only some tokens, in their order.
 
         Args:
             mask: bool [B, G, C], false where there is no token.
+
+        Returns:
+            Whether any went.
         """
         length = mask.sum(-1).cpu()
+        if bool((length == self.length).all()):
+            return False
+        least, most = int(length.min()), int(length.max())
+        if least == most and self._places is not None and self._places <= most + SPARE:
+            self._close_up(mask, most)
+        else:
+            self._shrink(mask, length)
+        return True
+
+    def _close_up(self, mask: Tensor, count: int) -> None:
+        """Keep ``count`` tokens of every head within the room that there is.
+
+        What each step of a full cache does: a few rows move, and nothing is allocated for long.
+        """
+        places = mask.nonzero()[:, -1].view(*self.length.shape, count)
+        if count:
+            moved = {name: self.gather(name, places) for name in self.buffers}
+            for name, rows in moved.items():
+                self._rectangle(name)[:, :, :count] = rows
+        self._describe(torch.full_like(self.length, count), self.room)
+
+    def _shrink(self, mask: Tensor, length: Tensor) -> None:
         room = length + SPARE
         device = self._device
-        start, goal = _starts(self.room).to(device), _starts(room).to(device)
+        start, goal = self._start.to(device), _starts(room).to(device)
         places = torch.arange(mask.shape[-1], device=device)
         source = (start[..., None] + places)[mask]
         target = (goal[..., None] + mask.cumsum(-1) - 1)[mask]
@@ -125,7 +150,7 @@ class Store:
         """Take batch rows by index [B'], repeated or left out: beams, repeats, early ends."""
         rows = rows.cpu()
         length, room = self.length[rows], self.room[rows]
-        source = self._every(_starts(self.room)[rows], length)
+        source = self._every(self._start[rows], length)
         self._move(source, self._every(_starts(room), length), int(room.sum()))
         self._describe(length, room)
 
@@ -136,13 +161,26 @@ class Store:
         self.even = self.longest == int(length.min())
         places = int(room.max())
         self._places = places if places == int(room.min()) else None
+        self._start = _starts(room)
+
+    def _writable(self, name: str) -> Tensor:
+        """A buffer that may be changed: one made in inference mode cannot be outside of it."""
+        buffer = self.buffers[name]
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            buffer = self.buffers[name] = buffer.clone()
+        return buffer
+
+    def _rectangle(self, name: str) -> Tensor:
+        """A buffer as [B, G, P, ...] with its spare places; only where all rooms are equal."""
+        buffer = self._writable(name)
+        return buffer.view(*self.length.shape, self._places, *buffer.shape[1:])
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.buffers.values())).device
 
     def _lay_out(self, room: Tensor) -> None:
-        source = self._every(_starts(self.room), self.length)
+        source = self._every(self._start, self.length)
         self._move(source, self._every(_starts(room), self.length), int(room.sum()))
         self._describe(self.length, room)
 

@@ -37,6 +37,9 @@ class TOVA(Scorer):
         weight_BHC, _ = view.observed(1)
         heads, groups = weight_BHC.shape[1], view.keys.shape[1]
         sum_BGC = over_group(weight_BHC, groups).sum(2)
+        if bool((view.positions == view.positions[:, :1]).all()):
+            # Nothing but this part chose: all heads hold the same tokens.
+            return (sum_BGC.sum(1, keepdim=True) / heads).expand_as(sum_BGC)
         at = view.positions.clamp(min=0)
         by_token = sum_BGC.new_zeros(len(at), int(at.max()) + 1)
         by_token.scatter_add_(1, at.flatten(1), sum_BGC.masked_fill(~view.valid, 0.0).flatten(1))
