@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import longspan as ls
 from longspan.bench import oracle
 from longspan.bench.memory import peak
-from longspan.bench.peers import flex_over
+from longspan.bench.peers.flex import flex_over
 from longspan.bench.timing import in_turns
 from longspan.eval.environment import environment
 from longspan.ops.kernels.reference import reference

@@ -144,7 +144,7 @@ def rivals(size: int) -> dict[str, Callable[[BlockMap], Call]]:
     }
     for tile in (128,) if size == 128 else (128, 64):
         found[f"FlexAttention by hand, tiles of {tile}"] = partial(
-            block_sparse.flex, scale=SCALE, tile=tile
+            block_sparse.flex, scale=SCALE, tile=tile, fused=device_of_this_run() == "cuda"
         )
     found["cuDNN block-sparse"] = partial(block_sparse.cudnn, scale=SCALE)
     found["FlashAttention-4 block-sparse"] = partial(block_sparse.flash_4, scale=SCALE)

@@ -109,45 +109,6 @@ def test_rows_are_checked_through_orders_and_passes(text):
 PEERS = {peer.name: peer for peer in peers.PEERS}
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("LongLoRA's roll and reshape", "shifted_chunk(32)"),
-        ("transformers Longformer layer", "window(17, causal=false)"),
-    ],
-)
-def test_peers_compute_what_we_compute(name, text):
-    if PEERS[name].absent():
-        pytest.skip(f"needs {PEERS[name].package}")
-    for record in run.run(bench(text, lengths=(128,), peers=True), Records(None, {})):
-        row = next(row for row in record["rows"] if row["name"] == name)
-        assert row["wrong"] == {}
-        assert row["seconds"] > 0
-
-
-def test_flex_on_a_cpu_computes_what_we_compute(monkeypatch):
-    # Unfused, so that nothing is compiled here.
-    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    setting = Setting(n=256, heads=4, key_heads=4, width=16)
-    pattern = ls.parse("shifted_chunk(64)")
-    q, k, v = setting.tensors()
-    with pytest.warns(UserWarning, match="without torch.compile"):
-        out = PEERS["FlexAttention, mask by hand"].make(pattern, setting)(q, k, v)
-    torch.testing.assert_close(out, ls.attend(q, k, v, pattern), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "per_head"),
-    [("causal()", False), ("window(20)", False), ("shifted_chunk(32)", True)],
-)
-def test_masks_by_hand_are_the_patterns(text, per_head):
-    mask, apart = peers._mask(ls.parse(text), 4)
-    assert apart == per_head
-    h, i, j = (torch.arange(x) for x in (4, 90, 90))
-    seen = mask(torch.tensor(0), h[:, None, None], i[:, None], j).expand(4, 90, 90)
-    assert (seen.numpy() == ls.parse(text).mask(90, 4)).all()
-
-
 def test_peers_that_are_absent_or_cannot_are_named():
     record = run.measure(
         bench("window(20)", peers=True), "window(20)", replace(SMALL, n=96), "forward+backward"
@@ -157,14 +118,25 @@ def test_peers_that_are_absent_or_cannot_are_named():
         assert "cpu" in said[name]["refused"]
     assert "backward" in said["FlexAttention, mask by hand"]["refused"]
     assert {"absent", "seconds"} & set(said["local-attention"])
-    assert PEERS["NATTEN"].absent() == (peers.importlib.util.find_spec("natten") is None)
+
+
+def test_how_to_install_what_is_absent(monkeypatch):
+    gone = peers.Peer(name="gone", package="gone-py", module="gone.inside", make=lambda *_: None)
+    built = replace(gone, name="built", how="from its sources")
+    monkeypatch.setattr(run, "PEERS", (gone, built))
+    record = run.measure(
+        bench("window(9)", peers=True), "window(9)", replace(SMALL, n=50), "forward"
+    )
+    said = {row["name"]: row.get("absent") for row in record["rows"]}
+    assert said["gone"] == "not installed: pip install gone-py"
+    assert said["built"] == "not installed: from its sources"
 
 
 def test_a_peer_that_fails_does_not_stop_the_run(monkeypatch):
     def broken(pattern, setting):
         raise OSError("no driver")
 
-    peer = peers.Peer(name="broken", package="", module="torch", make=broken)
+    peer = peers.Peer(name="broken", make=broken)
     monkeypatch.setattr(run, "PEERS", (peer,))
     record = run.measure(
         bench("window(9)", peers=True), "window(9)", replace(SMALL, n=50), "forward"

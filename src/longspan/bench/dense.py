@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+from longspan.bench.setting import Call, by_rows
 
 
 def on_cpu() -> dict[str, Call]:
@@ -25,7 +24,7 @@ def on_gpu() -> dict[str, Call]:
     """cuDNN through PyTorch, and FlashAttention-4 where it is installed."""
     found = {"cuDNN SDPA": _with_backend(SDPBackend.CUDNN_ATTENTION)}
     if importlib.util.find_spec("flash_attn") is not None:
-        found["FlashAttention-4"] = _flash_attention_4
+        found["FlashAttention-4"] = by_rows(_flash_attention_4)
     return found
 
 
@@ -43,8 +42,5 @@ def _with_backend(backend: SDPBackend) -> Call:
     return attend
 
 
-def _flash_attention_4(q_BHND: Tensor, k_BKND: Tensor, v_BKND: Tensor) -> Tensor:
-    interface = importlib.import_module("flash_attn.cute")
-    turned = (x.transpose(1, 2) for x in (q_BHND, k_BKND, v_BKND))
-    found = interface.flash_attn_func(*turned, causal=True)
-    return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+def _flash_attention_4(*tensors: Tensor) -> Tensor:
+    return importlib.import_module("flash_attn.cute").flash_attn_func(*tensors, causal=True)

@@ -182,7 +182,7 @@ def _admit(
     if setting.device not in peer.devices:
         return {"refused": f"does not run on {setting.device}"}
     if peer.absent():
-        return {"absent": f"not installed: pip install {peer.package}"}
+        return {"absent": f"not installed: {peer.install}"}
     if way != "forward" and setting.device not in peer.trains:
         return {"refused": f"has no backward on {setting.device}"}
     try:

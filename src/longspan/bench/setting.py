@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,26 @@ class Setting:
         shapes = [(1, h, self.n, self.width) for h in (self.heads, self.key_heads, self.key_heads)]
         dtype = getattr(torch, self.dtype)
         return [torch.randn(s, generator=make, device=self.device).to(dtype) for s in shapes]
+
+
+def by_rows(attend: Callable[..., Any]) -> Call:
+    """A function of [B, N, H, D] tensors, which may give more than its output, as a call."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = attend(*(x.transpose(1, 2) for x in (q, k, v)))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return call
+
+
+def ungrouped(attend: Call) -> Call:
+    """A call that knows no grouped queries, with keys and values repeated for it."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        each = q.shape[1] // k.shape[1]
+        return attend(q, *(x.repeat_interleave(each, 1) if each > 1 else x for x in (k, v)))
+
+    return call
 
 
 def both_ways(call: Call, inputs: list[Tensor]) -> dict[str, Callable[[], object]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from longspan.bench.peers.block_maps import BlockMap
-from longspan.bench.setting import Call
+from longspan.bench.setting import Call, by_rows, ungrouped
 from longspan.errors import Refusal
+from longspan.ops.capability import needs_grad
 from longspan.select.lists import listed
 
 # The eight tensors of a BlockMask.
@@ -33,10 +34,11 @@ _FLEX_LISTS = (
 _flex_compiled: dict[tuple[int, int, float], Callable[..., Tensor]] = {}
 
 
-def flex(given: BlockMap, scale: float, tile: int = 128) -> Call:
-    """FlexAttention (Triton) with a mask that looks blocks up, over tiles of a size.
+def flex(given: BlockMap, scale: float, tile: int = 128, *, fused: bool = True) -> Call:
+    """FlexAttention with a mask that looks blocks up, over tiles of a size.
 
-    One graph for all maps of a shape: the map is a tensor that the mask reads.
+    One graph for all maps of a shape: the map is a tensor that the mask reads. Not ``fused``, it
+    is dense, for rehearsals.
     """
     if tile % given.size:
         raise Refusal(f"tiles of {tile} are no multiple of blocks of {given.size}")
@@ -48,7 +50,7 @@ def flex(given: BlockMap, scale: float, tile: int = 128) -> Call:
     made = BlockMask.from_kv_blocks(*wide, BLOCK_SIZE=tile, seq_lengths=(n, n))
     found = [getattr(made, name) for name in _FLEX_LISTS]
     seen_HQT = given.seen_HQT
-    attend = _flex_over(given.size, tile, scale, seen_HQT.is_cuda)
+    attend = _flex_over(given.size, tile, scale, fused)
     return lambda q, k, v: attend(q, k, v, seen_HQT, *found)
 
 
@@ -94,12 +96,11 @@ def cudnn(given: BlockMap, scale: float) -> Call:
     about = {"q2k_block_nums": count, "sparse_block_size": given.size, "softmax_scale": scale}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            each = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(each, 1) for x in (k, v))
-        return _Cudnn.apply(q, k, v, index, about, module)  # pyright: ignore
+        found: Any = _Cudnn.apply(q, k, v, index, about, module)
+        return found
 
-    return call
+    repeated = ungrouped(call)
+    return lambda q, k, v: repeated(q, k, v) if needs_grad(q, k, v) else call(q, k, v)
 
 
 class _Cudnn(torch.autograd.Function):
@@ -143,16 +144,67 @@ def flash_4(given: BlockMap, scale: float) -> Call:
 
     forth, back = full(given.seen_HQT), full(given.seen_HQT.mT)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        train = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    def attend(*tensors: Tensor) -> Any:
+        train = needs_grad(*tensors)
         if train and given.size != 128:
             raise Refusal("has gradients of blocks of 128 only")
-        found = interface.flash_attn_func(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+        return interface.flash_attn_func(
+            *tensors,
             softmax_scale=scale,
             block_sparse_tensors=forth,
             block_sparse_tensors_bwd=back if train else None,
         )
-        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
 
-    return call
+    return by_rows(attend)
+
+
+def mit(given: BlockMap, scale: float) -> Call:
+    """``block_sparse_attn`` of MIT HAN Lab: kernels of FlashAttention-2 over blocks of 128."""
+    if given.size != 128:
+        raise Refusal("takes blocks of 128")
+    function = importlib.import_module("block_sparse_attn").block_sparse_attn_func
+    seen_HQT = given.seen_HQT
+    n = seen_HQT.shape[1] * given.size
+    # Every head has a mask of its own, and there is one sequence.
+    kind = torch.ones(given.heads, dtype=torch.int32, device=seen_HQT.device)
+    begins = torch.tensor([0, n], dtype=torch.int32, device=seen_HQT.device)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        packed = (x[0] for x in tensors)
+        masks = (kind, None, seen_HQT[None])
+        out = function(*packed, begins, begins, *masks, n, n, 0.0, softmax_scale=scale)
+        return out[None]
+
+    return by_rows(attend)
+
+
+def flashinfer(given: BlockMap, scale: float) -> Call:
+    """FlashInfer's sparse wrapper: one map for all heads, forward only."""
+    if (given.seen_GQT != given.seen_GQT[:1]).any():
+        raise Refusal("takes one map for all heads")
+    module = importlib.import_module("flashinfer")
+    seen_QT = given.seen_GQT[0]
+    begins = seen_QT.new_zeros(len(seen_QT) + 1, dtype=torch.int32)
+    begins[1:] = seen_QT.sum(-1).cumsum(0)
+    index = seen_QT.nonzero()[:, 1].to(torch.int32)
+    wrapper = module.BlockSparseAttentionWrapper(
+        torch.empty(128 << 20, dtype=torch.uint8, device=seen_QT.device)
+    )
+    planned: list[tuple[object, ...]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = (q.shape[2], k.shape[2], q.shape[3], q.dtype)
+        if planned != [shape]:
+            wrapper.plan(
+                begins,
+                index,
+                *(x.shape[1] for x in (q, k)),
+                *(given.size, given.size),
+                *shape[:3],
+                sm_scale=scale,
+                q_data_type=q.dtype,
+            )
+            planned[:] = [shape]
+        return wrapper.run(*(x[0].contiguous() for x in (q, k, v)))[None]
+
+    return by_rows(attend)

@@ -13,7 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.bench.setting import Call
+from longspan.bench import dense
+from longspan.bench.setting import Call, Setting
+from longspan.errors import Refusal
+from longspan.pattern import Pattern, ShiftedChunk
+
+
+def over_pattern(pattern: Pattern, setting: Setting) -> Call:
+    """For shifted chunks, with PyTorch's dense attention inside."""
+    if not isinstance(pattern, ShiftedChunk) or not pattern.causal or setting.n % pattern.size:
+        raise Refusal("causal shifted chunks of a whole number of groups only")
+    if setting.heads % 2 or setting.key_heads % 2:
+        raise Refusal("an even number of heads only")
+    return longlora(pattern.size, dense.sdpa)
+
+
+def border(pattern: Pattern) -> int:
+    """Rows at either end that it computes differently."""
+    return pattern.size // 2 if isinstance(pattern, ShiftedChunk) else 0
 
 
 def longlora(size: int, inside: Call) -> Call:
