@@ -97,6 +97,22 @@ def test_aligned_queries_skip_what_they_cannot_see():
     assert torch.allclose(column_sums(q, k, q_at, k_at, 0.3, aligned=True), whole)
 
 
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("aligned", [False, True])
+def test_known_sums_cut_tiles_both_ways(aligned, monkeypatch):
+    monkeypatch.setattr(view_module, "SQUARE", 4)
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, h, n, 8, generator=draw) for h, n in ((4, 9), (2, 15)))
+    q_at, k_at = torch.arange(6, 15).expand(2, -1), torch.arange(15).expand(2, 2, -1).clone()
+    if not aligned:
+        k_at[1, :, 11:] = -1
+    _, lse = read(q, k, k, q_at, k_at, 0.3)
+    whole = column_sums(q, k, q_at, k_at, 0.3)
+    got = column_sums(q, k, q_at, k_at, 0.3, lse=lse, aligned=aligned)
+    assert torch.allclose(got, whole, atol=1e-6)
+    assert torch.allclose(got.sum(-1), torch.tensor(9.0))
+
+
 def test_quest_bounds_hold_and_grow_with_the_keys():
     draw = torch.Generator().manual_seed(1)
     keys = torch.randn(2, 2, 41, 8, generator=draw)

@@ -173,6 +173,7 @@ class Store:
     def _rectangle(self, name: str) -> Tensor:
         """A buffer as [B, G, P, ...] with its spare places; only where all rooms are equal."""
         buffer = self._writable(name)
+        assert self._places is not None
         return buffer.view(*self.length.shape, self._places, *buffer.shape[1:])
 
     @property

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Logits in a tile of query rows: what stays in a core's cache, or 256 MiB on an accelerator.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 26
+# Fewer rows make slow products: a tile that must not hold whole rows has as many.
+SQUARE = 128
 
 Turn = Callable[[Tensor, Tensor], Tensor]
 
@@ -113,30 +115,46 @@ def column_sums(
     """
     batch, heads, n, width = q.shape
     groups, places = k.shape[1:3]
-    share = heads // groups
     kind = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(kind).transpose(2, 3)
-    total = q.new_zeros(batch, groups, share, places, dtype=kind)
-    step = rows_in_tile(batch * heads * places, q.device)
-    for begin in range(0, n, step):
-        end = min(n, begin + step)
+    rows, keys = q.to(kind).reshape(batch, groups, -1, n, width) * scale, k.to(kind).mT
+    tall = rows_in_tile(batch * heads * places, q.device)
+    wide = places
+    if lse is not None:
+        # One more column of the queries meets ones: the product is what the exponential takes.
+        # A row without keys, as of padding, has no weights whatever stands there.
+        norm = lse.to(kind).masked_fill(lse == -torch.inf, 0.0).view(batch, groups, -1, n, 1)
+        rows = torch.cat([rows, -norm], -1)
+        keys = torch.cat([keys, keys.new_ones(batch, groups, 1, places)], 2)
+        if tall < SQUARE < n:
+            tall = SQUARE
+            wide = max(SQUARE, rows_in_tile(batch * heads * tall, q.device))
+    total = (
+        q.new_zeros(batch, groups, places, dtype=kind)
+        .unsqueeze(2)
+        .repeat(1, 1, heads // groups, 1)
+    )
+    for begin in range(0, n, tall):
+        end = min(n, begin + tall)
         reach = places - n + end if aligned else places
-        rows = (q[:, :, begin:end].to(kind) * scale).reshape(batch, groups, -1, width)
-        logits = (rows @ keys[..., :reach]).view(batch, groups, share, end - begin, reach)
-        q_at = q_positions[:, None, None, begin:end, None]
+        tile = rows[:, :, :, begin:end].flatten(2, 3)
         # Keys before an aligned tile are seen by all of it.
-        first = reach - (end - begin) if aligned else 0
-        k_at = k_positions[:, :, None, None, first:reach]
-        logits[..., first:].masked_fill_((k_at < 0) | (k_at > q_at), -torch.inf)
-        if lse is None:
-            norm = logits.logsumexp(-1, keepdim=True)
-        else:
-            norm = lse[:, :, begin:end].to(kind).view(batch, groups, share, -1, 1)
-        # A row without keys, as of padding, has no weights.
-        norm = norm.masked_fill(norm == -torch.inf, 0.0)
-        weight = logits.sub_(norm).exp_()
-        total[..., :reach] += (weight if aligned else weight.masked_fill_(q_at < 0, 0.0)).sum(3)
-    return total.view(batch, heads, places)
+        seen = reach - (end - begin) if aligned else 0
+        for left in range(0, reach, wide):
+            right = min(reach, left + wide)
+            weight = (tile @ keys[..., left:right]).unflatten(2, (-1, end - begin))
+            if right > seen:
+                _hide(weight, q_positions[:, begin:end], k_positions[:, :, left:right])
+            if lse is None:
+                norm = weight.logsumexp(-1, keepdim=True)
+                weight.sub_(norm.masked_fill_(norm == -torch.inf, 0.0))
+            total[..., left:right] += weight.exp_().sum(3)
+    return total.flatten(1, 2)
+
+
+def _hide(logits: Tensor, q_at: Tensor, k_at: Tensor) -> None:
+    """Set to -inf the logits [B, G, H / G, N, C] of keys [B, G, C] that queries [B, N] do not see."""
+    key, query = k_at[:, :, None, None], q_at[:, None, None, :, None]
+    logits.masked_fill_((key < 0) | (key > query), -torch.inf)
 
 
 def rows_in_tile(logits: int, device: torch.device) -> int:
