@@ -310,3 +310,50 @@ def test_parts_choose_one_after_the_other():
         lambda b, g, p: p in first[b, g],
     )
     assert both == expected
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as DuoAttention publishes it: gates a little outside 0 and 1, and a config."""
+    folder = tmp_path / "lr=0.02, ctx=1000_32000"
+    folder.mkdir()
+    rows = "9.98e-01\t2.5e-02\n1.00390625\t-3.1e-03\n"
+    (folder / "full_attention_heads.tsv").write_text(rows)
+    (folder / "config.json").write_text('{"sink_size": 3, "recent_size": 5}')
+    return folder
+
+
+def test_duo_reads_what_is_published(published):
+    from_folder = kv.Duo(published)
+    from_file = kv.Duo(str(published / "full_attention_heads.tsv"))
+    for duo in (from_folder, from_file):
+        assert duo.full.tolist() == [[True, False], [True, False]]
+        assert kv.parse(str(duo)).parts == (duo,)
+        duo.check(2, 2)
+    values = kv.Duo([[0.998, 0.025], [1.0, 0.0]], sinks=3, recent=5)
+    seen = view()
+    for layer in range(2):
+        own = replace(seen, layer=layer, layers=2)
+        assert torch.equal(from_folder.protected(own), values.protected(own))
+    # What is given goes before what the folder says; without a config there are defaults.
+    assert kv.Duo(published, sinks=9)._window == (9, 5)
+    (published / "config.json").unlink()
+    assert kv.Duo(published)._window == (128, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1.0\t0.5\n1.0\n", "a line for each layer"),
+        ("a\tb\n", "a line for each layer"),
+        ("", "a line for each layer"),
+        (None, "cannot read gates"),
+    ],
+)
+def test_files_that_hold_no_gates_are_named(text, said, tmp_path):
+    file = tmp_path / "full_attention_heads.tsv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(PolicyError, match=said) as caught:
+        kv.parse(f'duo("{file}")')
+    assert "full_attention_heads.tsv" in str(caught.value)

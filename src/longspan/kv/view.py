@@ -152,7 +152,7 @@ def column_sums(
 
 
 def _hide(logits: Tensor, q_at: Tensor, k_at: Tensor) -> None:
-    """Set to -inf the logits [B, G, H / G, N, C] of keys [B, G, C] that queries [B, N] do not see."""
+    """Set logits [B, G, H / G, N, C] to -inf where queries [B, N] do not see keys [B, G, C]."""
     key, query = k_at[:, :, None, None], q_at[:, None, None, :, None]
     logits.masked_fill_((key < 0) | (key > query), -torch.inf)
 

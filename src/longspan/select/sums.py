@@ -9,6 +9,7 @@ Each of the two is a ``Language``: its own parts, names and words in errors.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from typing import Any, ClassVar
 from longspan.errors import PolicyError
 from longspan.pattern.text import Parser
 from longspan.select.budgets import Budget, Coverage, budget
+
+# What text reads as a word without quotes.
+_WORD = re.compile(r"[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
@@ -157,4 +161,6 @@ def _written(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(_written(item) for item in value)}]"
+    if isinstance(value, str) and (value in ("true", "false") or not _WORD.fullmatch(value)):
+        return f'"{value}"'
     return str(value)
