@@ -115,3 +115,8 @@ def tiny():
 def model(request):
     """One tiny model of each family."""
     return build(request.param)
+
+
+@pytest.fixture
+def llama(tiny):
+    return tiny.build("llama", max_position_embeddings=256)

@@ -89,6 +89,9 @@ class PageBounds:
             more = keys.new_full((*keys.shape[:2], pages, keys.shape[3]), torch.inf)
             self.low = torch.cat([self.low, more], 2)
             self.high = torch.cat([self.high, -more], 2)
+        if self.low.is_inference() and not torch.is_inference_mode_enabled():
+            # Made in inference mode, they could not be changed outside of it.
+            self.low, self.high = self.low.clone(), self.high.clone()
         step = torch.arange(new)
         page = (length[..., None] + step) // self.page
         page = page.clamp(max=self.low.shape[2] - 1).to(device)[..., None].expand_as(keys)

@@ -1,0 +1,152 @@
+"""A cache with a policy under ``generate``: padding, beams, chunks, early ends, several calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tests.hf.caches import PAD, POLICIES, feed, padded  # noqa: E402
+
+import longspan as ls  # noqa: E402
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[3], POLICIES[6]])
+def test_a_padded_row_equals_the_same_row_alone(family, text, tiny):
+    model = tiny.build(family, max_position_embeddings=256)
+    ids, mask = padded(tiny, 24)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    both = model.generate(
+        ids, attention_mask=mask, past_key_values=ls.kv.cache(model, text), **options
+    )
+    for row, pad in ((0, 0), (1, PAD)):
+        alone = model.generate(
+            ids[row : row + 1, pad:],
+            attention_mask=mask[row : row + 1, pad:],
+            past_key_values=ls.kv.cache(model, text),
+            **options,
+        )
+        assert torch.equal(alone[0], both[row, pad:])
+
+
+@pytest.mark.parametrize(
+    "text", [POLICIES[0], POLICIES[2], POLICIES[4], POLICIES[9], "quest(16, 4, 0)"]
+)
+def test_beams_carry_everything_along(text, llama, tiny):
+    """Rows reordered in the middle equal a batch that was in that order from the beginning."""
+    ids, mask = padded(tiny, 30)
+    order = torch.tensor([1, 0, 1])
+    cache = ls.kv.cache(llama, text)
+    feed(llama, ids[:, :22], mask[:, :22], [18, 19, 20, 21, 22], cache)
+    cache.reorder_cache(order[:2])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2, 1]))
+    cuts = range(1, 9)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    other = ls.kv.cache(llama, text)
+    expected = feed(llama, ids[order], mask[order], [18, *range(19, 31)], other)[:, 22:]
+    got = []
+    with torch.no_grad():
+        for step in cuts:
+            at = slice(21 + step, 22 + step)
+            out = llama(
+                ids[order][:, at],
+                attention_mask=mask[order][:, : 22 + step],
+                position_ids=places[order][:, at],
+                past_key_values=cache,
+            )
+            got.append(out.logits)
+    assert (torch.cat(got, 1) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("text", ["everything()", POLICIES[0]])
+def test_beam_search_runs(text, llama, tiny):
+    ids, mask = padded(tiny, 24)
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    got = llama.generate(
+        ids, attention_mask=mask, past_key_values=ls.kv.cache(llama, text), **options
+    )
+    if text == "everything()":
+        assert torch.equal(got, llama.generate(ids, attention_mask=mask, **options))
+    # A beam of one is greedy search through the same cache.
+    options["num_beams"] = 1
+    greedy = llama.generate(
+        ids, attention_mask=mask, past_key_values=ls.kv.cache(llama, text), **options
+    )
+    assert got.shape == greedy.shape
+
+
+@pytest.mark.parametrize(
+    "text", [POLICIES[3], POLICIES[6], POLICIES[9], "after_prefill(heavy(6))"]
+)
+def test_a_prompt_in_chunks_keeps_what_a_whole_prompt_keeps(text, llama, tiny):
+    ids, mask = padded(tiny, 50)
+    caches = []
+    for cuts in ([49, 50], [17, 34, 49, 50]):
+        caches.append(ls.kv.cache(llama, text))
+        feed(llama, ids, mask, cuts, caches[-1])
+    for whole, pieces in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(whole.positions, pieces.positions)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    once = llama.generate(ids, past_key_values=ls.kv.cache(llama, text), **options)
+    chunked = llama.generate(
+        ids, past_key_values=ls.kv.cache(llama, text), prefill_chunk_size=16, **options
+    )
+    assert torch.equal(once, chunked)
+
+
+def test_early_stop_does_not_touch_the_other_row(llama, tiny):
+    ids, mask = padded(tiny, 24)
+    text = POLICIES[0]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    free = llama.generate(
+        ids, attention_mask=mask, past_key_values=ls.kv.cache(llama, text), **options
+    )
+    stop = int(free[0, 26])
+    stopped = llama.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=ls.kv.cache(llama, text),
+        eos_token_id=stop,
+        **options,
+    )
+    other = free[1, 24:].tolist()
+    end = other.index(stop) + 1 if stop in other else len(other)
+    assert stopped[1, 24 : 24 + end].tolist() == other[:end]
+
+
+def test_a_second_generate_goes_on(llama, tiny):
+    ids = tiny.tokens(1, 20)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    cache = ls.kv.cache(llama, "everything()")
+    first = llama.generate(ids, past_key_values=cache, **options)
+    second = torch.cat([first, tiny.tokens(1, 7, seed=5)], 1)
+    got = llama.generate(second, past_key_values=cache, **options)
+    assert torch.equal(got, llama.generate(second, **options))
+    small = ls.kv.cache(llama, POLICIES[0])
+    first = llama.generate(ids, past_key_values=small, **options)
+    llama.generate(
+        torch.cat([first, tiny.tokens(1, 7, seed=5)], 1), past_key_values=small, **options
+    )
+    assert small.get_seq_length() == 20 + 6 + 7 + 5
+    assert small.report().layers[0].most == 11
+    small.reset()
+    assert torch.equal(llama.generate(ids, past_key_values=small, **options), first)
+
+
+@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[9], "quest(32, 16, 0)"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside(text, llama, tiny):
+    ids, mask = tiny.tokens(1, 60), torch.ones(1, 60, dtype=torch.int64)
+    cuts = [50, 51, 52, 55, 60]
+    wanted = feed(llama, ids, mask, cuts, ls.kv.cache(llama, text))
+    cache = ls.kv.cache(llama, text)
+    with torch.inference_mode():
+        feed(llama, ids, mask, cuts[:2], cache)
+    with torch.no_grad():
+        rest = [
+            llama(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+            for a, b in zip(cuts[1:], cuts[2:], strict=False)
+        ]
+    assert (torch.cat(rest, 1) - wanted[:, 51:]).abs().max() < 1e-5
