@@ -8,7 +8,7 @@ import torch
 
 from longspan.ops.fused import gather, merge_fused
 from longspan.ops.merge import Part, merge, merge_parts
-from longspan.ops.rows import Order
+from longspan.ops.rows import Order, spread
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +74,20 @@ def test_parts_in_orders_of_their_own():
         results.append((*found, *torch.autograd.grad(loss, leaves)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_spread_adds_gradients_up():
+    tables = [np.array([[2, 1, 2, -1, 2, 3, 2, 2, -1, 2]]), np.array([[[0, 2]], [[3, 1]]]), None]
+    x = torch.randn(2, 6, 4, 64, dtype=torch.float64, requires_grad=True)
+    y = x.detach().to("cuda", torch.float32).requires_grad_()
+    results = []
+    for given in (x, y):
+        orders = [None if t is None else Order.of(t, 4, given.device) for t in tables]
+        found = spread(given, orders)
+        loss = sum((one**2).cumsum(2).sum() for one in found)
+        results.append([*found, torch.autograd.grad(loss, given)[0]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b.cpu().double(), a, rtol=1e-5, atol=1e-5)
 
 
 def test_offsets_beyond_32_bits():

@@ -8,7 +8,7 @@ import torch
 
 import longspan as ls
 from longspan.ops.merge import Part, merge, merge_parts
-from longspan.ops.rows import Order
+from longspan.ops.rows import Order, spread
 from longspan.ops.run import load
 
 PERMUTED = np.array([[2, 0, 3, 1]], np.int32)
@@ -20,6 +20,10 @@ PER_HEAD = np.array([[[0, 2], [1, -1], [3, 0], [-1, -1], [2, 1], [3, -1]]], np.i
 SHARED = np.array([[[0, 2], [1, -1]], [[3, 1], [2, 0]]], np.int32)
 
 
+# Row 2 stands at six places, row 0 at none.
+OFTEN = np.array([[2, 1, 2, -1, 2, 3, 2, 2, -1, 2]], np.int32)
+
+
 def order(table):
     return Order.of(table, 4, torch.device("cpu"))
 
@@ -29,7 +33,7 @@ def rows_of(table, b, h, heads):
     return (own if own.ndim == 1 else own[h * len(own) // heads]).tolist()
 
 
-@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, REPEATED, PER_HEAD, SHARED])
+@pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, REPEATED, PER_HEAD, SHARED, OFTEN])
 def test_take(table):
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
     found = order(table).take(x)
@@ -39,6 +43,16 @@ def test_take(table):
                 wanted = x[b, h, row] if row >= 0 else torch.zeros(5, dtype=torch.float64)
                 torch.testing.assert_close(found[b, h, place], wanted)
     assert torch.autograd.gradcheck(order(table).take, x)
+
+
+def test_spread():
+    tables = [None, PER_HEAD, SHARED, OFTEN]
+    orders = [None if table is None else order(table) for table in tables]
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    found = spread(x, orders)
+    for one, own in zip(found, orders, strict=True):
+        torch.testing.assert_close(one, x if own is None else own.take(x))
+    assert torch.autograd.gradcheck(lambda x: tuple(spread(x, orders)), x)
 
 
 @pytest.mark.parametrize("table", [PERMUTED, PER_ROW, SOME, PER_HEAD, SHARED])

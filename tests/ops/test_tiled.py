@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,9 +124,9 @@ def test_equals_reference_on_random_ranges(seed: int) -> None:
 @pytest.mark.parametrize("name", ["window", "scattered-3", "scca-flow", "decode-few", "causal"])
 def test_small_batches_and_spans_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A work buffer far smaller than a tile's keys: spans are cut and joined again through lse."""
-    monkeypatch.setattr(tiled_module, "_BACKWARD_AREA", 64)
-    monkeypatch.setattr(tiled_module, "_FORWARD_AREA", 64)
-    monkeypatch.setattr(tiled_module, "_JOB", 64)
+    for way in ("_FORWARD", "_BACKWARD"):
+        small = replace(getattr(tiled_module, way), job=64, area=64)
+        monkeypatch.setattr(tiled_module, way, small)
     case = BY_NAME[name]
     case = Case(**{**vars(case), "M": None if case.M is None else case.M + 900})
     qkv, ranges = make_qkv(case), case.ranges()
@@ -229,19 +230,16 @@ def test_work_stays_near_the_visible_pairs() -> None:
         ranges.group_BH.numpy(),
         keys=n,
         key_heads=8,
-        tile=64,
-        span=4096,
+        tile=256,
+        leaf=64,
+        job=1 << 18,
         area=1 << 19,
         parts=2,
-        body=512,
     )
-    batches = [batch for part in range(2) for batch in schedule.batches(part, grid=False)]
-    scores = sum(b.lanes * b.count * b.heads * b.run.rows * b.run.span for b in batches)
+    batches = [batch for part in range(2) for batch in schedule.batches(part, apart=True)]
+    scores = sum(b.jobs * b.heads * b.run.rows * b.run.span for b in batches)
     assert n * width * 8 <= scores <= 1.13 * n * width * 8
-    assert (
-        max(b.lanes * b.count * b.heads * b.run.rows * b.run.span for b in batches)
-        <= schedule.area
-    )
+    assert max(b.jobs * b.heads * b.run.rows * b.run.span for b in batches) <= schedule.area
     # The head of the sequence, its regular part, nothing else.
     assert len(schedule.runs[0]) <= 10
 
@@ -265,7 +263,7 @@ def test_memory_does_not_hold_a_row_by_key_tensor() -> None:
     with Watch():
         run(tiled, make_qkv(case, torch.float32), case.ranges())
     inputs = n * case.D * 4
-    work = torch.get_num_threads() * tiled_module._BACKWARD_AREA * 4
+    work = torch.get_num_threads() * tiled_module._BACKWARD.area * 4
     # Test data are made in float64, hence the factor two.
     assert largest <= max(2 * inputs, work) < n * n
 

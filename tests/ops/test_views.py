@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.ops.test_flex import gpu
 
 import longspan as ls
 from longspan.ops.kernels.reference import reference
@@ -75,8 +76,7 @@ def test_no_views_where_remainders_mix():
     assert all(views_of(one, 512, 512, torch.device("cpu")) is None for one in packed.passes)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@gpu
 @pytest.mark.parametrize("text", [*PATTERNS, "longnet([64, 256], [1, 4])", "ssa(64, 8)"])
 @pytest.mark.parametrize("n", [512, 509])
 def test_on_a_gpu(text, n):

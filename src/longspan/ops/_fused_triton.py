@@ -60,6 +60,37 @@ def _place(i: tl.constexpr, tables, steps, shares, used: tl.constexpr, b, h, r, 
 
 
 @triton.jit
+def add_rows(
+    parts,
+    tables,
+    steps,
+    shares,
+    strides,
+    used: tl.constexpr,
+    out,
+    rows,
+    heads,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
+):
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
+    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    live = r < rows
+    total = tl.zeros([tall, wide], tl.float32)
+    for i in tl.static_range(len(parts)):
+        place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
+        base = parts[i] + b * strides[4 * i] + h * strides[4 * i + 1]
+        inside = (place >= 0)[:, None] & (d < width)
+        own = tl.load(base + place[:, None] * strides[4 * i + 2] + d, mask=inside, other=0.0)
+        total += own.to(tl.float32)
+    to = out + (plane * rows + r)[:, None] * width + d
+    tl.store(to, total.to(out.dtype.element_ty), mask=live[:, None] & (d < width))
+
+
+@triton.jit
 def merge_rows(
     outs,
     lses,

@@ -85,7 +85,7 @@ def attend(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
-    parts = [compute(one, q, k, v, impl, factor, use_lse=use_lse) for one in laid.passes]
+    parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse)
     out, lse = merge_parts(parts, use_lse=use_lse)
     return (out, lse) if return_lse else out
 

@@ -63,6 +63,31 @@ def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
     return out_BHPD
 
 
+def add_rows(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The sum of several tensors whose rows lie in orders of their own; without gradient.
+
+    Args:
+        parts: [B, H, P, D] of any layout, with the places of each row, int32 [c, B or 1, G, N]
+            with -1 for none; None where places and rows agree.
+    """
+    flat = [
+        (_rows_dense(x), None if table is None else (one, True))
+        for x, table in parts
+        for one in ([None] if table is None else table)
+    ]
+    tensors, tables = (tuple(column) for column in zip(*flat, strict=True))
+    first, table = parts[0]
+    batch, heads, rows, width = first.shape
+    rows = rows if table is None else table.shape[-1]
+    out = first.new_empty(batch, heads, rows, width)
+    wide, tall = _tile(width)
+    with torch.cuda.device(out.device):
+        _kernels().add_rows[(-(-rows // tall), batch * heads)](
+            tensors, *_where(tables, tensors), out, rows, heads, width, wide, tall
+        )
+    return out
+
+
 def merge_fused(
     parts: Sequence[tuple[Tensor, Tensor]],
     tables: Sequence[tuple[Tensor, bool] | None] | None = None,

@@ -10,6 +10,7 @@ of a row at most, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from longspan.ops.fused import can_fuse, gather
+from longspan.ops.fused import add_rows, can_fuse, gather
 
-# Rows that stand at more places than this have their gradients scattered.
+# A few rows may stand at more places than this; if many do, their gradients are scattered.
 _MOST_PLACES = 4
+_MOST_RESTS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +80,15 @@ class Order:
     Attributes:
         rows: number of rows N.
         table: the row of each place.
-        back: the places of each row; None if there are over ``_MOST_PLACES``.
+        back: the places of each row, but for those in ``rest``; None if too many rows stand at
+            more than ``_MOST_PLACES``.
+        rest: a few rows [R] that stand at further places, and the table of those, or None.
     """
 
     rows: int
     table: Table
     back: Table | None
+    rest: tuple[Tensor, Table] | None = None
 
     @classmethod
     def of(cls, order: NDArray[np.int32], rows: int, device: torch.device) -> Order:
@@ -97,27 +103,40 @@ class Order:
         # How many places of the same row come before each.
         turn_LP = torch.arange(flat_LP.shape[1]) - torch.searchsorted(ascending_LP, ascending_LP)
         turn_LP = turn_LP.where(ascending_LP < rows, 0)
+        rest = None
+        often = ascending_LP[turn_LP >= _MOST_PLACES].unique()
+        if len(often):
+            if len(flat_LP) > 1 or len(often) > _MOST_RESTS:
+                return cls(rows, table, None)
+            more = torch.isin(flat_LP[0], often)
+            own = torch.searchsorted(often, flat_LP[0][more])
+            turn = (own[:, None] == own).tril(-1).sum(1)
+            place_cR = torch.full((int(turn.max()) + 1, len(often)), -1)
+            place_cR[turn, own] = torch.nonzero(more)[:, 0]
+            rest = often.to(device), Table.of(place_cR[:, None, None], device)
+            kept = ~torch.isin(ascending_LP, often)
+            ascending_LP, place_LP, turn_LP = (
+                x[kept][None] for x in (ascending_LP, place_LP, turn_LP)
+            )
         most = int(turn_LP.max()) + 1
-        if most > _MOST_PLACES:
-            return cls(rows, table, None)
         back_cLN = torch.full((most, len(flat_LP), rows + 1), -1)
         back_cLN[turn_LP, torch.arange(len(flat_LP))[:, None], ascending_LP] = place_LP
         back = back_cLN[..., :rows].unflatten(1, row_BGP.shape[:2])
-        return cls(rows, table, Table.of(back, device))
+        return cls(rows, table, Table.of(back, device), rest)
 
     def take(self, x_BHND: Tensor) -> Tensor:
         """Rows in the order of the places [B, H, P, D]."""
         # A compiler differentiates by itself.
         if self.back is None or torch.compiler.is_compiling():
             return self.table.take(x_BHND, plain=True)
-        return _Move.apply(x_BHND, self.table, self.back)
+        return _Take.apply(x_BHND, self)
 
     def put(self, x_BHPD: Tensor) -> Tensor:
         """Places back in the order of the rows [B, H, N, D]; 0 for rows without a place.
 
         For orders in which each row stands once at most.
         """
-        return _Move.apply(x_BHPD, self._inverse, self.table)
+        return _Sum.apply(x_BHPD, self)
 
     def put_lse(self, lse_BHP: Tensor) -> Tensor:
         """The same for numbers in place of rows [B, H, N]; -inf for rows without a place."""
@@ -126,6 +145,19 @@ class Order:
     def add(self, x_BHND: Tensor, y_BHPD: Tensor) -> Tensor:
         """``x``, overwritten, with ``y`` added to the rows of its places."""
         return _Add.apply(x_BHND, y_BHPD, self)
+
+    def sums(self, x_BHPD: Tensor) -> Tensor:
+        """For every row the sum over its places [B, H, N, D]; without gradient."""
+        assert self.back is not None
+        return self.add_rest(x_BHPD, self.back.take(x_BHPD))
+
+    def add_rest(self, x_BHPD: Tensor, found_BHND: Tensor) -> Tensor:
+        """Sums over the places in ``back``, overwritten, with those in ``rest`` added."""
+        if self.rest is not None:
+            row_R, table = self.rest
+            more = table.take(x_BHPD)
+            found_BHND.index_copy_(2, row_R, found_BHND.index_select(2, row_R) + more)
+        return found_BHND
 
     @property
     def place(self) -> tuple[Tensor, bool]:
@@ -136,21 +168,69 @@ class Order:
     def _inverse(self) -> Table:
         assert self.back is not None
         assert len(self.back.full) == 1
+        assert self.rest is None
         return self.back
 
 
-class _Move(torch.autograd.Function):
-    """Rows by one table; gradients by its transpose, which is a table too."""
+def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
+    """Rows in each of several orders; None leaves them as they are.
+
+    On a GPU their gradients are added up in one pass over each of them.
+    """
+    several = sum(order is not None for order in orders) > 0 and len(orders) > 1
+    if several and can_fuse(x_BHND) and all(o is None or o.back is not None for o in orders):
+        return list(_Spread.apply(x_BHND, tuple(orders)))
+    return [x_BHND if order is None else order.take(x_BHND) for order in orders]
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHND: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return order.table.take(x_BHND)
 
     @staticmethod
-    def forward(ctx: Any, x_BHND: Tensor, table: Table, back: Table) -> Tensor:
-        ctx.tables = table, back
-        return table.take(x_BHND)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grads[0], ctx.order), None
+
+
+class _Sum(torch.autograd.Function):
+    """The transpose of ``_Take``."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        table, back = ctx.tables
-        return _Move.apply(grads[0], back, table), None, None
+    def forward(ctx: Any, x_BHPD: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return order.sums(x_BHPD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Take.apply(grads[0], ctx.order), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHND: Tensor, orders: tuple[Order | None, ...]) -> tuple[Tensor, ...]:
+        ctx.orders = orders
+        ctx.set_materialize_grads(False)
+        return tuple(
+            x_BHND.view_as(x_BHND) if order is None else order.table.take(x_BHND)
+            for order in orders
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        seen = [(g, o) for g, o in zip(grads, ctx.orders, strict=True) if g is not None]
+        if not seen:
+            return None, None
+        tables = [(g, None if o is None else o.back.row_cBGP) for g, o in seen]
+        found = add_rows(tables)
+        for grad, order in seen:
+            if order is not None:
+                order.add_rest(grad, found)
+        return found, None
 
 
 class _Add(torch.autograd.Function):

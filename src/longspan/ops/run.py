@@ -1,20 +1,21 @@
-"""Compute one pass of a plan: order the rows, call a kernel, put the results back.
+"""Compute the passes of a plan: order the rows, call a kernel, say where its results belong.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import choose
+from longspan.ops.capability import choose, needs_grad
 from longspan.ops.merge import Part
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.rows import Order
+from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, views_of
 from longspan.planning import Pass
 
@@ -42,15 +43,19 @@ class Loaded:
     kv_heads: Tensor | None
     all_heads: int
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """What the kernel gets besides ``ranges``."""
-        if self.heads is not None:
-            q = q.index_select(1, self.heads)
-        if self.kv_heads is not None:
-            k, v = k.index_select(1, self.kv_heads), v.index_select(1, self.kv_heads)
-        if self.queries is not None:
-            q = self.queries.take(q)
-        return (q, k, v) if self.keys is None else (q, self.keys.take(k), self.keys.take(v))
+    @property
+    def orders(self) -> tuple[Order | None, Order | None, Order | None]:
+        """Of queries, keys and values."""
+        return self.queries, self.keys, self.keys
+
+    def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What the kernel gets besides ``ranges``, from queries, keys and values."""
+        chosen = zip(tensors, (self.heads, self.kv_heads, self.kv_heads), strict=True)
+        each = [x if heads is None else x.index_select(1, heads) for x, heads in chosen]
+        return tuple(
+            x if order is None else order.take(x)
+            for x, order in zip(each, self.orders, strict=True)
+        )
 
     def outputs(self, out: Tensor, lse: Tensor) -> Part:
         """What the kernel gave, for all heads."""
@@ -96,17 +101,43 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
 
 
 def compute(
-    one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, scale: float, *, use_lse: bool = True
-) -> Part:
-    """Output and log-sum-exp of one pass, in its order of queries.
+    passes: Sequence[Pass],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    impl: str,
+    scale: float,
+    *,
+    use_lse: bool = True,
+) -> list[Part]:
+    """Output and log-sum-exp of each pass, in its order of queries.
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
-    loaded = load(one, q, k)
-    q, k, v = loaded.inputs(q, k, v)
-    kernel = choose(impl, q, k, v, loaded.ranges, use_lse=use_lse).load()
-    out, lse = kernel(q, k, v, loaded.ranges, scale)
-    return loaded.outputs(out, lse)
+    loaded = [load(one, q, k) for one in passes]
+    parts = []
+    for one, (own_q, own_k, own_v) in zip(loaded, _inputs(loaded, q, k, v), strict=True):
+        kernel = choose(impl, own_q, own_k, own_v, one.ranges, use_lse=use_lse).load()
+        parts.append(one.outputs(*kernel(own_q, own_k, own_v, one.ranges, scale)))
+    return parts
+
+
+def _inputs(loaded: Sequence[Loaded | Views], *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """What the kernel gets in each pass."""
+    if not needs_grad(*tensors):
+        # One after the other, so that the rows of a pass are gone before the next one.
+        return (one.inputs(*tensors) for one in loaded)
+    # Together, so that their gradients are added up at once.
+    alike = [
+        one
+        for one in loaded
+        if isinstance(one, Loaded) and one.heads is None and one.kv_heads is None
+    ]
+    if len(alike) < len(loaded):
+        return [one.inputs(*tensors) for one in loaded]
+    orders = zip(*(one.orders for one in alike), strict=True)
+    each = [spread(x, own) for x, own in zip(tensors, orders, strict=True)]
+    return list(zip(*each, strict=True))
 
 
 def _queries(

@@ -22,7 +22,7 @@ class Pass:
         hi: int32, same shape, one past the last; unused ranges are empty and come last.
         head_class: the class of each query head.
         key_order: int32 [batch or 1, m'], the key row at each place, where keys are reordered,
-            listed or repeated; None where place and row agree.
+            listed or repeated, -1 for none; None where place and row agree.
         query_order: int32 [batch or 1, classes or 1, n'], the query row at each place, each at
             most once, -1 for none; None where place and row agree. Rows that are missing see
             nothing in this pass.
@@ -81,8 +81,8 @@ class Pass:
             inside = np.asarray(((lo <= place) & (place < hi)).any(axis=2))
             for h, used in enumerate(inside):
                 row = self.rows(b, self.head_class[h], n)
-                # Places without a row see nothing.
-                at = (row.clip(min=0)[:, None] * keys + key).ravel()
+                # Places without a row see nothing and are not seen.
+                at = (row.clip(min=0)[:, None] * keys + key.clip(min=0)).ravel()
                 dense[b, h] = np.bincount(at, used.ravel(), n * keys).reshape(n, keys)
         return dense
 

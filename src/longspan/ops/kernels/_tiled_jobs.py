@@ -1,14 +1,16 @@
 """The jobs of one range group: spans of keys that tiles of query rows have to look at.
 
-Each tile's ranges are joined to a few segments. Where neighbouring tiles see mostly the same keys,
-those are set apart and the tiles put on top of each other: taller jobs multiply faster and need no
-mask. What remains at the edges stays low, so that little is computed in vain.
+Each tile's ranges are joined to a few segments. What all rows of a tile look at, or nearly all, is
+one job; what is left is looked at by each half of the tile, then by each quarter, down to leaves:
+high jobs are few and multiply faster, low ones compute less in vain.
 
-Axes: t tiles of T rows, m ranges per query, X = T m, S segments, J jobs.
+Axes: t tiles of T rows, m ranges per query, X = T m, r rows, S segments, L leaves of a tile, G
+groups of l leaves, P pieces of segments, J jobs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,100 +21,163 @@ Ints = NDArray[np.int64]
 # Spans begin and end at multiples of this where they can: whole vector registers, and equal
 # shapes more often.
 ALIGN = 16
+# Jobs of this many keys are not split.
+LEAST = 256
 # Keys that nobody in the tile sees are computed rather than skipped when they are fewer than this.
 _GAP = 64
-# Neighbouring tiles that are looked through for common keys.
-_BLOCK = 4
-# Masks of more numbers than this are not kept: what needs no mask then goes apart from this many
-# keys on.
-_MASKS = 1 << 22
-_UNMASKED = 64
-# Query rows of a job at most, bundled heads counted.
-_TALLEST = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How large jobs may be.
-
-    Attributes:
-        span: most keys, a multiple of ALIGN.
-        area: most scores of a taller job.
-        lines: rows that one tile has with all its heads.
-        body: keys that neighbouring tiles must have in common to be multiplied together.
-    """
-
-    span: int
-    area: int
-    lines: int
-    body: int
+# Leaves that look at nearly the same keys do it together: if that adds no more than this share.
+_WASTE = 0.1
+# Otherwise they share what they have in common from this many keys on: fewer are not worth a call
+# of their own.
+_COMMON = 640
+_FAR = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """Jobs of one group, unordered.
+    """Jobs of one group with equally many rows, unordered.
 
     Attributes:
-        tile_J, key_J: first tile and first key.
-        shape_J5: wave, height in tiles, span, left, right: every row sees every column from left
-            up to right. Jobs of a wave belong to different tiles; waves of a tile go in order.
+        rows: query rows T of each.
+        row_J, key_J: first row and first key.
+        shape_J4: wave, span, left, right: every row sees every column from left up to right. Jobs
+            of a wave have no rows in common; waves go in order.
         bounds_JX: first and last columns of each row's ranges, in columns of the job [2, T, m];
             zero where there is nothing to mask.
     """
 
-    tile_J: Ints
+    rows: int
+    row_J: Ints
     key_J: Ints
-    shape_J5: Ints
+    shape_J4: Ints
     bounds_JX: NDArray[np.int32]
 
 
-def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, limits: Limits) -> Jobs:
-    """All jobs of tiles with the given ranges, over ``keys`` key rows."""
-    tile_S, start_S, stop_S, left_S, right_S = _segments(lo_tTm, hi_tTm)
-    start_S = start_S // ALIGN * ALIGN
-    stop_S = np.minimum(-(-stop_S // ALIGN) * ALIGN, keys)
+def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int) -> Iterator[Jobs]:
+    """All jobs of tiles with the given ranges, over ``keys`` key rows.
 
-    # What neighbouring tiles all see goes first, then what is left of it and right of it.
-    body_S, rest_S = _bodies(tile_S, start_S, stop_S, left_S, right_S, limits)
-    first_P = np.stack([body_S, start_S, rest_S], axis=1).ravel()
-    length_P = np.stack([rest_S, body_S, stop_S], axis=1).ravel() - first_P
+    Args:
+        leaf: rows of the lowest job; tiles are one leaf high, or 2, 4, 8, ... leaves.
+        job: most scores of a job that has more than LEAST keys.
+    """
+    tiles, height, width = lo_tTm.shape
+    leaf = min(leaf, height)
+    tile_P, start_P, stop_P, first_P, leaves_P = _pieces(lo_tTm, hi_tTm, keys, leaf)
 
     # Long pieces are cut into jobs of limited span.
-    cuts_P = -(-length_P // limits.span)
-    piece_J = np.repeat(np.arange(len(first_P)), cuts_P)
+    most_P = np.maximum(job // (leaves_P * leaf) // ALIGN * ALIGN, LEAST)
+    cuts_P = -(-(stop_P - start_P) // most_P)
+    piece_J = np.repeat(np.arange(len(tile_P)), cuts_P)
     cut_J = np.arange(len(piece_J)) - np.repeat(np.cumsum(cuts_P) - cuts_P, cuts_P)
-    segment_J = piece_J // 3
-    tile_J = tile_S[segment_J]
-    key_J = first_P[piece_J] + cut_J * limits.span
-    span_J = np.minimum(length_P[piece_J] - cut_J * limits.span, limits.span)
-    left_J = np.clip(left_S[segment_J] - key_J, 0, span_J)
-    right_J = np.clip(right_S[segment_J] - key_J, left_J, span_J)
-    wave_J = np.arange(len(tile_J)) - np.searchsorted(tile_J, tile_J)
+    key_J = start_P[piece_J] + cut_J * most_P[piece_J]
+    span_J = np.minimum(stop_P[piece_J] - key_J, most_P[piece_J])
+    tile_J, first_J, leaves_J = tile_P[piece_J], first_P[piece_J], leaves_P[piece_J]
+    wave_J = _waves(tile_J, first_J, leaves_J)
+    row_J = tile_J * height + first_J * leaf
 
-    tallest_J = np.maximum(1, np.minimum(limits.area // span_J, _TALLEST) // limits.lines)
-    masked_J = (left_J > 0) | (right_J < span_J)
-    first_J, height_J = _stack(tile_J, wave_J, key_J, span_J, ~masked_J, tallest_J)
-    shape_J5 = np.stack([wave_J, np.ones_like(wave_J), span_J, left_J, right_J], axis=1)[first_J]
-    shape_J5[:, 1] = height_J
-    tile_J, key_J, masked_J = tile_J[first_J], key_J[first_J], masked_J[first_J]
+    lo_rm, hi_rm = lo_tTm.reshape(tiles * height, width), hi_tTm.reshape(tiles * height, width)
+    for leaves in np.unique(leaves_P).tolist():
+        own = leaves_J == leaves
+        rows, first, key, span = leaves * leaf, row_J[own], key_J[own], span_J[own]
+        row_JT = first[:, None] + np.arange(rows)
+        lo_JTm, hi_JTm = (
+            np.clip(x_rm[row_JT] - key[:, None, None], 0, span[:, None, None])
+            for x_rm in (lo_rm, hi_rm)
+        )
+        seen_JTm = lo_JTm < hi_JTm
+        left_J = np.where(seen_JTm, lo_JTm, 0).max(axis=(1, 2))
+        right_J = np.where(seen_JTm, hi_JTm, _FAR).min(axis=(1, 2))
+        # A row with no range here, or several, leaves nothing that all rows are known to see.
+        none_J = (seen_JTm.sum(axis=2) != 1).any(axis=1) | (left_J >= right_J)
+        left_J, right_J = np.where(none_J, span, left_J), np.where(none_J, span, right_J)
+        keep_JTm = seen_JTm & ((left_J > 0) | (right_J < span))[:, None, None]
+        bounds_J2Tm = np.stack([lo_JTm * keep_JTm, hi_JTm * keep_JTm], axis=1)
+        yield Jobs(
+            rows,
+            first,
+            key,
+            np.stack([wave_J[own], span, left_J, right_J], axis=1),
+            bounds_J2Tm.astype(np.int32).reshape(len(first), 2 * rows * width),
+        )
 
-    bounds_JX = np.zeros((len(tile_J), 2 * lo_tTm[0].size), dtype=np.int32)
-    masked = np.flatnonzero(masked_J)
-    first, last = key_J[masked, None, None], shape_J5[masked, 2, None, None]
-    lo_JTm = np.clip(lo_tTm[tile_J[masked]] - first, 0, last)
-    hi_JTm = np.clip(hi_tTm[tile_J[masked]] - first, lo_JTm, last)
-    bounds_J2Tm = np.stack([lo_JTm, hi_JTm], axis=1) * (lo_JTm < hi_JTm)[:, None]
-    bounds_JX[masked] = bounds_J2Tm.reshape(len(masked), bounds_JX.shape[1])
-    return Jobs(tile_J, key_J, shape_J5, bounds_JX)
+
+def _pieces(
+    lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """What has to be looked at: keys that all leaves of a tile look at, what is left of them for
+    each half, and so on down to the leaves.
+
+    Returns:
+        For each piece, tiles ascending, high pieces before low ones: its tile, its first key, one
+        past its last key, its first leaf and the number of its leaves.
+    """
+    tile_S, start_S, stop_S = _segments(lo_tTm, hi_tTm)
+    leaves = lo_tTm.shape[1] // leaf
+    lo_SLX, hi_SLX = (
+        x_tTm[tile_S].reshape(len(tile_S), leaves, leaf * x_tTm.shape[2])
+        for x_tTm in (lo_tTm, hi_tTm)
+    )
+    inside_SLX = (lo_SLX < hi_SLX) & (lo_SLX >= start_S[:, None, None])
+    inside_SLX &= lo_SLX < stop_S[:, None, None]
+    start_SL = np.where(inside_SLX, lo_SLX, _FAR).min(axis=2) // ALIGN * ALIGN
+    stop_SL = -(-np.where(inside_SLX, hi_SLX, -_FAR).max(axis=2) // ALIGN) * ALIGN
+    stop_SL = np.minimum(stop_SL, keys)
+
+    found: list[Ints] = []
+    # What higher pieces already look at.
+    left_SG = right_SG = np.full((len(tile_S), 1), _FAR)
+    for size in (leaves >> i for i in range(leaves.bit_length())):
+        groups = (len(tile_S), leaves // size, size)
+        start_SGl, stop_SGl = start_SL.reshape(groups), stop_SL.reshape(groups)
+        first_SG, last_SG = start_SGl.min(axis=2), stop_SGl.max(axis=2)
+        sum_SG = np.maximum(stop_SGl - start_SGl, 0).sum(axis=2)
+        near_SG = size * (last_SG - first_SG) <= (1 + _WASTE) * sum_SG
+        start_SG = np.where(near_SG, first_SG, start_SGl.max(axis=2))
+        stop_SG = np.where(near_SG, last_SG, stop_SGl.min(axis=2))
+        good_SG = (near_SG | (stop_SG - start_SG >= _COMMON)) & (start_SG < stop_SG)
+        # Left and right of it, or all at once.
+        lone_SG = left_SG == _FAR
+        bounds = ((start_SG, np.where(lone_SG, stop_SG, left_SG)), (right_SG, stop_SG))
+        for begin_SG, end_SG in bounds:
+            used_SG = good_SG & (begin_SG < end_SG)
+            segment_P, group_P = np.nonzero(used_SG)
+            piece_P = (
+                tile_S[segment_P],
+                begin_SG[used_SG],
+                end_SG[used_SG],
+                group_P * size,
+                np.full_like(group_P, size),
+            )
+            found.append(np.stack(piece_P))
+        left_SG = np.where(good_SG, np.minimum(start_SG, left_SG), left_SG)
+        right_SG = np.where(
+            good_SG, np.where(lone_SG, stop_SG, np.maximum(stop_SG, right_SG)), right_SG
+        )
+        left_SG, right_SG = (np.repeat(x, 2, axis=1) for x in (left_SG, right_SG))
+    found_5P = np.concatenate(found, axis=1)
+    order_P = np.argsort(found_5P[0], kind="stable")
+    tile_P, start_P, stop_P, first_P, leaves_P = found_5P[:, order_P]
+    return tile_P, start_P, stop_P, first_P, leaves_P
 
 
-def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+def _waves(tile_J: Ints, first_J: Ints, leaves_J: Ints) -> Ints:
+    """How many jobs of a job's leaves come before it.
+
+    Jobs go tile by tile, high ones before low ones: all leaves of a job have as many before it.
+    """
+    leaf_L = np.unique(first_J)
+    on_JL = (first_J[:, None] <= leaf_L) & (leaf_L < (first_J + leaves_J)[:, None])
+    before_JL = np.cumsum(on_JL, axis=0) - on_JL
+    own_J = np.searchsorted(leaf_L, first_J)
+    place_J = np.arange(len(tile_J))
+    return before_JL[place_J, own_J] - before_JL[np.searchsorted(tile_J, tile_J), own_J]
+
+
+def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints]:
     """The keys that a tile's rows see, as disjoint segments that lie more than _GAP apart.
 
     Returns:
-        For each segment, tiles ascending: its tile, its first key, one past its last key, and
-        the keys [left, right) inside it that every row of the tile sees (left = right = its end
-        when there are none).
+        For each segment, tiles ascending: its tile, its first key, one past its last key.
     """
     tiles, width = len(lo_tTm), lo_tTm[0].size
     lo_tX, hi_tX = lo_tTm.reshape(tiles, width), hi_tTm.reshape(tiles, width)
@@ -130,82 +195,4 @@ def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]
     last_S = used_t[tile_S] - 1
     same = tile_S[1:] == tile_S[:-1]
     last_S[:-1][same] = column_S[1:][same] - 1
-    start_S, stop_S = first_tX[tile_S, column_S], reach_tX[tile_S, last_S]
-
-    lo_STm, hi_STm = lo_tTm[tile_S], hi_tTm[tile_S]
-    inside_STm = (
-        (lo_STm < hi_STm) & (lo_STm >= start_S[:, None, None]) & (lo_STm < stop_S[:, None, None])
-    )
-    left_S = np.where(inside_STm, lo_STm, -1).max(axis=(1, 2))
-    right_S = np.where(inside_STm, hi_STm, np.iinfo(np.int64).max).min(axis=(1, 2))
-    # A row with no range here, or several, leaves nothing that all rows are known to see.
-    none_S = (inside_STm.sum(axis=2) != 1).any(axis=1) | (left_S >= right_S)
-    return (
-        tile_S,
-        start_S,
-        stop_S,
-        np.where(none_S, stop_S, left_S),
-        np.where(none_S, stop_S, right_S),
-    )
-
-
-def _bodies(
-    tile_S: Ints,
-    start_S: Ints,
-    stop_S: Ints,
-    left_S: Ints,
-    right_S: Ints,
-    limits: Limits,
-) -> tuple[Ints, Ints]:
-    """Keys that all rows of neighbouring tiles see, if that is much of what each sees.
-
-    Returns:
-        First of these keys and one past their last for each segment; the whole segment if none.
-    """
-    ordinal_S = np.arange(len(tile_S)) - np.searchsorted(tile_S, tile_S)
-    order_S = np.lexsort((tile_S, ordinal_S, tile_S // _BLOCK))
-    whose_S2 = np.stack([tile_S // _BLOCK, ordinal_S], axis=1)[order_S]
-    heads = np.flatnonzero(np.r_[True, (whose_S2[1:] != whose_S2[:-1]).any(axis=1)][: len(tile_S)])
-    if not len(heads):
-        return start_S, stop_S
-    size = np.diff(np.append(heads, len(tile_S)))
-    first = -(-np.maximum.reduceat(left_S[order_S], heads) // ALIGN) * ALIGN
-    last = np.minimum.reduceat(right_S[order_S], heads) // ALIGN * ALIGN
-    longest = np.maximum.reduceat((stop_S - start_S)[order_S], heads)
-    looks_S3 = np.stack([stop_S - start_S, left_S - start_S, right_S - start_S], axis=1)
-    masks = np.unique(looks_S3, axis=0)[:, 0].sum() * limits.lines
-    least = limits.body if masks <= _MASKS else _UNMASKED
-    good = (size == _BLOCK) & (last - first >= np.maximum(least, longest / 2))
-    body_S, rest_S = start_S.copy(), stop_S.copy()
-    chosen = order_S[np.repeat(good, size)]
-    body_S[chosen] = np.repeat(first, size)[np.repeat(good, size)]
-    rest_S[chosen] = np.repeat(last, size)[np.repeat(good, size)]
-    return body_S, rest_S
-
-
-def _stack(
-    tile_J: Ints,
-    wave_J: Ints,
-    key_J: Ints,
-    span_J: Ints,
-    open_J: NDArray[np.bool_],
-    tallest_J: Ints,
-) -> tuple[Ints, Ints]:
-    """Put open (unmasked) jobs of neighbouring tiles on the same keys on top of each other.
-
-    Returns:
-        The jobs to keep, which are the first of each stack, and how many tiles high each now is.
-    """
-    order_J = np.lexsort((tile_J, span_J, key_J, wave_J))
-    joins = open_J[order_J[1:]] & open_J[order_J[:-1]] & (np.diff(tile_J[order_J]) == 1)
-    for x_J in (wave_J, key_J, span_J):
-        joins &= np.diff(x_J[order_J]) == 0
-    starts = np.flatnonzero(np.concatenate([[True], ~joins])) if len(order_J) else order_J
-    # Stacks that are too tall are cut into equal ones and a rest.
-    length = np.diff(np.append(starts, len(order_J)))
-    tallest = tallest_J[order_J[starts]]
-    cuts = -(-length // tallest)
-    piece = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    tallest = np.repeat(tallest, cuts)
-    height_J = np.minimum(np.repeat(length, cuts) - piece * tallest, tallest)
-    return order_J[np.repeat(starts, cuts) + piece * tallest], height_J
+    return tile_S, first_tX[tile_S, column_S], reach_tX[tile_S, last_S]

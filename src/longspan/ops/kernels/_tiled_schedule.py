@@ -21,7 +21,7 @@ from itertools import chain, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.ops.kernels._tiled_jobs import ALIGN, Ints, Jobs, Limits, find_jobs
+from longspan.ops.kernels._tiled_jobs import LEAST, Ints, Jobs, find_jobs
 
 # A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs, which on
 # shared keys take turns anyway.
@@ -84,25 +84,25 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A grid of equal jobs for one call: ``lanes`` bundles of heads by ``count`` jobs of a run.
+    """Equal jobs for one call, at constant steps: of one run and one lane, or of all lanes.
 
     Attributes:
         group: range group of all its heads.
         run: the run, for what its jobs have in common.
         heads: query heads of a bundle.
+        jobs: number of jobs.
         row, key: first row and first key of the first job.
-        lane_steps, steps: rows and keys from one lane, and from one job of the run, to the next.
+        row_step, key_step: rows and keys from one job to the next.
     """
 
     group: int
     run: Run
     heads: int
-    lanes: int
-    count: int
+    jobs: int
     row: int
     key: int
-    lane_steps: tuple[int, int]
-    steps: tuple[int, int]
+    row_step: int
+    key_step: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Schedule:
         runs: for each group its runs, waves ascending.
         parts: for each part and group the heads that follow it; no two parts share a key head.
         area: most scores (rows times keys) in one batch.
-        covers: whether every query tile has a job, so that results need no initial value.
+        covers: whether every query row has a job in wave 0, so that results need no initial value.
     """
 
     runs: list[list[Run]]
@@ -121,37 +121,43 @@ class Schedule:
     area: int
     covers: bool
 
-    def batches(self, part: int, *, grid: bool) -> Iterator[Batch]:
-        """Everything to compute in one part, in order; without ``grid``, in single file."""
+    def batches(self, part: int, *, apart: bool) -> Iterator[Batch]:
+        """Everything to compute in one part, in order.
+
+        With ``apart`` the jobs of a batch have either all the same keys or none in common, so
+        that gradients can be added to keys in one call.
+        """
         for group, (runs, lanes) in enumerate(zip(self.runs, self.parts[part], strict=True)):
             for run in runs:
                 for lane in lanes:
-                    yield from self._cut(group, run, lane, grid)
+                    yield from self._cut(group, run, lane, apart)
 
-    def _cut(self, group: int, run: Run, lanes: Lanes, grid: bool) -> Iterator[Batch]:
+    def _cut(self, group: int, run: Run, lanes: Lanes, apart: bool) -> Iterator[Batch]:
+        # Jobs that overlap are dealt out to as many batches as lie on the same keys.
+        deals = -(-run.span // run.key_step) if apart and run.key_step > 0 else 1
+        deals = min(deals, run.count)
         limit = max(1, self.area // (lanes.heads * run.rows * run.span))
-        height = -(-lanes.count // -(-lanes.count // limit))
-        width = min(run.count, limit)
-        if grid:
-            width = min(width, limit // height)
-        # One or the other. Heads never share keys, jobs of a run often do and then take turns.
-        elif 2 * height >= width:
-            width = 1
+        down, along = min(limit, lanes.count), min(limit, -(-run.count // deals))
+        # One or the other: a grid of both has no single step.
+        if along >= down:
+            down = 1
         else:
-            height = 1
-        for i in range(0, lanes.count, height):
-            for j in range(0, run.count, width):
-                yield Batch(
-                    group=group,
-                    run=run,
-                    heads=lanes.heads,
-                    lanes=min(height, lanes.count - i),
-                    count=min(width, run.count - j),
-                    row=lanes.row + i * lanes.row_step + run.row + j * run.row_step,
-                    key=lanes.key + i * lanes.key_step + run.key + j * run.key_step,
-                    lane_steps=(lanes.row_step, lanes.key_step),
-                    steps=(run.row_step, run.key_step),
-                )
+            along, deals = 1, 1
+        for i in range(0, lanes.count, down):
+            for deal in range(deals):
+                for j in range(deal, run.count, along * deals):
+                    yield Batch(
+                        group=group,
+                        run=run,
+                        heads=lanes.heads,
+                        jobs=min(down, lanes.count - i)
+                        if down > 1
+                        else min(along, -(-(run.count - j) // deals)),
+                        row=lanes.row + i * lanes.row_step + run.row + j * run.row_step,
+                        key=lanes.key + i * lanes.key_step + run.key + j * run.key_step,
+                        row_step=lanes.row_step if down > 1 else deals * run.row_step,
+                        key_step=lanes.key_step if down > 1 else deals * run.key_step,
+                    )
 
 
 def build_schedule(
@@ -162,10 +168,10 @@ def build_schedule(
     keys: int,
     key_heads: int,
     tile: int,
-    span: int,
+    leaf: int,
+    job: int,
     area: int,
     parts: int,
-    body: int,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -175,39 +181,41 @@ def build_schedule(
         group_BH: range group of each query head, for every batch row.
         keys: key rows M.
         key_heads: key heads K of each batch row.
-        tile: query rows of a job; those that share all their keys make a taller one.
-        span: most keys of a job.
+        tile: most query rows of a job.
+        leaf: query rows of the lowest jobs; a tile is this times a power of two.
+        job: most scores of a job, as long as its keys are not too few to be worth it.
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
-        body: keys that neighbouring tiles must have in common to be multiplied together.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
     groups, queries, _ = lo_GNm.shape
     bundles = _bundles(group_BH, queries, keys, key_heads)
     parts = min(parts, len(bundles))
-    cuts = [len(bundles) * i // parts for i in range(parts + 1)]
-    lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(cuts)]
+    shares = [len(bundles) * i // parts for i in range(parts + 1)]
+    lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(shares)]
     heads = max(bundle.heads for of_key_head in bundles for bundle in of_key_head)
-    span = -(-span // ALIGN) * ALIGN
-    limits = Limits(span=span, area=area, lines=heads * tile, body=body)
-    whole = queries // tile * tile
+    lines = job // heads
+    # Tiles, then leaves, then what is left.
+    cuts = [0, queries // tile * tile, queries // leaf * leaf, queries]
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]
     masks: dict[bytes, Mask] = {}
     for group in used:
-        for first, stop, rows in ((0, whole, tile), (whole, queries, queries - whole)):
+        for (first, stop), rows in zip(pairwise(cuts), (tile, leaf, queries % leaf), strict=True):
             if first < stop:
                 shape = (-1, rows, lo_GNm.shape[2])
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
-                jobs = find_jobs(lo_tTm, hi_tTm, keys, limits)
-                runs[group] += _runs(jobs, rows, first, masks)
+                for jobs in find_jobs(lo_tTm, hi_tTm, keys, leaf, lines):
+                    runs[group] += _runs(jobs, first, masks)
+        runs[group].sort(key=lambda run: run.wave)
     covers = all(
         queries == sum(run.rows * run.count for run in runs[group] if run.wave == 0)
         for group in used
     )
-    return Schedule(runs=runs, parts=lanes, area=max(area, heads * tile * span), covers=covers)
+    area = max(area, job + heads * tile * LEAST)
+    return Schedule(runs=runs, parts=lanes, area=area, covers=covers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,41 +272,39 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
     return lanes
 
 
-def _runs(jobs: Jobs, rows: int, base: int, masks: dict[bytes, Mask]) -> list[Run]:
+def _runs(jobs: Jobs, base: int, masks: dict[bytes, Mask]) -> list[Run]:
     """Sort equal jobs together and cut them into runs of constant steps."""
-    if not len(jobs.tile_J):
-        return []
     # The hash only brings equal masks together; whether neighbours are equal is decided on the
     # bounds themselves.
     odd_X = np.random.default_rng(0).integers(1 << 62, size=jobs.bounds_JX.shape[1]) * 2 + 1
     with np.errstate(over="ignore"):
         hash_J = (jobs.bounds_JX * odd_X).sum(axis=1)
-    order_J = np.lexsort((jobs.tile_J, hash_J, *jobs.shape_J5.T[::-1]))
-    tile_J, key_J, shape_J5 = jobs.tile_J[order_J], jobs.key_J[order_J], jobs.shape_J5[order_J]
+    order_J = np.lexsort((jobs.row_J, hash_J, *jobs.shape_J4.T[::-1]))
+    row_J, key_J, shape_J4 = jobs.row_J[order_J], jobs.key_J[order_J], jobs.shape_J4[order_J]
     bounds_JX = jobs.bounds_JX[order_J]
-    equal = (shape_J5[1:] == shape_J5[:-1]).all(axis=1)
+    equal = (shape_J4[1:] == shape_J4[:-1]).all(axis=1)
     equal &= (bounds_JX[1:] == bounds_JX[:-1]).all(axis=1)
-    step_J2 = np.stack([np.diff(tile_J) * rows, np.diff(key_J)], axis=1)
+    step_J2 = np.stack([np.diff(row_J), np.diff(key_J)], axis=1)
     # Steps that a strided view cannot take, or that overlap too much.
-    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J5[1:, 2])
+    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J4[1:, 1])
     runs: list[Run] = []
     for first, count in _progressions(equal, step_J2):
-        wave, height, span, left, right = shape_J5[first].tolist()
+        wave, span, left, right = shape_J4[first].tolist()
         row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
         mask = None
         if left > 0 or right < span:
-            name = shape_J5[first, 2:].tobytes() + bounds_JX[first].tobytes()
+            name = shape_J4[first, 1:].tobytes() + bounds_JX[first].tobytes()
             if name not in masks:
-                lo_Tm, hi_Tm = bounds_JX[first].copy().reshape(2, rows, -1)
+                lo_Tm, hi_Tm = bounds_JX[first].copy().reshape(2, jobs.rows, -1)
                 masks[name] = Mask(lo_Tm, hi_Tm, span, left, right)
             mask = masks[name]
         runs.append(
             Run(
                 wave=wave,
                 count=count,
-                rows=height * rows,
+                rows=jobs.rows,
                 span=span,
-                row=base + int(tile_J[first]) * rows,
+                row=base + int(row_J[first]),
                 row_step=row_step,
                 key=int(key_J[first]),
                 key_step=key_step,

@@ -1,11 +1,12 @@
-"""Batches of a schedule as strided views: nothing is gathered, nothing copied.
+"""Batches of a schedule as strided views, and their logits: nothing is gathered, nothing copied.
 
-Axes: A lanes and C jobs of a batch, H heads of a bundle, T query rows of a job, S its keys, D
+Axes: J jobs of a batch, H heads of a bundle, T query rows of a job with all heads, S its keys, D
 width; R and L all query and all key rows laid end to end; m ranges per query.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,32 +14,69 @@ from torch import Tensor
 
 from longspan.ops.kernels._tiled_schedule import Batch, Mask
 
+# Vector units compute powers of two faster than powers of e, so logits carry this factor.
+LOG2E = math.log2(math.e)
 # Numbers that the masks of one schedule may keep.
 _ROOM = 1 << 22
 
 
 def query_rows(x_RD: Tensor, batch: Batch, queries: int) -> Tensor:
-    """The batch's rows [A, C, H, T, D]; heads lie ``queries`` rows apart."""
+    """The batch's rows [J, H, T / H, D]; heads lie ``queries`` rows apart."""
     width = x_RD.shape[1]
     return x_RD.as_strided(
-        (batch.lanes, batch.count, batch.heads, batch.run.rows, width),
-        (batch.lane_steps[0] * width, batch.steps[0] * width, queries * width, width, 1),
+        (batch.jobs, batch.heads, batch.run.rows, width),
+        (batch.row_step * width, queries * width, width, 1),
         x_RD.storage_offset() + batch.row * width,
     )
 
 
-def key_rows(x_LD: Tensor, batch: Batch, start: int = 0, stop: int | None = None) -> Tensor:
-    """The batch's keys or values [A, C, S, D], or those from ``start`` to ``stop`` of each span.
-
-    Jobs may overlap: only write where they do not.
-    """
+def key_rows(x_LD: Tensor, batch: Batch) -> Tensor:
+    """The batch's keys or values [J, S, D]. Jobs may overlap: only write where they do not."""
     width = x_LD.shape[1]
-    stop = batch.run.span if stop is None else stop
     return x_LD.as_strided(
-        (batch.lanes, batch.count, stop - start, width),
-        (batch.lane_steps[1] * width, batch.steps[1] * width, width, 1),
-        x_LD.storage_offset() + (batch.key + start) * width,
+        (batch.jobs, batch.run.span, width),
+        (batch.key_step * width, width, 1),
+        x_LD.storage_offset() + batch.key * width,
     )
+
+
+def logits(
+    q_JTD: Tensor, k_JSD: Tensor, batch: Batch, biases: Biases, scale: float, buffer: Tensor
+) -> Tensor:
+    """log2(e) scale Q K^T with -inf where a row sees nothing [J, T, S], inside ``buffer``."""
+    shape = (*q_JTD.shape[:2], batch.run.span)
+    s_JTS = buffer[: math.prod(shape)].view(shape)
+    torch.baddbmm(s_JTS, q_JTD, k_JSD.transpose(1, 2), beta=0, alpha=scale * LOG2E, out=s_JTS)
+    mask = batch.run.mask
+    if mask is not None:
+        s_JHTS = s_JTS.unflatten(1, (batch.heads, batch.run.rows))
+        left_TS, right_TS = biases.edges(mask, q_JTD)
+        s_JHTS[..., : mask.left].add_(left_TS)
+        s_JHTS[..., mask.right :].add_(right_TS)
+    return s_JTS
+
+
+def add_product(
+    sum_RD: Tensor,
+    w_JTS: Tensor,
+    x_JSD: Tensor,
+    batch: Batch,
+    queries: int,
+    *,
+    alpha: float = 1.0,
+    first: bool = False,
+) -> None:
+    """Add alpha w x to the batch's rows, or write it there if it is the first."""
+    sum_JHTD = query_rows(sum_RD, batch, queries)
+    if batch.heads == 1 and sum_JHTD.is_contiguous():
+        sum_JTD = sum_JHTD[:, 0]
+        torch.baddbmm(sum_JTD, w_JTS, x_JSD, beta=0 if first else 1, alpha=alpha, out=sum_JTD)
+        return
+    new_JHTD = torch.bmm(w_JTS, x_JSD).view_as(sum_JHTD)
+    if first:
+        torch.mul(new_JHTD, alpha, out=sum_JHTD)
+    else:
+        sum_JHTD.add_(new_JHTD, alpha=alpha)
 
 
 class Biases:
@@ -82,7 +120,8 @@ def _whole(mask: Mask, heads: int, like: Tensor) -> tuple[Tensor, ...]:
     bias_TS = like.new_zeros(len(mask.lo_Tm), mask.span)
     bias_TS[:, : mask.left] = _bias(mask, 0, mask.left, like)
     bias_TS[:, mask.right :] = _bias(mask, mask.right, mask.span, like)
-    bias_TS = bias_TS.repeat(heads, 1)
+    if heads > 1:
+        bias_TS = bias_TS.repeat(heads, 1)
     if mask.left < mask.right:
         return (bias_TS,)
     return bias_TS, bias_TS.amax(-1)

@@ -19,12 +19,11 @@ L = B K M rows laid end to end.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,27 +34,34 @@ from longspan.ops.kernels._tiled_views import Biases
 from longspan.ops.kernels._tiled_workers import can_share_threads
 from longspan.ops.ranges import KeyRanges
 
-# Query rows of a tile. Low tiles waste few scores at the edges, high ones multiply faster: 64 is
-# the best of 32 to 256 for windows from 256 keys on. Bundled heads add to the height.
-_TILE = 64
-# Rows of a tall tile, and how much faster the forward multiplies them; for ranges whose ends move
-# together, as in chunks, that is worth more than what is wasted at the edges.
-_TALL, _FASTER = 256, 1.2
-# Most scores of one job: what its rows and keys may cover before its keys are split.
-_JOB = 1 << 18
-# Scores of a forward batch. They never exist at once; this bounds the copy of its output.
-_FORWARD_AREA = 1 << 25
-# Scores of a backward batch per thread, which do exist: enough to outweigh the calls, few enough
-# to stay in cache.
-_BACKWARD_AREA = 1 << 18
+# Query rows of the lowest job. Low jobs waste few scores at the edges, high ones multiply faster:
+# 64 is the best of 32 to 256 for windows from 256 keys on. Bundled heads add to the height.
+_LEAF = 64
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 27
-# Keys in common from which on the forward puts neighbouring tiles on top of each other. The
-# backward multiplies as fast without.
-_BODY = 512
-_NO_BODY = 1 << 40
 
-_plans: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Schedule, Biases]]] = (
+
+@dataclass(frozen=True)
+class _Way:
+    """How a pass over the scores is cut.
+
+    Attributes:
+        leaves: height of a tile in leaves, where its rows see nearly the same.
+        job: scores of one job, beyond which its keys are split.
+        area: scores of a batch per thread.
+    """
+
+    leaves: int
+    job: int
+    area: int
+
+
+# Scores of a forward batch never exist at once; the area bounds the copy of its output.
+_FORWARD = _Way(leaves=8, job=1 << 19, area=1 << 25)
+# Those of a backward batch do: enough to outweigh the calls, few enough to stay in cache.
+_BACKWARD = _Way(leaves=4, job=1 << 18, area=1 << 19)
+
+_plans: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
 )
 
@@ -84,7 +90,7 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
-        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD_AREA, _BODY)
+        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD)
         # Autocast would round the logits.
         with torch.autocast(q_BHND.device.type, enabled=False):
             out_RD, lse_R1 = forward(
@@ -117,8 +123,7 @@ class _Tiled(torch.autograd.Function):
         delta_R1 = (dout_RD * _rows(out_BHND)).sum(-1, keepdim=True) - dlse_R1
         # Rows that see nothing have weights of 0: whatever meets these must be finite.
         empty_R1 = lse_R1.isneginf()
-        threads = torch.get_num_threads()
-        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, threads * _BACKWARD_AREA, _NO_BODY)
+        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, _BACKWARD)
         with torch.autocast(q_BHND.device.type, enabled=False):
             grads = backward(
                 q_RD,
@@ -145,16 +150,14 @@ def _rows(x_BHND: Tensor) -> Tensor:
     return x_BHND.contiguous().view(-1, x_BHND.shape[-1])
 
 
-def _plan(
-    ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, area: int, body: int
-) -> tuple[Schedule, Biases]:
-    """The schedule for inputs of these shapes and batches of ``area`` scores over all threads."""
+def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple[Schedule, Biases]:
+    """The schedule for inputs of these shapes."""
     batch, heads, queries, width = q_BHND.shape
     key_heads = k_BKMD.shape[1]
     on_cpu = q_BHND.device.type == "cpu" and can_share_threads()
     threads = torch.get_num_threads() if on_cpu else 1
     plans = _plans.setdefault(ranges, {})
-    name = (batch, heads, key_heads, width, area, body, threads)
+    name = (batch, heads, key_heads, width, threads, way)
     if name not in plans:
         lo_GNm, hi_GNm, group_BH = (
             x.cpu().numpy().astype("int64")
@@ -164,12 +167,8 @@ def _plan(
         parts = min(threads, batch * key_heads) if threads > 1 else 1
         if pairs * width < _WORTH_THREADS:
             parts = 1
-        tile = _TILE if heads == key_heads else _TILE // 2
-        if body == _BODY and _scores(lo_GNm, hi_GNm, _TALL) < _FASTER * _scores(
-            lo_GNm, hi_GNm, tile
-        ):
-            tile = _TALL * tile // _TILE
-        tile = max(1, min(tile, queries))
+        leaf = min(_LEAF if heads == key_heads else _LEAF // 2, queries)
+        tile = leaf * way.leaves if queries >= leaf * way.leaves else leaf
         schedule = build_schedule(
             lo_GNm,
             hi_GNm,
@@ -177,23 +176,10 @@ def _plan(
             keys=ranges.keys,
             key_heads=key_heads,
             tile=tile,
-            span=max(256, _JOB // (tile * heads // key_heads)),
-            area=area // min(parts, threads),
+            leaf=leaf,
+            job=way.job,
+            area=way.area * (threads // parts),
             parts=parts,
-            body=body,
         )
         plans[name] = schedule, Biases()
     return plans[name]
-
-
-def _scores(lo_GNm: NDArray[np.int64], hi_GNm: NDArray[np.int64], tile: int) -> int:
-    """Scores in tiles of this height, if each covers all that its rows see."""
-    rows = lo_GNm.shape[1] // tile * tile
-    lo_GtX, hi_GtX = (
-        x[:, :rows].reshape(len(x), rows // tile, tile * x.shape[2]) for x in (lo_GNm, hi_GNm)
-    )
-    # Ranges far from each other are tiles of their own: then the low ones waste least.
-    if lo_GNm.shape[2] > 1 or not rows:
-        return tile
-    first = np.where(lo_GtX < hi_GtX, lo_GtX, np.iinfo(np.int64).max).min(axis=2)
-    return int((hi_GtX.max(axis=2) - first).clip(0).sum()) * tile
