@@ -100,6 +100,14 @@ def test_a_prompt_can_be_read_sparsely(call, prompt):
     code, out, _ = call(MODEL, *options, "--prefill", "block_topk(0.5)", "--kv", "sinks(4)")
     assert code == 0
     assert json.loads(out)["new_tokens"] >= 1
+    plain = options[:-1]
+    for least, how in ((1, "sparse"), (9999, "exact")):
+        code, _, err = call(MODEL, *plain, "--prefill", "sinks(4)", "--dense-below", least)
+        assert code == 0
+        assert f"prefill  {how}: sinks(4) pays from {least:,} tokens" in err
+    code, _, err = call(MODEL, *options, "--dense-below", 9)
+    assert code == 2
+    assert "goes with --prefill" in err
     code, _, err = call(MODEL, *options, "--prefill", "block_tpk(3)")
     assert code == 2
     assert "did you mean 'block_topk'" in err

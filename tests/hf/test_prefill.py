@@ -158,10 +158,13 @@ def test_the_length_from_which_it_pays_is_measured_when_it_is_needed(tiny, monke
     with public(model, "sinks(4) + recent(64)", report=True) as applied:
         logits(model, tiny.tokens(1, 300))
         assert not asked
+        assert applied.dense_below is None
         logits(model, tiny.tokens(1, 1100))
         assert applied.report() == []
         logits(model, tiny.tokens(1, 1600))
         assert len(applied.report()) == 2
+        assert applied.dense_below == 1500
+    assert public(model, "sinks(4)", dense_below=7).dense_below == 7
     assert asked[0] | {"device": None} == {
         "heads": 4,
         "kv_heads": 2,

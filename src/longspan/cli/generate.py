@@ -34,6 +34,12 @@ def generate(
         str | None,
         typer.Option(help='Sparse attention for the prompt, e.g. "vertical_slash(1000, 6096)".'),
     ] = None,
+    dense_below: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts shorter than this attend exactly; default: measured on this machine."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")
@@ -59,6 +65,8 @@ def generate(
     method = None if prefill is None else read_method(prefill)
     if method is not None and pattern is not None:
         raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
+    if method is None and dense_below is not None:
+        raise InputError("--dense-below goes with --prefill.")
     text = _prompt(prompt, prompt_file)
 
     import torch
@@ -70,8 +78,7 @@ def generate(
     loaded, tokenizer = hf.load_model(model, dtype=dtype, device=pick_device(device))
     if pattern is not None:
         hf.apply(loaded, pattern)
-    if method is not None:
-        hf.prefill(loaded, method)
+    sparse = None if method is None else hf.prefill(loaded, method, dense_below=dense_below)
     ids = read_prompt(tokenizer, text, chat)
     torch.manual_seed(seed)
     made = run(
@@ -89,6 +96,8 @@ def generate(
     _write("\n")
     for line in figures(made):
         typer.echo(line, err=True)
+    if sparse is not None:
+        typer.echo(_prefilled(str(method), made.prompt_tokens, sparse.dense_below), err=True)
 
 
 def figures(made: Generated) -> list[str]:
@@ -106,6 +115,14 @@ def figures(made: Generated) -> list[str]:
         f"memory   {held.dense_bytes / 2**20:.2f} MiB before, {held.bytes / 2**20:.2f} MiB after "
         f"({share:.1%})",
     ]
+
+
+def _prefilled(method: str, tokens: int, least: int | None) -> str:
+    """Whether a prompt was long enough for its method, in a line."""
+    if least is None:
+        return f"prefill  exact: too short for {method}"
+    how = "exact" if tokens < least else "sparse"
+    return f"prefill  {how}: {method} pays from {least:,} tokens"
 
 
 def _prompt(text: str | None, file: str | None) -> str:

@@ -31,6 +31,8 @@ from longspan.select.method import Method, Term, method
 
 # On the attention modules of a model that is being watched.
 _LOG = "_longspan_prefill_log"
+# The last break-even of each method, for reports.
+_measured: dict[str, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class Prefilled(Estimated):
         packed = rows.segments is not None and bool((rows.segments > 0).any())
         if rows.own != Causal() or packed:
             return False
-        return self.dense_below is not None or tokens >= self._measured(query, key)
+        return self.dense_below is not None or tokens >= self.measured(query, key)
 
     def attend(
         self,
@@ -123,8 +125,9 @@ class Prefilled(Estimated):
             )
         return found.attend()
 
-    def _measured(self, query: Tensor, key: Tensor) -> int:
-        return break_even(
+    def measured(self, query: Tensor, key: Tensor) -> int:
+        """The length from which the method is faster here, for tensors of these shapes."""
+        found = break_even(
             self.method,
             heads=query.shape[1],
             kv_heads=key.shape[1],
@@ -132,6 +135,8 @@ class Prefilled(Estimated):
             dtype=query.dtype,
             device=query.device,
         )
+        _measured[str(self.method)] = found
+        return found
 
     def __str__(self) -> str:
         below = "measured" if self.dense_below is None else self.dense_below
@@ -147,6 +152,14 @@ class SparsePrefill(Applied):
     """
 
     log: list[LayerPrefill] | None = field(default=None, repr=False)
+
+    @property
+    def dense_below(self) -> int | None:
+        """Tokens below which prompts attend exactly; None while nothing had to be measured."""
+        what = self.pattern
+        assert isinstance(what, Prefilled)
+        given = what.dense_below
+        return _measured.get(str(what.method)) if given is None else given
 
     def remove(self) -> None:
         """Restore what was there before, and stop watching."""

@@ -1,8 +1,9 @@
 """What a method is worth: how much attention mass it keeps, and from which length it pays.
 
 ``recall`` compares the executed selection with dense attention on a few rows. ``break_even`` runs
-method and dense attention on this machine, at doubling lengths, until the method is faster twice
-in a row; answers are kept while the process lives and nothing is measured before it is asked for.
+method and exact attention (``attend``, what shorter prompts get) on this machine, at doubling
+lengths, until the method is faster twice in a row; answers are kept while the process lives and
+nothing is measured before it is asked for.
 
 Axes: B batch, H query heads, P rows that are looked at, M keys, D head width.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from longspan.nn.rotary import rotate
+from longspan.ops import attend
+from longspan.pattern import Causal
 from longspan.position import default
 from longspan.select.attention import Selected, select
 from longspan.select.estimate import weights
@@ -111,9 +114,7 @@ def _break_even(
             return select(q, k, v, what).attend()[0]
 
         def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
+            return attend(q, k, v, Causal())
 
         won = won + 1 if best_time(sparse, device) < best_time(dense, device) else 0
         # Dense attention takes four times as long at twice the length.
