@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 
 import pytest
 import torch
@@ -35,6 +37,12 @@ NEW_WEIGHTS = {
     "PooledChunkAttention": {"chunk": 6, "pool": "learned"},
 }
 BOTH = [*NO_WEIGHTS.items(), *NEW_WEIGHTS.items()]
+
+
+def test_names_are_not_hidden_by_modules():
+    importlib.import_module(ls.hf.load_mechanism.__module__)
+    for name in ls.hf.__all__:
+        assert not inspect.ismodule(getattr(ls.hf, name)), name
 
 
 def put(model, name, options, **more):

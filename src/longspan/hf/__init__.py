@@ -14,11 +14,11 @@ _HOME = {
     "add_lora": "lora",
     "apply": "switch",
     "build_llama": "build",
-    "convert": "convert",
+    "convert": "conversion",
     "extend": "switch",
     "inspect": "routes",
     "load_adapter": "lora",
-    "load_mechanism": "convert",
+    "load_mechanism": "conversion",
     "load_model": "models",
     "merge_and_save": "lora",
     "prefill": "sparse_prefill",
@@ -26,7 +26,7 @@ _HOME = {
     "remove": "switch",
     "rope_parameters": "rope",
     "save_adapter": "lora",
-    "save_mechanism": "convert",
+    "save_mechanism": "conversion",
     "save_model": "build",
     "set_rope": "rope",
     "train_tokenizer": "build",
@@ -73,7 +73,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.hf.build import build_llama, save_model, train_tokenizer
-    from longspan.hf.convert import convert, load_mechanism, save_mechanism
+    from longspan.hf.conversion import convert, load_mechanism, save_mechanism
     from longspan.hf.lora import add_lora, load_adapter, merge_and_save, save_adapter
     from longspan.hf.models import load_model
     from longspan.hf.recompute import recompute_layers

@@ -20,7 +20,7 @@ from longspan import mechanism as mechanisms
 from longspan.errors import InputError, Refusal
 from longspan.hf._borrowed import build, read_frequencies, try_apart, why_not_apart
 from longspan.hf._state_layer import state_layer
-from longspan.hf.register import _attention, checked_rows, enlist
+from longspan.hf.register import attention_over, checked_rows, enlist
 from longspan.hf.rope import rotary_modules, trained_length
 from longspan.hf.routes import CHANGES, routed
 from longspan.hf.rows import Rows
@@ -97,7 +97,7 @@ def method(
 
 def register_method(wanted: Method, impl: str) -> str:
     """Make a mechanism known to transformers; the name to use."""
-    return enlist(wanted, impl, lambda name, _, impl: _attention(name, Causal(), impl))
+    return enlist(wanted, impl, lambda name, _, impl: attention_over(name, Causal(), impl))
 
 
 def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: bool) -> None:

@@ -65,7 +65,7 @@ def register(pattern: Pattern, impl: str) -> str:
     Returns:
         The name to use as ``attn_implementation``.
     """
-    return enlist(pattern, impl, _attention)
+    return enlist(pattern, impl, attention_over)
 
 
 def enlist(what: Any, impl: str, make: Callable[[str, Any, str], Attention]) -> str:
@@ -106,7 +106,8 @@ def described(name: str | None) -> str:
     return f"{name} = {what} (impl {impl})"
 
 
-def _attention(name: str, pattern: Pattern, impl: str) -> Attention:
+def attention_over(name: str, pattern: Pattern, impl: str) -> Attention:
+    """The function behind a name that computes a pattern, as ``enlist`` wants it made."""
     estimated = pattern if isinstance(pattern, Estimated) else None
     exact = pattern if estimated is None else Causal()
 

@@ -4,7 +4,7 @@
     relu     max(x, 0)
     exp      exp(x), element-wise
     hedgehog [exp(W x'), exp(-W x')], W learned, x' = D^-1/4 x: spiky like a softmax once trained
-             to copy one (Zhang et al. 2024, 2402.04347; there each head has its W for q and k)
+             to copy one (Zhang et al. 2024, 2402.04347; there q and k have a W each)
     laplace  m^-1/2 [cos(W x), sin(W x)], W Cauchy: E[phi(x) . phi(y)] = exp(-|x - y|_1 / b)
              (random Fourier features, Rahimi and Recht 2007); signed
     mega     (1 + erf((x - sqrt(1/2)) sqrt(2 pi))) / 2: the bell of Mega (Ma et al. 2022,
@@ -144,16 +144,21 @@ class Hedgehog(FeatureMap):
     """exp(W x'), exp(-W x') with learned W and x' = D^-1/4 x; W starts as the identity.
 
     Args:
-        head_dim: width D of a head; all heads share W.
+        head_dim: width D of a head.
+        heads: key heads, each with its W, which its query heads share; default: one W for all.
         place: device and dtype of W.
     """
 
-    def __init__(self, head_dim: int, **place: Any) -> None:
+    def __init__(self, head_dim: int, heads: int | None = None, **place: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(head_dim, **place))
+        eye = torch.eye(head_dim, **place)
+        self.weight = nn.Parameter(eye if heads is None else eye.repeat(heads, 1, 1))
 
     def forward(self, x: Tensor, positions: Tensor) -> Features:
-        turned = (x * x.shape[-1] ** -0.25) @ self.weight.to(x.dtype).T
+        weight = self.weight.to(x.dtype)
+        if weight.dim() == 3:
+            weight = weight.repeat_interleave(x.shape[1] // len(weight), dim=0)
+        turned = (x * x.shape[-1] ** -0.25) @ weight.mT
         return stable_exp(torch.cat([turned, -turned], dim=-1))
 
 
@@ -161,9 +166,20 @@ NAMES = ("cosformer", "elu", "exp", "hedgehog", "laplace", "mega", "relu")
 
 
 def build(
-    name: str | FeatureMap, head_dim: int, max_length: int | None = None, **place: Any
+    name: str | FeatureMap,
+    head_dim: int,
+    max_length: int | None = None,
+    heads: int | None = None,
+    **place: Any,
 ) -> FeatureMap:
     """Feature map by name.
+
+    Args:
+        name: one of ``NAMES``, or a map, which is given back.
+        head_dim: width D of a head.
+        max_length: longest sequence, for ``cosformer``.
+        heads: key heads, for maps that learn one W for each.
+        place: device and dtype of weights.
 
     Raises:
         InputError: if the name is unknown, or cosFormer has no length.
@@ -177,8 +193,10 @@ def build(
                 "cos(pi (i - j) / (2 max_length)) and must not change while a sequence grows"
             )
         return Cosformer(max_length)
-    if name in ("hedgehog", "laplace"):
-        return (Hedgehog if name == "hedgehog" else Laplace)(head_dim, **place)
+    if name == "hedgehog":
+        return Hedgehog(head_dim, heads, **place)
+    if name == "laplace":
+        return Laplace(head_dim, **place)
     plain = {"elu": Elu, "exp": Exp, "mega": Mega, "relu": Relu}
     if name not in plain:
         raise InputError(

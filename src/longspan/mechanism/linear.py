@@ -169,7 +169,9 @@ class LinearAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         at_least_one(chunk=chunk)
-        self.feature_map = build(feature_map, self.head_dim, max_length, **self.place)
+        self.feature_map = build(
+            feature_map, self.head_dim, max_length, self.kv_heads, **self.place
+        )
         self.causal, self.chunk = causal, chunk
 
     def forward(
