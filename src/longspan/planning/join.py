@@ -19,7 +19,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from longspan.planning.passes import Pass, Rows
+from longspan.planning.lead import led
+from longspan.planning.passes import Pass, Rows, used_first
 
 # Rows of a tile, as GPU kernels see them.
 _TILE = 128
@@ -44,7 +45,7 @@ def joined(passes: Sequence[Pass], n: int, keys: int) -> tuple[Pass, ...]:
     # Passes over a few rows only stay alone.
     whole = [one for one in move if one.query_order is not None and one.query_order.shape[2] == n]
     if stay:
-        found.append(_side_by_side(stay, keys))
+        found.append(led(_side_by_side(stay, keys)))
     if whole:
         finest = max(whole, key=lambda one: one.steps)
         group = [finest]
@@ -56,7 +57,7 @@ def joined(passes: Sequence[Pass], n: int, keys: int) -> tuple[Pass, ...]:
                 found.append(one)
             else:
                 group.append(moved)
-        found.append(_side_by_side(group, keys))
+        found.append(led(_side_by_side(group, keys)))
     return (*found, *(one for one in move if one not in whole))
 
 
@@ -104,13 +105,7 @@ def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
         )
         for edge in (0, 1)
     )
-    # Unused ranges come last, and are left out where no query needs them.
-    used = lo < hi
-    if (used[..., 1:] & ~used[..., :-1]).any():
-        order = np.argsort(~used, axis=-1, kind="stable")
-        lo, hi = (np.take_along_axis(t, order, axis=-1) for t in (lo, hi))
-    width = max(1, int(used.sum(axis=-1).max()))
-    lo, hi = (np.ascontiguousarray(t[..., :width]) for t in (lo, hi))
+    lo, hi = used_first(lo, hi)
     steps = tuple(step for one in passes for step in one.steps)
     return Pass(
         lo, hi, tuple(classes[c] for c in each), _beside(orders), passes[0].query_order, steps

@@ -98,3 +98,13 @@ class Pass:
         if self.key_order is None:
             return np.arange(keys)
         return self.key_order[batch_row % len(self.key_order)].astype(np.int64)
+
+
+def used_first(lo: Rows, hi: Rows) -> tuple[Rows, Rows]:
+    """The same ranges with unused ones last, and no more of them than some query has."""
+    used = lo < hi
+    if (used[..., 1:] & ~used[..., :-1]).any():
+        order = np.argsort(~used, axis=-1, kind="stable")
+        lo, hi = (np.take_along_axis(table, order, axis=-1) for table in (lo, hi))
+    width = max(1, int(used.sum(axis=-1).max()))
+    return np.ascontiguousarray(lo[..., :width]), np.ascontiguousarray(hi[..., :width])
