@@ -3,8 +3,8 @@
 Every layer's feature maps learn the output of the dense attention that stood there; the model
 itself is not trained. Perplexity on modules of the standard library that nobody trained on.
 
-    python examples/linear_attention.py FOLDER       half a minute of one core; goes on after a stop
-    python examples/linear_attention.py FOLDER 200   more steps
+    python examples/linear_attention.py FOLDER      half a minute; goes on after a stop
+    python examples/linear_attention.py FOLDER 200  more steps
 """
 
 from __future__ import annotations
