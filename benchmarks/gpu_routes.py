@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -160,18 +160,19 @@ def warm(kernel: str, width: int, log: Log) -> None:
             log.add(**about, **failed(error))
 
 
-def checks(log: Log, seconds: float) -> None:
+def checks(log: Log, seconds: float, kernels: Sequence[str]) -> None:
     """Run all checks side by side, and see whether their caches can be read."""
+    libraries = [kernel for kernel in LIBRARIES if kernel in kernels]
     side_by_side(
-        __file__, [f"{kernel}-{width}" for width in WIDTHS for kernel in KERNELS], log, seconds
+        __file__, [f"{kernel}-{width}" for width in WIDTHS for kernel in kernels], log, seconds
     )
-    for kernel in LIBRARIES:
+    for kernel in libraries:
         if any(row["kind"] == "cache" and row["kernel"] == kernel for row in log.rows):
             unshare(kernel)
     before = len(log.rows)
-    probes = [f"{kernel}-128-again" for kernel in LIBRARIES]
+    probes = [f"{kernel}-128-again" for kernel in libraries]
     side_by_side(__file__, probes, log, 60)
-    for kernel in LIBRARIES:
+    for kernel in libraries:
         again = [r for r in log.rows[before:] if r.get("kernel") == kernel and "errors" in r]
         if not again and unshare(kernel):
             log.add(kind="cache", kernel=kernel, why="could not be read: compiled anew")
@@ -314,6 +315,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--match", nargs="+", help="only cases whose name holds one of these")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -331,12 +334,12 @@ def main() -> None:
 
     log = Log(options.out / "routes.jsonl")
     log.machine()
-    checks(log, 0.45 * options.seconds)
+    checks(log, 0.45 * options.seconds, options.kernels)
     found = verdicts(log)
     log.add(kind="verdicts", **{f"{k} {w}": v or "right" for (k, w), v in found.items()})
 
     def right(width: int, among: tuple[str, ...] = KERNELS) -> tuple[str, ...]:
-        return tuple(kernel for kernel in among if not found[kernel, width])
+        return tuple(k for k in among if k in options.kernels and not found[k, width])
 
     work: list[tuple[str, float, Callable[[], None]]] = [
         *(
@@ -375,6 +378,8 @@ def main() -> None:
         text = as_markdown(log, "CUDA routes on one GPU")
         (options.out / "routes.md").write_text(text, encoding="utf-8")
 
+    if options.match:
+        work = [one for one in work if any(word in one[0] for word in options.match)]
     do(work, log, left(), tables)
     log.add(kind="done", seconds=time.monotonic() - begin)
 
