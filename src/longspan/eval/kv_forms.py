@@ -90,17 +90,11 @@ class Form:
             gates: for each layer, a number for each key head; needed where ``needs_gates``.
 
         Raises:
-            InputError: if the budget is smaller than what is protected anyway.
             PolicyError: if the text does not parse.
         """
         n = int(share * tokens + 1e-9)
-        left = n - SINKS - RECENT
-        if left < 1:
-            raise InputError(
-                f"{share:.0%} of {tokens} tokens is {n}: {SINKS} sinks and {RECENT} recent tokens "
-                f"leave nothing to choose. Give budgets from "
-                f"{-(-100 * (SINKS + RECENT + 1) // tokens)}%, or longer prompts."
-            )
+        # Questions are a little shorter than asked for; ``check`` says what is too short.
+        left = max(1, n - SINKS - RECENT)
         block = 1 << max(4, min(7, (tokens // 32).bit_length() - 1))
         streaming = (tokens - n) / max(1, tokens - SINKS - RECENT)
         written = ", ".join(f"[{', '.join(f'{gate:.4f}' for gate in row)}]" for row in gates)
@@ -114,6 +108,17 @@ class Form:
             duo=f"[{written or '[0.0]'}], {streaming:.6f}",
         )
         return select.parse(text) if self.prefill else kv.parse(text)
+
+
+def check_budget(share: float, tokens: int) -> None:
+    """Raise InputError if a budget is smaller than what is protected anyway."""
+    least = SINKS + RECENT + 1
+    if int(share * tokens + 1e-9) < least:
+        raise InputError(
+            f"{share:.0%} of {tokens} tokens is {int(share * tokens + 1e-9)}: {SINKS} sinks and "
+            f"{RECENT} recent tokens leave nothing to choose. Give budgets from "
+            f"{-(-100 * least // tokens)}%, or longer prompts."
+        )
 
 
 def forms(texts: Sequence[str], *, prefill: bool = False) -> tuple[Form, ...]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longspan.errors import InputError
-from longspan.eval.kv_forms import Form
+from longspan.eval.kv_forms import Form, check_budget
 from longspan.eval.ruler import check_tasks
 
 DENSE = Form(name="dense", template="everything()")
@@ -69,9 +69,8 @@ class Sweep:
             )
         if not (self.texts or self.tasks):
             raise InputError("Nothing is measured without new tokens, steps or tasks.")
-        for form in self.forms:
-            for share in self.budgets:
-                form.at(share, self.length)
+        if self.forms:
+            check_budget(min(self.budgets), self.length)
 
     @property
     def texts(self) -> bool:

@@ -1,0 +1,121 @@
+"""``longspan eval kv`` and ``eval ppl --kv`` from outside, with the embedded model."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import longspan
+from longspan.cli.app import main
+
+MODEL = f"{longspan.__path__[0]}/assets/demo_model"
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["longspan", "eval", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        else:
+            code = 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def test_kv_writes_tables_and_goes_on_where_it_stopped(call, some_text, tmp_path):
+    out = tmp_path / "out"
+    asked = (
+        "kv",
+        MODEL,
+        "--data",
+        some_text,
+        "--policies",
+        "recent",
+        "--budgets",
+        "50",
+        "--length",
+    )
+    asked = (
+        *asked,
+        120,
+        "--samples",
+        2,
+        "--new",
+        8,
+        "--steps",
+        0,
+        "--tasks",
+        "none",
+        "--out",
+        out,
+    )
+    code, text, _ = call(*asked, "--limit", 1, "--device", "cpu")
+    assert code == 0
+    assert "| recent | - |" in text
+    code, text, _ = call(*asked, "--device", "cpu", "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert found["figures"] == json.loads((out / "kv.json").read_text())
+    assert found["figures"]["once"]["recent"]["0.5"]["kept"] == 0.5
+    assert "| dense |" in (out / "kv.md").read_text()
+    records = (out / "kv.jsonl").read_text()
+    assert call(*asked, "--device", "cpu")[0] == 0
+    assert (out / "kv.jsonl").read_text() == records
+    code, _, error = call(*asked, "--seed", 1, "--device", "cpu")
+    assert code == 2
+    assert "seed was 0, is 1" in error
+
+
+def test_kv_lists_without_measuring(call, some_text):
+    asked = ("kv", MODEL, "--data", some_text, "--length", 400, "--prefill", "all", "--dry-run")
+    code, text, _ = call(*asked)
+    assert code == 0
+    assert "snapkv: snapkv(4)" in text
+    assert "prefill xattention: xattention(0.1, block=16)" in text
+    assert "Nothing was measured" in text
+    code, text, _ = call(*asked, "--json")
+    assert json.loads(text)["measures"][:2] == ["once", "steps"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("kv", MODEL), "There is no text"),
+        (("kv", "nowhere", "--python-stdlib"), "nowhere does not exist"),
+        (("kv", MODEL, "--budgets", "0"), "above 0 and up to 100, got 0"),
+        (("kv", MODEL, "--limit", "0"), "limit is at least 1"),
+        (("kv", MODEL, "--policies", "recent(4)"), "where the budget goes"),
+        (("ppl", MODEL, "--lengths", "64", "--chunk", "4"), "belong to --kv"),
+        (("ppl", MODEL, "--lengths", "64", "--kv", "recint(4)"), "did you mean 'recent'"),
+        (
+            ("ppl", MODEL, "--lengths", "64", "--kv", "recent(4)", "--protocol", "sliding"),
+            "side by side",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_any_work(call, asked, words):
+    code, _, error = call(*asked)
+    assert code == 2
+    assert words in error
+
+
+def test_perplexity_through_a_cache(call, some_text):
+    asked = ("ppl", MODEL, "--data", some_text, "--lengths", "48", "--limit", 1, "--json")
+    whole = json.loads(call(*asked)[1])["lengths"][0]
+    dense = json.loads(call(*asked, "--kv", "everything()", "--chunk", 7)[1])["lengths"][0]
+    assert dense["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+    short = json.loads(call(*asked, "--kv", "recent(4) + sinks(0)", "--prompt", 8)[1])
+    assert short["kv"] == "recent(4) + sinks(0)"
+    assert short["lengths"][0]["tokens"] == 39
+    assert short["lengths"][0]["perplexity"] > 1.2 * whole["perplexity"]
