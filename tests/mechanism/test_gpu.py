@@ -25,6 +25,12 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_calls_are_sorted_too(monkeypatch):
+    """Rows are copied and sorted by block as in long calls."""
+    monkeypatch.setattr("longspan.mechanism._blocks._FEW_ROWS", 4)
+
+
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_the_gpu_agrees_with_the_cpu(name, options):
     # Heads as wide as kernels like them.

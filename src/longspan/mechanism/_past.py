@@ -114,3 +114,12 @@ def tokens_first(valid_BM: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...
     order, _ = to_front(valid_BM)
     hidden = ~valid_BM.gather(1, order)[:, None, :, None]
     return tuple(rows_at(x, order).masked_fill(hidden, 0.0) for x in tensors)
+
+
+def in_order(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values in the order of positions, padding behind them, and each query's place."""
+    valid = None if mask is None else mask.to(torch.bool)
+    k, v = tokens_first(valid, k, v)
+    return k, v, places(q.shape[2], valid, k.shape[2], q.device)

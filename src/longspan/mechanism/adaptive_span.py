@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 
 from longspan.errors import InputError
 from longspan.mechanism._blocks import without_autocast
-from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
+from longspan.mechanism._past import PastLayer, TokenState, in_order
 from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import Count, at_least_one, check_heads, rows_at, to_front
 from longspan.ops import merge
@@ -70,9 +70,7 @@ def adaptive_span_attention(
     at_least_one(ramp=ramp)
     if span.shape != (q.shape[1],):
         raise InputError(f"expected one span for each of {q.shape[1]} heads, got {span.shape}")
-    valid = None if mask is None else mask.to(torch.bool)
-    place = places(q.shape[2], valid, k.shape[2], q.device)
-    k, v = tokens_first(valid, k, v)
+    k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, span, ramp, scale, impl)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
-from longspan.mechanism._past import PastLayer, places, tokens_first
+from longspan.mechanism._past import PastLayer, in_order
 from longspan.mechanism.layer import at_least_one, check_heads
 
 
@@ -61,9 +61,7 @@ def moba_attention(
     """
     check_heads(q, k, v)
     at_least_one(block=block, top=top)
-    valid = None if mask is None else mask.to(torch.bool)
-    place = places(q.shape[2], valid, k.shape[2], q.device)
-    k, v = tokens_first(valid, k, v)
+    k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, block, top, scale, impl)
 
 

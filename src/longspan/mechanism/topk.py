@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import InputError
 from longspan.mechanism._blocks import slices, without_autocast
-from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
+from longspan.mechanism._past import PastLayer, TokenState, in_order
 from longspan.mechanism.layer import at_least_one, check_heads
 
 
@@ -59,9 +59,7 @@ def topk_attention(
     """
     check_heads(q, k, v)
     at_least_one(keep=keep)
-    valid = None if mask is None else mask.to(torch.bool)
-    place = places(q.shape[2], valid, k.shape[2], q.device)
-    k, v = tokens_first(valid, k, v)
+    k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, keep, causal, scale)
 
 
