@@ -73,7 +73,11 @@ def main() -> None:
         print(f"longspan: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("longspan: interrupted; a run with --out continues with --resume", file=sys.stderr)
+        print(
+            "longspan: interrupted; the same command goes on where a run with --out stopped "
+            "(extend: with --resume)",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
