@@ -66,8 +66,13 @@ class Entries:
         return self.entries[-1].name if self.entries else self.before
 
     def keep(self, base: PreTrainedModel) -> None:
-        """Note them on the model; nothing is left there without entries."""
-        if self.entries:
-            setattr(base, _PLACE, self)
-        else:
-            base.__dict__.pop(_PLACE, None)
+        """Note them on the model; nothing is left there without entries.
+
+        Also on the models inside of it, which share its configuration and may be pickled alone.
+        """
+        for module in base.modules():
+            if module is base or getattr(module, "config", None) is base.config:
+                if self.entries:
+                    setattr(module, _PLACE, self)
+                else:
+                    module.__dict__.pop(_PLACE, None)
