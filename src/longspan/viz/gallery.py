@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from importlib import resources
 
@@ -39,6 +40,16 @@ class _Entry:
         """Pairs of dense attention in the same direction."""
         n = self.laid.n
         return self.laid.heads * (n * (n + 1) // 2 if self.covered.causal else n * n)
+
+    @cached_property
+    def tiles(self) -> int:
+        """Tiles of 128 x 128 that the plan touches."""
+        return self.laid.tiles()
+
+    @property
+    def useful(self) -> float:
+        """Share of their area that is pairs."""
+        return self.laid.pairs / (self.tiles * 128 * 128)
 
 
 def page(
@@ -149,7 +160,7 @@ def _figures(entry: _Entry) -> str:
         (f"{1 / saving:.1%}", f"of {kind}" + (f", {saving:.1f}x fewer" if saving > 1.05 else "")),
         (f"{covered.keys_mean:,.0f}", f"keys per query, at most {covered.keys_max:,}"),
         (f"{laid.flops(HEAD_DIM) / 1e12:.2f}", "TFLOP forward"),
-        (f"{_useful(laid):.0%}", f"of {laid.tiles():,} tiles useful"),
+        (f"{entry.useful:.0%}", f"of {entry.tiles:,} tiles useful"),
         (f"{reach}%", f"of {kind} reached after {', '.join(layers)} layers"),
     ]
     body = "".join(f"<div><b>{value}</b><small>{note}</small></div>" for value, note in boxes)
@@ -158,10 +169,6 @@ def _figures(entry: _Entry) -> str:
         f'<div class="figures"><p>At {laid.n:,} tokens, <code>{full}</code></p>'
         f"<div>{body}</div></div>"
     )
-
-
-def _useful(laid: Plan) -> float:
-    return laid.pairs / (laid.tiles() * 128 * 128)
 
 
 def _pictures(entry: _Entry) -> str:
@@ -219,7 +226,7 @@ def _table(entries: Sequence[_Entry], tokens: int) -> str:
             (laid.pairs / entry.dense_pairs, f"{laid.pairs / entry.dense_pairs:.2%}"),
             (covered.keys_mean, f"{covered.keys_mean:,.0f}"),
             (laid.flops(HEAD_DIM), f"{laid.flops(HEAD_DIM) / 1e12:.2f}"),
-            (_useful(laid), f"{_useful(laid):.0%}"),
+            (entry.useful, f"{entry.useful:.0%}"),
             *((one.share, f"{one.share:.1%}") for one in covered.reach),
             (covered.blind_rows, f"{covered.blind_rows:,}"),
         ]
