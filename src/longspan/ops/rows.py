@@ -118,7 +118,7 @@ class Order:
             ascending_LP, place_LP, turn_LP = (
                 x[kept][None] for x in (ascending_LP, place_LP, turn_LP)
             )
-        most = int(turn_LP.max()) + 1
+        most = int(turn_LP.max()) + 1 if turn_LP.numel() else 1
         back_cLN = torch.full((most, len(flat_LP), rows + 1), -1)
         back_cLN[turn_LP, torch.arange(len(flat_LP))[:, None], ascending_LP] = place_LP
         back = back_cLN[..., :rows].unflatten(1, row_BGP.shape[:2])

@@ -86,4 +86,6 @@ def _with_copies(
         parts += [np.full(gap, -1, np.int32), order[begin:end], order[first:stop]]
         shift.append(size + gap + end - begin - int(first))
         size += gap + end - begin + int(stop - first)
+    # Kernels are faster where all tiles are whole.
+    parts.append(np.full(-size % _TILE, -1, np.int32))
     return np.concatenate(parts).astype(np.int32), np.array(shift, np.int32)
