@@ -8,6 +8,8 @@ import pytest
 import torch
 from tests.mechanism.test_layers import LAYERS, build
 
+from longspan.mechanism._nsa_scores import group_weights
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -45,3 +47,20 @@ def test_the_gpu_agrees_with_the_cpu(name, options):
     for out in (wanted, found):
         out.square().sum().backward()
     torch.testing.assert_close(given[1].grad.cpu(), given[0].grad, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [40, 128, 256])
+def test_scores_of_compressed_blocks_fit_heads_of_any_width(width, dtype):
+    rows, blocks, scale = 150, 70, width**-0.5
+    q, k = torch.randn(2, 12, rows, width), torch.randn(2, 2, blocks, width)
+    q, k = q.to(dtype).float(), k.to(dtype).float()
+    ended = torch.arange(rows)[None] // 2
+    logits = (q.unflatten(1, (2, 6)) @ k.mT[:, :, None]).flatten(1, 2) * scale
+    hidden = torch.arange(blocks) >= ended[:, :, None]
+    lse = logits.masked_fill(hidden[:, None], -torch.inf).logsumexp(dim=-1)
+    wanted = group_weights(q, k, lse, ended, scale)
+    found = group_weights(
+        q.to("cuda", dtype), k.to("cuda", dtype), lse.cuda(), ended.cuda(), scale
+    )
+    torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-4)

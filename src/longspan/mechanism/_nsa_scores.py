@@ -19,6 +19,11 @@ from torch.nn.functional import pad
 from longspan.mechanism._blocks import slices, without_autocast
 from longspan.ops.fused import can_fuse
 
+# A program holds one tile of keys and one of queries for each stage, at most 48 KiB in all for
+# heads of up to 256 numbers in float32: what any GPU of the last ten years has.
+_TILE_BYTES = 16 * 1024
+_STAGES = 2
+
 
 @torch.no_grad()
 @without_autocast
@@ -32,7 +37,7 @@ def group_weights(q: Tensor, k: Tensor, lse: Tensor, ended: Tensor, scale: float
         ended: blocks that each row sees [1 or B, N].
         scale: factor on the logits.
     """
-    if can_fuse(q, k, lse) and not torch.compiler.is_compiling():
+    if can_fuse(q, k, lse):
         return _fused(q, k, lse, ended, scale)
     group = q.shape[1] // k.shape[1]
     k = k.to(lse.dtype).mT[:, :, None]
@@ -62,16 +67,39 @@ def onto_blocks(score: Tensor, block: int, stride: int, size: int, count: int) -
 
 
 def _fused(q: Tensor, k: Tensor, lse: Tensor, ended: Tensor, scale: float) -> Tensor:
-    """``group_weights`` on a GPU, whose programs take tiles of 64 rows and 64 blocks."""
+    """``group_weights`` on a GPU, whose programs take as many rows as blocks."""
     kernels: ModuleType = importlib.import_module("longspan.mechanism._nsa_triton")
     q, k, lse = q.contiguous(), k.contiguous(), lse.contiguous()
     ended = ended.to(torch.int32).contiguous()
     (batch, heads, rows, width), (kv_heads, blocks) = q.shape, k.shape[1:3]
     out = lse.new_zeros(batch, kv_heads, rows, blocks)
     sizes = (rows, blocks, kv_heads, rows if len(ended) > 1 else 0)
-    wide = max(16, 1 << (width - 1).bit_length())
+    wide, side = _tile(width, q.element_size())
     with torch.cuda.device(q.device):
-        kernels.sum_weights[(-(-rows // 64), batch * kv_heads)](
-            q, k, lse, ended, out, *sizes, scale, heads // kv_heads, width, wide, 64, 64
+        kernels.sum_weights[(-(-rows // side), batch * kv_heads)](
+            q,
+            k,
+            lse,
+            ended,
+            out,
+            *sizes,
+            scale,
+            heads // kv_heads,
+            width,
+            wide,
+            side,
+            side,
+            num_stages=_STAGES,
         )
     return out
+
+
+def _tile(width: int, size: int) -> tuple[int, int]:
+    """Columns and rows of a tile of queries or keys, both powers of two.
+
+    Args:
+        width: of a head.
+        size: bytes of a number.
+    """
+    wide = max(16, 1 << (width - 1).bit_length())
+    return wide, min(64, max(16, _TILE_BYTES // (wide * size)))

@@ -28,7 +28,10 @@ _NUMBERS = 4096
 
 
 def can_fuse(*tensors: Tensor) -> bool:
-    """Whether these tensors are on a GPU, and Triton is there."""
+    """Whether these tensors are on a GPU, Triton is there, and no compiler is tracing."""
+    if torch.compiler.is_compiling():
+        # A compiler fuses the plain operations itself.
+        return False
     return all(x.is_cuda and x.dtype != torch.float64 for x in tensors) and _has_triton()
 
 
