@@ -56,6 +56,9 @@ def sweep(*names, prefill=(), **more):
 def test_policies_keep_what_the_budget_says(loaded, name, share):
     (form,) = forms([name])
     model, _ = loaded
+    assert form.fits(share, 400) == ((name, share) != ("quest", 0.1))
+    if not form.fits(share, 400):
+        return
     policy = form.at(share, 400, GATES)
     cache = ls.kv.cache(model, policy)
     ids = torch.randint(0, 2000, (1, 400), generator=torch.Generator().manual_seed(0))
@@ -121,6 +124,24 @@ def test_templates_and_names_are_checked():
 def test_a_sweep_that_makes_no_sense_is_refused(more):
     with pytest.raises(InputError):
         sweep("recent", **more)
+
+
+@torch.inference_mode()
+def test_a_budget_below_the_least_of_a_policy_has_no_figure(loaded, text):
+    """At 20 % Quest has two pages; at 24 % three of a text, and two of a question."""
+    model, tokenizer = loaded
+    asked = sweep("quest", "tova", budgets=(0.2, 0.24, 0.5), samples=1, new=0, steps=2)
+    records = run(model, tokenizer, text, asked)
+    own = [cell for cell in asked.cells() if cell.form.name == "quest"]
+    assert {cell.share for cell in own} == {0.24, 0.5}
+    assert {(cell.measure, cell.share) for cell in own if cell.key in records} == {
+        ("steps", 0.24),
+        *((measure, 0.5) for measure in asked.measures),
+    }
+    table = report.markdown(asked, report.summary(asked, records), "Quest")
+    steps = next(line for line in table.splitlines() if line.startswith("| quest |"))
+    assert steps.startswith("| quest | - | ")
+    assert steps.count(" - ") == 1
 
 
 @torch.inference_mode()

@@ -138,7 +138,7 @@ def test_a_second_generate_goes_on(llama, tiny):
     assert torch.equal(llama.generate(ids, past_key_values=small, **options), first)
 
 
-@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[9], "quest(32, 16, 0)"])
+@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[9], "quest(48, 16, 0)"])
 def test_a_cache_filled_in_inference_mode_goes_on_outside(text, llama, tiny):
     ids, mask = tiny.tokens(1, 60), torch.ones(1, 60, dtype=torch.int64)
     cuts = [50, 51, 52, 55, 60]

@@ -25,7 +25,7 @@ POLICIES = (
     "recent(3) + expected_attention(7, future=16)",
     "duo([[0.2, 0.9], [0.8, 0.1]], 0.5, 2, 6)",
     "every(7, recent(4) + heavy(6))",
-    "quest(8, page=4, dense_layers=0)",
+    "quest(12, page=4, dense_layers=0)",
 )
 
 

@@ -109,6 +109,14 @@ class Form:
         )
         return select.parse(text) if self.prefill else kv.parse(text)
 
+    def fits(self, share: float, tokens: int) -> bool:
+        """Whether the budget is enough; gates do not matter."""
+        try:
+            self.at(share, tokens)
+        except PolicyError:
+            return False
+        return True
+
 
 def check_budget(share: float, tokens: int) -> None:
     """Raise InputError if a budget is smaller than what is protected anyway."""

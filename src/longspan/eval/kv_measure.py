@@ -101,7 +101,7 @@ class _Run:
     def measured(
         self, cells: Sequence[Cell], text: Sequence[Tensor]
     ) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
-        """Every cell and its figures; None where they are known."""
+        """Every cell and its figures; None where they are known, or there are none."""
         of_batch: dict[tuple[str, int], list[Cell]] = {}
         for cell in cells:
             of_batch.setdefault((source_of(cell.measure), cell.start), []).append(cell)
@@ -161,16 +161,20 @@ class _Run:
 
     def _policies(
         self, prompts: Prompts, later: Sequence[Cell], cells: Sequence[Cell]
-    ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """Read the prompt once; copies of the cache do the rest."""
+    ) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
+        """Read the prompt once; copies of the cache do the rest.
+
+        None where a policy is not defined at its budget.
+        """
         if not (later or cells):
             return
         gates = self._gates([*later, *cells])
         context, whole = prompts.context.shape[1], sum(_widths(prompts))
-        first = {cell: _policy(cell, context, gates) for cell in later}
-        second = {
-            cell: _policy(cell, whole if prompts.answers else context, gates) for cell in cells
-        }
+        asked = whole if prompts.answers else context
+        # Questions are a little shorter than a text: a budget may end up below a policy's least.
+        first = {c: _policy(c, context, gates) for c in later if c.form.fits(c.share, context)}
+        second = {c: _policy(c, asked, gates) for c in cells if c.form.fits(c.share, asked)}
+        yield from ((c, None) for c in (*later, *cells) if c not in first and c not in second)
         reader = kv.cache(self.model, waiting([*first.values(), *second.values()]))
         self._feed(reader, prompts.context, prompts.mask)
         for cell, policy in first.items():

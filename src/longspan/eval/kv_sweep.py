@@ -91,7 +91,10 @@ class Sweep:
         return plain
 
     def cells(self) -> list[Cell]:
-        """Everything to measure, in the order in which prompts are read."""
+        """Everything to measure, in the order in which prompts are read.
+
+        A budget below the least of a policy, as two of Quest's pages, has no figure.
+        """
         found = []
         starts = range(0, self.samples, self.batch)
         for source in (*(("text",) * self.texts), *self.tasks):
@@ -99,6 +102,8 @@ class Sweep:
             for start in starts:
                 for form in (DENSE, *self.forms):
                     for share in (1.0,) if form is DENSE else self.budgets:
+                        if not form.fits(share, self.length):
+                            continue
                         found += [
                             Cell(measure=measure, start=start, form=form, share=share)
                             for measure in of_source

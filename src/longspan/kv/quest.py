@@ -6,6 +6,8 @@ of page p has a larger product with q than
     u_p = sum_c max(q_c low_pc, q_c high_pc) = relu(q) . high_p - relu(-q) . low_p
 
 The budget's best pages are read, always among them the first and the last, and attended exactly.
+So two pages would leave nothing to choose, and the last may hold a single token: three are the
+least, as in the paper's code.
 
 Paper: Tang et al. 2024, arXiv 2406.10774. Single queries only: prompts are read whole, and so are
 the first layers. Bounds are summed over the query heads of a group, so that a key head reads one
@@ -29,13 +31,16 @@ from longspan.kv.view import over_group
 from longspan.select.pooled import product_bounds
 from longspan.select.sums import check_whole
 
+# The first, the newest, and one that the query chooses.
+LEAST_PAGES = 3
+
 
 @dataclass(frozen=True)
 class Quest(Part):
     """Reads the most promising pages.
 
     Args:
-        tokens: read at a step, for each key head; at least two pages.
+        tokens: read at a step, for each key head; at least ``LEAST_PAGES`` pages.
         page: tokens in a page.
         dense_layers: first layers that read everything.
     """
@@ -48,10 +53,12 @@ class Quest(Part):
     def __post_init__(self) -> None:
         check_whole(self.name, 1, page=self.page)
         check_whole(self.name, 0, tokens=self.tokens, dense_layers=self.dense_layers)
-        if self.tokens < 2 * self.page:
+        least = LEAST_PAGES * self.page
+        if self.tokens < least:
             raise PolicyError(
-                f"quest: expected at least two pages of tokens, got {self.tokens} tokens in pages "
-                f"of {self.page}"
+                f"quest: the first and the newest page are always read, so expected at least "
+                f"three pages of {self.page}, {least} tokens, got {self.tokens}; smaller pages "
+                "allow fewer tokens"
             )
 
 
