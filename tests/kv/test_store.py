@@ -153,3 +153,16 @@ def test_rows_made_in_inference_mode_can_be_added_to_outside():
     assert store.keep(torch.arange(8).expand(1, 2, -1) % 2 == 0)
     assert torch.equal(store.padded("keys"), rows["keys"][:, :, ::2].repeat(1, 1, 2, 1))
     assert torch.equal(store.padded("numbers"), rows["numbers"][:, :, ::2].repeat(1, 1, 2) + 1)
+
+
+def test_a_copy_goes_its_own_way():
+    like = {"keys": torch.zeros(2), "sums": torch.zeros(())}
+    store = Store(1, 2, like)
+    store.append({"keys": torch.ones(1, 2, 5, 2), "sums": torch.ones(1, 2, 5)})
+    copied = store.copy(["sums"])
+    assert set(copied.buffers) == {"keys"}
+    copied.keep(torch.tensor([[[True, False, False, True, True], [True] * 5]]))
+    copied.append({"keys": torch.zeros(1, 2, 1, 2)})
+    assert copied.length.tolist() == [[4, 6]]
+    assert store.length.tolist() == [[5, 5]]
+    assert torch.equal(store.padded("keys"), torch.ones(1, 2, 5, 2))

@@ -189,6 +189,55 @@ class KeptLayer(CacheLayerMixin):
             self._evicted = True
             self._bounds = None
 
+    def fork(self, policy: Policy) -> KeptLayer:
+        """A copy as another policy would have it now, which has decided already.
+
+        Raises:
+            InputError: if this layer has evicted something, is empty, or has not noted what the
+                policy needs.
+        """
+        if self.store is None or self._evicted:
+            raise InputError(
+                "fork needs a cache that has read a prompt and evicted nothing: make it with the "
+                "policy longspan.hf.fork.waiting([...]) and give it no single tokens."
+            )
+        lacking = [
+            what
+            for what, needed, noted in (
+                ("the last queries", policy.observes, self.policy.observes),
+                ("attention received", policy.needs_sums, self.policy.needs_sums),
+                ("mean queries", policy.needs_moments, self.policy.needs_moments),
+            )
+            if needed > noted
+        ]
+        if lacking:
+            raise InputError(
+                f"This cache has not noted {' and '.join(lacking)}, which {policy} needs: make it "
+                "with the policy longspan.hf.fork.waiting([...])."
+            )
+        new = KeptLayer(
+            policy,
+            self._config(),
+            layer=self.layer,
+            layers=self.layers,
+            packed=self.packed,
+            turn=self.turn,
+        )
+        new.store = self.store.copy(() if policy.needs_sums else ("sums",))
+        new.is_initialized, new.seen = True, self.seen
+        new._scale, new._real = self._scale, self._real
+        if policy.observes:
+            assert self._queries is not None
+            assert self._query_at is not None
+            new._queries = self._queries[:, :, -policy.observes :].clone()
+            new._query_at = self._query_at[:, -policy.observes :].clone()
+        if policy.needs_moments:
+            # Replaced as a whole when queries come, never changed.
+            new._moments = self._moments
+        if policy.evicts:
+            new.evict()
+        return new
+
     def view(self) -> View:
         """What the policy sees."""
         assert self.store is not None

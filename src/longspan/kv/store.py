@@ -17,6 +17,9 @@ Axes: B batch, G key heads, C places of the longest head, N new rows, T places o
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,14 @@ class Store:
             name: row.new_zeros(0, *row.shape[-1:]) if row.dim() else row.new_zeros(0)
             for name, row in like.items()
         }
+
+    def copy(self, without: Sequence[str] = ()) -> Store:
+        """The same rows in buffers of their own, but for those named."""
+        new = copy.copy(self)
+        new.buffers = {
+            name: buffer.clone() for name, buffer in self.buffers.items() if name not in without
+        }
+        return new
 
     @property
     def bytes(self) -> int:
