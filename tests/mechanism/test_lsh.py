@@ -13,7 +13,7 @@ from tests.mechanism.oracles import (
 
 from longspan.errors import InputError, Refusal
 from longspan.mechanism import LSHAttention, lsh_attention
-from longspan.mechanism.lsh import hash_buckets
+from longspan.mechanism._lsh_attention import hash_buckets
 
 
 def counts(bucket, chunk, before=1, after=0):

@@ -37,13 +37,13 @@ _HOME = {
     "hierarchical_attention": "hierarchical",
     "linear_attention": "linear",
     "linformer_attention": "linformer",
-    "lsh_attention": "lsh",
+    "lsh_attention": "_lsh_attention",
     "moba_attention": "moba",
     "nystrom_attention": "nystromformer",
     "pooled_chunk_attention": "pooled",
     "published_bigbird_attention": "bigbird",
     "redraw": "performer",
-    "routing_attention": "routing",
+    "routing_attention": "_routing_attention",
     "topk_attention": "topk",
 }
 
@@ -100,6 +100,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.mechanism._dual_chunk_plan import DualChunk
+    from longspan.mechanism._lsh_attention import lsh_attention
+    from longspan.mechanism._routing_attention import routing_attention
     from longspan.mechanism.adaptive_span import AdaptiveSpan, adaptive_span_attention
     from longspan.mechanism.bigbird import BigBirdAttention, published_bigbird_attention
     from longspan.mechanism.block_gate import BlockGate
@@ -109,12 +111,12 @@ if TYPE_CHECKING:
     from longspan.mechanism.linear import LinearAttention, linear_attention
     from longspan.mechanism.linformer import Linformer, linformer_attention
     from longspan.mechanism.longformer import LongformerAttention
-    from longspan.mechanism.lsh import LSHAttention, lsh_attention
+    from longspan.mechanism.lsh import LSHAttention
     from longspan.mechanism.moba import MoBA, moba_attention
     from longspan.mechanism.nsa import NSA
     from longspan.mechanism.nystromformer import Nystromformer, nystrom_attention
     from longspan.mechanism.performer import Favor, Performer, redraw
     from longspan.mechanism.pooled import PooledChunkAttention, pooled_chunk_attention
-    from longspan.mechanism.routing import RoutingAttention, routing_attention
+    from longspan.mechanism.routing import RoutingAttention
     from longspan.mechanism.synthesizer import Synthesizer
     from longspan.mechanism.topk import TopK, topk_attention
