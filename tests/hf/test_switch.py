@@ -418,6 +418,30 @@ def test_nothing_stays_on_a_model_or_inside_of_it(tiny):
     assert {id(module): set(module.__dict__) for module in model.modules()} == before
 
 
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        (ls.Window(3), {}),
+        (ls.DualChunk.for_length(20), {}),
+        (ls.mechanism.MoBA, {"block": 4, "top": 2}),
+    ],
+)
+def test_the_model_inside_can_be_asked_to_remove(tiny, what, options):
+    model, ids = tiny.build("llama"), tiny.tokens(2, N)
+    before = {id(module): set(module.__dict__) for module in model.modules()}
+    plain = logits(model, ids)
+    handle = ls.hf.apply(model, what, **options)
+    assert ls.hf.inspect(model.model).changes == ls.hf.inspect(model).changes
+    ls.hf.remove(model.model)
+    assert torch.equal(logits(model, ids), plain)
+    # The model around it has nothing left to undo.
+    assert not ls.hf.inspect(model).changes
+    handle.remove()
+    ls.hf.remove(model)
+    assert torch.equal(logits(model, ids), plain)
+    assert {id(module): set(module.__dict__) for module in model.modules()} == before
+
+
 FRESH = """
 import sys, torch
 folder = sys.argv[1]
@@ -444,10 +468,8 @@ def test_pickled_models_run_in_a_new_process(tiny, tmp_path):
         ("mechanism", ls.mechanism.MoBA, {"block": 4, "top": 2}),
     ]:
         whole = tiny.build("llama")
-        models = {name: whole}
-        if isinstance(what, str | ls.DualChunk):
-            # A model without its head is a model too.
-            models[f"{name}-inside"] = whole.model
+        # A model without its head is a model too.
+        models = {name: whole, f"{name}-inside": whole.model}
         with torch.no_grad():
             plain |= {at: model(ids)[0] for at, model in models.items()}
             ls.hf.apply(whole, what, **options)

@@ -28,7 +28,7 @@ from longspan.errors import InputError, Refusal
 from longspan.hf.register import Attention, checked_rows, enlist, registered
 from longspan.hf.rope import rotary_modules
 from longspan.hf.rotation import rotation, why_not_turn
-from longspan.hf.routes import CHANGES
+from longspan.hf.routes import note_changes, undo_changes
 from longspan.hf.rows import Rows
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism.dual_chunk import attend_in_passes
@@ -48,8 +48,7 @@ def register_dual_chunk(config: DualChunk, impl: str) -> str:
 
 def settle(base: PreTrainedModel) -> None:
     """Add the hooks that the model's present attention needs, and take others away."""
-    for _, handle in base.__dict__.pop(CHANGES, ()):
-        handle.remove()
+    undo_changes(base)
     config = registered(base.config.get_text_config()._attn_implementation)
     if not isinstance(config, DualChunk):
         return
@@ -60,9 +59,8 @@ def settle(base: PreTrainedModel) -> None:
         (rotary, path, _fold, f"gets positions modulo {config.chunk}"),
         (owner, outer or "the model", partial(_count, own), "gets positions of real tokens"),
     )
-    setattr(
+    note_changes(
         base,
-        CHANGES,
         [
             (
                 f"{name} ({type(module).__name__}) {what}",

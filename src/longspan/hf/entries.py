@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longspan.hf.dual_chunk import register_dual_chunk
 from longspan.hf.mechanisms import Method, register_method
 from longspan.hf.register import PREFIX, register
+from longspan.hf.unwrap import sharing
 from longspan.mechanism import DualChunk
 
 if TYPE_CHECKING:
@@ -70,9 +71,8 @@ class Entries:
 
         Also on the models inside of it, which share its configuration and may be pickled alone.
         """
-        for module in base.modules():
-            if module is base or getattr(module, "config", None) is base.config:
-                if self.entries:
-                    setattr(module, _PLACE, self)
-                else:
-                    module.__dict__.pop(_PLACE, None)
+        for part in sharing(base):
+            if self.entries:
+                setattr(part, _PLACE, self)
+            else:
+                part.__dict__.pop(_PLACE, None)

@@ -22,7 +22,7 @@ from longspan.hf._borrowed import build, read_frequencies, try_apart, why_not_ap
 from longspan.hf._state_layer import state_layer
 from longspan.hf.register import attention_over, checked_rows, enlist
 from longspan.hf.rope import rotary_modules, trained_length
-from longspan.hf.routes import CHANGES, routed
+from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
 from longspan.mechanism.layer import MechanismLayer
 from longspan.pattern import Causal
@@ -135,7 +135,7 @@ def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: 
         owner.forward = partial(_forward, owner)
         text = f"{path} ({type(owner).__name__}) computes {wanted.kind.__name__}"
         changes.append((text, Undo(owner)))
-    setattr(base, CHANGES, changes)
+    note_changes(base, changes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from longspan.hf.register import described
-from longspan.hf.unwrap import base_model
+from longspan.hf.unwrap import base_model, sharing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ _MIXES_TOKENS = re.compile(
     r"(?!.*(Layer|Norm|Embedding)$)"
 )
 # On the model: what was done to it beside its attention, in words, and the handle to undo it.
-CHANGES = "_longspan_changes"
+_CHANGES = "_longspan_changes"
 _KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -98,8 +98,31 @@ def inspect(model: Any) -> Report:
         attention=described(base.config._attn_implementation),
         modules=modules,
         reasons=tuple(_reasons(base, modules)),
-        changes=tuple(change for change, _ in getattr(base, CHANGES, ())),
+        changes=tuple(change for change, _ in getattr(base, _CHANGES, ())),
     )
+
+
+def note_changes(base: PreTrainedModel, changes: list[tuple[str, Any]]) -> None:
+    """Note what was done to a model beside its attention, and how to undo it.
+
+    Also on the models inside of it, which may be pickled alone, or asked to remove it.
+
+    Args:
+        base: the model.
+        changes: words and a handle with ``remove()`` for each.
+    """
+    for part in sharing(base):
+        setattr(part, _CHANGES, changes)
+
+
+def undo_changes(base: PreTrainedModel) -> None:
+    """Undo what was noted; nothing to do otherwise."""
+    changes: list[tuple[str, Any]] = base.__dict__.get(_CHANGES, [])
+    while changes:
+        # The list is that of the models around this one too.
+        changes.pop()[1].remove()
+    for part in sharing(base):
+        part.__dict__.pop(_CHANGES, None)
 
 
 def routed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

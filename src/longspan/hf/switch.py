@@ -190,7 +190,8 @@ def remove(model: Any) -> None:
     base = base_model(model)
     before = Entries.of(base).before
     if base.config.get_text_config()._attn_implementation != before:
-        _switch(base, before)
+        base.set_attn_implementation(before)
+    settle(base)
     Entries(before).keep(base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import InputError
@@ -32,3 +33,14 @@ def base_model(model: Any) -> PreTrainedModel:
                 f"{type(model).__module__}.{type(model).__name__}."
             )
     return inner
+
+
+def sharing(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A model, and the models inside of it that share its configuration, or its text's."""
+    from transformers import PreTrainedModel
+
+    shared = base.config, base.config.get_text_config()
+    for module in base.modules():
+        same = module is base or any(getattr(module, "config", None) is one for one in shared)
+        if same and isinstance(module, PreTrainedModel):
+            yield module
