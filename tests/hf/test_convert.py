@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 import longspan as ls  # noqa: E402
 from longspan.errors import DataError, InputError, PatternError, Refusal  # noqa: E402
 from longspan.hf.routes import routed  # noqa: E402
+from longspan.mechanism.layer import MechanismLayer  # noqa: E402
 
 N = 29
 
@@ -35,6 +36,7 @@ NEW_WEIGHTS = {
     "LinearAttention": {},
     "NSA": {"block": 6, "stride": 3, "select_block": 5, "select": 4, "window": 6},
     "PooledChunkAttention": {"chunk": 6, "pool": "learned"},
+    "Synthesizer": {"kind": ("factorized", "dense"), "max_length": 64},
 }
 BOTH = [*NO_WEIGHTS.items(), *NEW_WEIGHTS.items()]
 
@@ -129,8 +131,10 @@ def test_gradients_reach_the_model_and_the_new_weights(tiny, name, options):
     logits_of = model(ids, use_cache=False).logits
     logits_of.square().mean().backward()
     for path, parameter in model.named_parameters():
-        # Hashing takes keys from queries; gates are trained by distillation.
-        if (name == "LSHAttention" and "k_proj" in path) or "mechanism.gate_" in path:
+        # Hashing takes keys from queries, synthetic weights need neither; gates are trained by
+        # distillation.
+        unread = {"LSHAttention": ("k_proj",), "Synthesizer": ("q_proj", "k_proj")}.get(name, ())
+        if any(part in path for part in (*unread, "mechanism.gate_")):
             continue
         assert parameter.grad is not None, path
         assert parameter.grad.isfinite().all(), path
@@ -333,10 +337,15 @@ def test_what_would_be_lost_or_mixed_up_is_refused(tiny):
     put(model, "MoBA", NO_WEIGHTS["MoBA"])
     with pytest.raises(Refusal, match="needs a new dynamic cache"):
         model(ids[:, :1], past_key_values=cache)
-    put(model, "Synthesizer", {})
+
+    class Forgetful(MechanismLayer):
+        def mix(self, q, k, v, valid):
+            return v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+    ls.hf.apply(model, Forgetful)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(ids)
-    with pytest.raises(Refusal, match=r"Synthesizer cannot go on .*keeps no state.*use_cache"):
+    with pytest.raises(Refusal, match=r"Forgetful cannot go on .*keeps no state.*use_cache"):
         model.generate(ids, attention_mask=mask, **settings)
     model.generate(ids, attention_mask=mask, use_cache=False, **settings)
     ls.hf.remove(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.mechanism.oracles import (
+    assert_decoding_equals_prefill,
     assert_no_leak,
     assert_padding_is_absent,
     assert_same_with_gradients,
@@ -99,6 +100,13 @@ def test_padding_is_absent(kind, causal):
     assert_padding_is_absent(build(kind, causal=causal), x, 6, 9)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *MIXTURES], ids=str)
+def test_decoding_equals_the_whole_sequence(kind):
+    layer, x = build(kind, rope=10000.0), torch.randn(2, 21, 16, dtype=torch.float64)
+    mask = torch.arange(21) >= torch.tensor([[0], [6]])
+    assert_decoding_equals_prefill(layer, x, mask, (8, 1, 5, 6, 1))
+
+
 def test_only_what_a_kind_needs_is_a_parameter():
     assert list(Synthesizer(8, 2, kind="factorized").state_dict()) == [
         "factor_query",
@@ -116,3 +124,9 @@ def test_refusals_say_what_to_do():
         Synthesizer(8, 2, kind="sparse")
     with pytest.raises(InputError, match="made for 9 rows, got 10"):
         Synthesizer(8, 2, max_length=9)(torch.randn(1, 10, 8))
+    layer = Synthesizer(8, 2, max_length=9)
+    _, state = layer(torch.randn(1, 9, 8), return_state=True)
+    with pytest.raises(InputError, match="made for 9 rows, got 10"):
+        layer(torch.randn(1, 1, 8), state=state)
+    with pytest.raises(InputError, match="only for causal=True"):
+        Synthesizer(8, 2, causal=False)(torch.randn(1, 4, 8), return_state=True)

@@ -89,7 +89,8 @@ def method(
     for key in _LENGTHS:
         if key in allowed and allowed[key].default is not None:
             filled[key] = trained_length(base.config)
-    filled |= options
+    # A list is what a tuple comes back as from a file.
+    filled |= {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
     if impl != "auto" and "impl" in allowed:
         filled["impl"] = impl
     return Method(kind, tuple(sorted(filled.items())), _numbers(base, layers))

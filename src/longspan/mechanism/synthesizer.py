@@ -16,7 +16,10 @@ On top of the paper: dense, factorized and dot-product logits are inner products
 with the *constant* keys [w2_j, b2_j], and so on; they and their mixtures are run as ordinary
 attention, whose kernels never hold an N x N matrix. Random and factorized_dense logits do.
 
-Axes: B batch, H heads, K value heads, N rows, L longest sequence, F hidden width, r rank.
+Decoding keeps the values so far, and the keys of ``dot_product``.
+
+Axes: B batch, H heads, K value heads, N rows (the last of M), M keys, L longest sequence, F hidden
+width, r rank.
 """
 
 from __future__ import annotations
@@ -28,15 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, at_least_one, positions, to_front
-from longspan.nn.attention import check
+from longspan.mechanism._past import PastLayer, TokenState
+from longspan.mechanism._range_op import over_ranges
+from longspan.mechanism.layer import at_least_one
 from longspan.ops import attend
 from longspan.pattern import Causal, Dense
 
 KINDS = ("dense", "random", "factorized", "factorized_dense", "dot_product")
 
 
-class Synthesizer(MechanismLayer):
+class Synthesizer(PastLayer):
     """Multi-head synthetic attention, x [B, N, d_model] to the same shape.
 
     Args:
@@ -106,62 +110,84 @@ class Synthesizer(MechanismLayer):
             self.mixture.fill_(-4.0)
             self.mixture[self.kinds.index("dot_product")] = 4.0
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        check(x, self.d_model, mask)
-        if x.shape[1] > self.max_length:
-            raise InputError(f"the layer was made for {self.max_length} rows, got {x.shape[1]}")
-        valid = back = None
-        if mask is not None:
-            # Logits belong to positions: tokens go to the front, padding behind them.
-            order, back = to_front(mask.to(torch.bool))
-            valid = mask.to(torch.bool).gather(1, order)
-            x = x.gather(1, order[..., None].expand_as(x)).masked_fill(~valid[..., None], 0.0)
-        v = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        q, k, extra = self._logits(x, valid)
-        if extra is None:
-            segments = None if valid is None else valid.to(torch.int64) - 1
-            pattern = Causal() if self.causal else Dense()
-            out = attend(q, k, v.to(q.dtype), pattern, segments=segments, scale=1.0)
-        else:
-            out = _softmax(extra if q.shape[-1] == 0 else extra + q @ k.mT, valid, self.causal) @ v
-        if back is not None and valid is not None:
-            out = out.masked_fill(~valid[:, None, :, None], 0.0)
-            out = out.gather(2, back[:, None, :, None].expand_as(out))
-        return self.join(out)
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        state: TokenState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        if not self.causal and (state is not None or return_state):
+            raise InputError("a state exists only for causal=True")
+        rows = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
+        if rows > self.max_length:
+            raise InputError(f"the layer was made for {self.max_length} rows, got {rows}")
+        return super().forward(x, mask, state=state, return_state=return_state)
 
-    def _logits(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries and keys [B, H, N, R] whose product, plus a matrix if any, are the logits."""
-        batch, rows, _ = x.shape
+    def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if "dot_product" in self.kinds:
+            q, k, v = self.project(x, place)
+            return (x, q), (v, k)
+        return (x,), (self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2),)
+
+    def answer(
+        self,
+        asked: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+        place: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        q, k, extra = self._logits(asked, kept, place.clamp_min(0))
+        v = kept[0].repeat_interleave(self.heads // self.kv_heads, dim=1).to(q.dtype)
+        if extra is None and valid is None and q.shape[2] == k.shape[2]:
+            return attend(q, k, v, Causal() if self.causal else Dense(), scale=1.0)
+        # Keys that each row sees; padding sees none.
+        seen = place + 1
+        if not self.causal:
+            seen = seen.amax(dim=-1, keepdim=True).where(place >= 0, 0)
+        seen = seen[:, None, :, None]
+        if extra is None:
+            return over_ranges(q, k, v, torch.zeros_like(seen), seen, 1.0, "auto")[0]
+        return _softmax(extra if q.shape[-1] == 0 else extra + q @ k.mT, seen) @ v
+
+    def _logits(
+        self, asked: tuple[Tensor, ...], kept: tuple[Tensor, ...], place: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [B, H, N, R] and keys [B, H, M, R] whose product, plus a matrix if any, are the
+        logits.
+        """
+        x, count = asked[0], kept[0].shape[2]
         shares = torch.ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
-        nothing = x.new_empty(batch, self.heads, rows, 0)
+        nothing = x.new_empty(1, 1, 1, 0)
         queries, keys, extra = [nothing], [nothing], None
         for kind, share in zip(self.kinds, shares.to(x), strict=True):
             if kind == "dense":
                 h = self._split(self.dense_hidden(x).relu())
-                queries += [h * share, share.expand(*h.shape[:3], 1)]
-                keys += [self.dense_key[:, :rows], self.dense_bias[:, :rows, None]]
+                queries += [h * share, share.expand(1, 1, 1, 1)]
+                keys += [self.dense_key[:, :count], self.dense_bias[:, :count, None]]
             elif kind == "factorized":
-                queries.append(self.factor_query[:, :rows] * share)
-                keys.append(self.factor_key[:, :rows])
+                queries.append(self.factor_query[:, place].transpose(0, 1) * share)
+                keys.append(self.factor_key[:, :count])
             elif kind == "dot_product":
-                q, k, _ = self.project(x, positions(x, valid))
-                queries.append(q * (share * self.head_dim**-0.5))
-                keys.append(k.repeat_interleave(self.heads // self.kv_heads, dim=1))
+                queries.append(asked[1] * (share * self.head_dim**-0.5))
+                keys.append(kept[1].repeat_interleave(self.heads // self.kv_heads, dim=1))
             else:
-                part = self._matrix(kind, x) * share
+                part = self._matrix(kind, x, place)[..., :count] * share
                 extra = part if extra is None else extra + part
-        whole = (batch, self.heads, rows, -1)
-        q, k = (torch.cat([p.expand(whole) for p in parts], dim=-1) for parts in (queries, keys))
+        q, k = (
+            torch.cat([p.expand(len(x), self.heads, rows, -1) for p in parts], dim=-1)
+            for parts, rows in ((queries, x.shape[1]), (keys, count))
+        )
         return q, k, extra
 
-    def _matrix(self, kind: str, x: Tensor) -> Tensor:
-        rows = x.shape[1]
+    def _matrix(self, kind: str, x: Tensor, place: Tensor) -> Tensor:
+        """Logits [1 or B, H, N, L or a few more]."""
         if kind == "random":
-            return self.random[None, :, :rows, :rows]
+            return self.random[:, place].transpose(0, 1)
         a = self._split(self.coarse(x).relu()) @ self.coarse_key.mT
         b = self._split(self.fine(x).relu()) @ self.fine_key.mT
-        return (a[..., :, None] * b[..., None, :]).flatten(-2)[..., :rows]
+        return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -173,14 +199,9 @@ class Synthesizer(MechanismLayer):
         return f"{super().extra_repr()}, kind={self.kinds}, max_length={self.max_length}"
 
 
-def _softmax(logits: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    if causal:
-        # Padding is behind the tokens, so this hides it from them too.
-        rows = logits.shape[-1]
-        later = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
-        logits = logits.masked_fill(later, -torch.inf)
-    elif valid is not None:
-        # A row of padding alone is computed unmasked, then zeroed.
-        usable = valid | ~valid.any(dim=-1, keepdim=True)
-        logits = logits.masked_fill(~usable[:, None, None], -torch.inf)
-    return logits.softmax(dim=-1)
+def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
+    """Weights of the first ``seen`` keys [1 or B, 1, N, 1] of each row."""
+    hidden = torch.arange(logits.shape[-1], device=logits.device) >= seen
+    # A row of padding is computed unmasked, then zeroed.
+    empty = seen == 0
+    return logits.masked_fill(hidden & ~empty, -torch.inf).softmax(dim=-1).masked_fill(empty, 0.0)
