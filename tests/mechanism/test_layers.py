@@ -150,6 +150,9 @@ def test_bfloat16_is_close_to_float64(name):
 def test_wrong_sizes_are_named(name):
     with pytest.raises(InputError, match=r"expected x of shape \[batch, tokens, 16\]"):
         build(name)(torch.randn(2, 21, 15))
+    for shape in ((2, 0, 16), (0, 21, 16)):
+        with pytest.raises(InputError, match="at least one sequence of one token"):
+            build(name)(torch.randn(shape))
     with pytest.raises(InputError, match="padding mask of shape"):
         build(name)(torch.randn(2, 21, 16), torch.ones(2, 20))
     with pytest.raises(InputError, match="give head_dim="):

@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 
 from longspan.errors import InputError, Refusal
 from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
+from longspan.mechanism._gate_targets import block_mass, divergence
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, rows_at
 from longspan.nn.attention import check
@@ -163,7 +164,7 @@ class BlockGate(PastLayer):
             raise InputError(f"target must be mass or max, got {target!r}")
         place, (turned, q), (k, _, plain) = self._look(x, mask)
         asking, told = self._scored(q, plain, place)
-        wanted = self._mass(turned, k, place, target == "max")
+        wanted = block_mass(turned, k, place, self.block, largest=target == "max")
         own = self._own(place, len(x))
         if self.level == "block":
             index = own[:, None, :, None].expand_as(wanted)
@@ -172,15 +173,7 @@ class BlockGate(PastLayer):
             wanted = blocks.scatter_reduce(2, index, wanted, how)
             own = torch.arange(told.shape[2], device=x.device)[None]
         past = (torch.arange(told.shape[2], device=x.device) < own[..., None])[:, None]
-        wanted = wanted.masked_fill(~past, 0.0)
-        total = wanted.sum(dim=-1, keepdim=True)
-        used = total > 0
-        wanted = wanted / total.masked_fill(~used, 1.0)
-        # A row without earlier blocks is computed unmasked, then left out.
-        score = (asking @ told.mT).masked_fill(~past & past.any(-1, keepdim=True), -torch.inf)
-        log = score.log_softmax(dim=-1).masked_fill(~past, 0.0)
-        apart = torch.special.xlogy(wanted, wanted) - wanted * log
-        return apart.sum() / used.sum().clamp_min(1)
+        return divergence(asking @ told.mT, wanted, past)
 
     @torch.no_grad()
     def recall(self, x: Tensor, mask: Tensor | None = None, *, best: bool = False) -> Tensor:
@@ -195,7 +188,7 @@ class BlockGate(PastLayer):
             Mean over rows and the heads of a group [K].
         """
         place, (turned, q), (k, _, plain) = self._look(x, mask)
-        mass = self._mass(turned, k, place, False)
+        mass = block_mass(turned, k, place, self.block)
         asking, told = (mass, None) if best else self._scored(q, plain, place)
         own = self._own(place, len(x))[:, None, :, None].expand(*mass.shape[:3], 1)
         seen = torch.cat([self._chosen(asking, told, place), own], dim=-1)
@@ -261,23 +254,6 @@ class BlockGate(PastLayer):
         for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * blocks):
             score = asking[:, :, rows] if told is None else asking[:, :, rows] @ told.mT
             found.append(best_blocks(score, own[:, rows], self.top - 1))
-        return torch.cat(found, dim=2)
-
-    @without_autocast
-    @torch.no_grad()
-    def _mass(self, q: Tensor, k: Tensor, place: Tensor, largest: bool) -> Tensor:
-        """Dense causal attention of each row to each block [B, K, N, T]; 0 at padding."""
-        work = torch.promote_types(q.dtype, torch.float32)
-        keys = torch.arange(k.shape[2], device=k.device)
-        k = k.to(work).mT[:, :, None] * self.head_dim**-0.5
-        found = []
-        for rows in slices(q.shape[2], q.shape[0] * q.shape[1] * len(keys)):
-            logit = q[:, :, rows].to(work).unflatten(1, (self.kv_heads, -1)) @ k
-            hidden = (keys > place[:, rows, None])[:, None, None]
-            weight = logit.masked_fill(hidden, torch.finfo(work).min).softmax(dim=-1)
-            weight = weight.masked_fill(hidden, 0.0)
-            blocks = pad(weight, (0, -len(keys) % self.block)).unflatten(-1, (-1, self.block))
-            found.append(blocks.amax(dim=(2, 5)) if largest else blocks.sum(dim=5).mean(dim=2))
         return torch.cat(found, dim=2)
 
     def extra_repr(self) -> str:

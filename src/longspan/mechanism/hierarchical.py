@@ -10,6 +10,10 @@ arXiv 2210.05529), which are two-sided encoders of sentences. As one attention:
 O(N C + N^2 / C) time; decoding keeps C + N / C keys and values. It differs from
 ``PooledChunkAttention`` in what a summary holds: outputs, which have looked around in their chunk.
 
+One level of summaries covers the past: the own chunk token by token, every chunk before it by one
+summary. Summaries that double in length with their distance, as in H-Transformer-1D (2107.11906),
+are another method.
+
 Queries stay tokens. Where published designs let a pooled query look at earlier chunks and hand
 the result to all tokens of its chunk, early tokens learn of later ones; MEGABYTE (2305.07185)
 avoids that with a shift by one chunk. Here no summary of an unfinished chunk is ever seen.

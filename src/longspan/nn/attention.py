@@ -174,6 +174,8 @@ def _frequencies(rope: float | Frequencies | None, head_dim: int) -> Frequencies
 def check(x: Tensor, d_model: int, mask: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[-1] != d_model:
         raise InputError(f"expected x of shape [batch, tokens, {d_model}], got {list(x.shape)}")
+    if 0 in x.shape:
+        raise InputError(f"expected at least one sequence of one token, got {list(x.shape)}")
     if mask is not None and mask.shape != x.shape[:2]:
         raise InputError(
             f"expected a padding mask of shape {list(x.shape[:2])}, got {list(mask.shape)}"
