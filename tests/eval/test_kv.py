@@ -103,6 +103,8 @@ def test_templates_and_names_are_checked():
         forms(["snapkv"], prefill=True)
     with pytest.raises(InputError, match=r"choose\. Give budgets from 19%"):
         sweep("tova", budgets=(0.1,))
+    with pytest.raises(PolicyError, match="48 tokens, got 44"):
+        sweep("quest", budgets=(0.2, 0.22))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,7 @@ def test_a_budget_below_the_least_of_a_policy_has_no_figure(loaded, text):
         *((measure, 0.5) for measure in asked.measures),
     }
     table = report.markdown(asked, report.summary(asked, records), "Quest")
+    assert report.NO_FIGURE in table
     steps = next(line for line in table.splitlines() if line.startswith("| quest |"))
     assert steps.startswith("| quest | - | ")
     assert steps.count(" - ") == 1

@@ -21,6 +21,13 @@ def test_recall_is_the_mass_that_dense_attention_gives_to_what_is_kept(text):
     torch.testing.assert_close(measure.recall(found, 40)[0], wanted, atol=1e-10, rtol=0)
 
 
+def test_recall_is_a_measurement_without_gradients():
+    q, k, v = tensors(40, 40)
+    found = select(q.requires_grad_(), k, v, "block_topk(0.5, block=16)")
+    assert not measure.recall(found, 16).requires_grad
+    assert found.attend()[0].requires_grad
+
+
 def test_recall_skips_padding():
     q, k, v = tensors(60, 60, batch=2)
     text = "block_topk(2, block=16)"

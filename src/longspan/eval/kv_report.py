@@ -14,6 +14,7 @@ from longspan.eval.records import Records
 FILE = "kv.jsonl"
 # Lost perplexity and kept answers up to which a policy counts as good as dense.
 LOSS, FOUND = 0.05, 0.9
+NO_FIGURE = " A policy that needs more tokens than a budget gives has no figure there (-)."
 _TITLES = {
     "once": "perplexity of the next tokens, read at once",
     "steps": "perplexity of the next tokens, one by one",
@@ -104,10 +105,11 @@ def _about(sweep: Sweep) -> list[str]:
     if sweep.steps:
         parts.append(f"{sweep.steps - 1} one by one")
     scored = f", {' and '.join(parts)} behind each" if parts else ""
+    least = "" if all(f.fits(min(sweep.budgets), sweep.length) for f in sweep.forms) else NO_FIGURE
     return [
         f"Prompts of {sweep.length:,} tokens, {sweep.samples} for every figure{scored}. A budget "
         "is the share of the prompt that a key head keeps, sinks, recent tokens and windows "
-        "counted; for sparse prefill it is the parameter of the method."
+        f"counted; for sparse prefill it is the parameter of the method.{least}"
     ]
 
 

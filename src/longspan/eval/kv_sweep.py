@@ -71,6 +71,9 @@ class Sweep:
             raise InputError("Nothing is measured without new tokens, steps or tasks.")
         if self.forms:
             check_budget(min(self.budgets), self.length)
+        for form in self.forms:
+            # One that no budget is enough for says why.
+            form.at(max(self.budgets), self.length)
 
     @property
     def texts(self) -> bool:
