@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from longspan import mechanism
 from longspan.errors import InputError, PatternError, Refusal
 from longspan.hf.dual_chunk import settle, why_not
 from longspan.hf.entries import Entries, Entry
@@ -98,7 +99,7 @@ def apply(
     Args:
         model: a Hugging Face model, or a PEFT model around one.
         pattern: a pattern or its text form; or ``longspan.DualChunk``, which also changes where
-            queries and keys are rotated to; or a class of ``longspan.mechanism``.
+            queries and keys are rotated to; or a class of ``longspan.mechanism``, or its name.
         impl: kernel name or ``"auto"``, as for ``longspan.attend``.
         options: of a mechanism.
 
@@ -112,14 +113,17 @@ def apply(
             ``impl`` is unknown. The model is then unchanged.
     """
     base = base_model(model)
-    if isinstance(pattern, type) and issubclass(pattern, MechanismLayer):
+    if isinstance(pattern, str) and pattern not in mechanism.__all__:
+        pattern = parse(pattern)
+    if isinstance(pattern, str) or (
+        isinstance(pattern, type) and issubclass(pattern, MechanismLayer)
+    ):
         return put(base, method(base, pattern, None, impl, options), impl)
     if options:
         raise InputError(f"{', '.join(options)}: only mechanisms have options.")
-    wanted = parse(pattern) if isinstance(pattern, str) else pattern
-    if not isinstance(wanted, Pattern | DualChunk):
+    if not isinstance(pattern, Pattern | DualChunk):
         raise PatternError(f"Expected a pattern or its text, got {type(pattern).__name__}.")
-    return put(base, wanted, impl)
+    return put(base, pattern, impl)
 
 
 def put(
