@@ -115,7 +115,10 @@ def test_states():
     assert sizes == [(16, 16.0), (32, 32.0)]
     linear = [sight.mechanism_state(layers("LinearAttention")[0], x(n)) for n in (16, 32)]
     assert linear[0] == linear[1]
-    assert sight.mechanism_state(layers("Synthesizer")[0], x(16)) is None
+    values = layers("Synthesizer(kind='dense', max_length=20)")[0]
+    assert sight.mechanism_state(values, x(16)) == 8
+    published = layers("RoutingAttention(selection='clusters')")[0]
+    assert sight.mechanism_state(published, x(16)) is None
 
 
 def test_growth_is_the_exponent():
