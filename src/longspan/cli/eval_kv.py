@@ -147,6 +147,7 @@ def _list(sweep: Sweep, given: Shared) -> None:
                 if form.needs_gates
                 else str(form.at(share, sweep.length))
                 for share in sweep.budgets
+                if form.fits(share, sweep.length)
             },
         }
         for form in sweep.forms
@@ -157,7 +158,10 @@ def _list(sweep: Sweep, given: Shared) -> None:
         )
         return
     for one in chosen:
-        typer.echo(f"{one['name']}: {next(iter(one['at'].values()))}")
+        # The least budget that is enough; it is named where that is not the first.
+        share, written = next(iter(one["at"].items()))
+        least = "" if share == f"{sweep.budgets[0]:.0%}" else f" (from {share})"
+        typer.echo(f"{one['name']}: {written}{least}")
     typer.echo(
         f"{len(chosen)} policies and methods, shown at {sweep.budgets[0]:.0%} of {sweep.length:,} "
         f"tokens; {', '.join(sweep.measures)}: {len(cells)} figures. Nothing was measured."

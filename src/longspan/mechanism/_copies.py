@@ -51,7 +51,12 @@ class Copies:
         lses = [
             lse_BHP.gather(2, place.repeat_interleave(repeat, dim=1)) for place in self.place_cBHN
         ]
-        return list(zip(_Collect.apply(x_BHPD, self), lses, strict=True))
+        # A compiler differentiates by itself.
+        if torch.compiler.is_compiling():
+            outs = [_table(place).take(x_BHPD, plain=True) for place in self.place_cBHN]
+        else:
+            outs = _Collect.apply(x_BHPD, self)
+        return list(zip(outs, lses, strict=True))
 
 
 def _table(rows_BHP: Tensor, *more: Tensor) -> Table:
