@@ -13,6 +13,7 @@ import torch
 from tests.ops.cases import CASES, Case, key_ranges, make_qkv, run, scattered, window
 from torch import Tensor
 
+from longspan.ops.kernels import _tiled_views as views_module
 from longspan.ops.kernels import tiled as tiled_module
 from longspan.ops.kernels._tiled_schedule import build_schedule
 from longspan.ops.kernels.reference import reference
@@ -91,6 +92,20 @@ def test_several_threads_work_in_inference_mode(monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         out, _ = tiled(*[x + 0 for x in qkv], ranges, 0.25)
     assert_same({"out": out}, {"out": reference(*qkv, ranges, 0.25)[0]}, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["gqa-4", "scattered-3", "sink-window", "nothing-visible"])
+def test_masks_without_room_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME[name]
+    qkv = make_qkv(case)
+    kept = run(tiled, qkv, case.ranges())
+    for room in (0, 1 << 12):
+        monkeypatch.setattr(views_module, "_ROOM", room)
+        ranges = case.ranges()
+        # What was kept by the first call meets the second.
+        for _ in range(2):
+            found = run(tiled, qkv, ranges)
+            assert all(torch.equal(found[name], want) for name, want in kept.items())
 
 
 def test_autocast_rounds_nothing() -> None:
@@ -242,6 +257,33 @@ def test_work_stays_near_the_visible_pairs() -> None:
     assert max(b.jobs * b.heads * b.run.rows * b.run.span for b in batches) <= schedule.area
     # The head of the sequence, its regular part, nothing else.
     assert len(schedule.runs[0]) <= 10
+
+
+def test_a_row_that_sees_everything_costs_its_neighbours_nothing() -> None:
+    """The others of its tile see the first and the last keys, and their own."""
+    n, block = 4096, 64
+    own = np.arange(n) // block * block
+    lo_Nm = np.stack([0 * own, own, np.full(n, n - block)], axis=1)
+    hi_Nm = lo_Nm + block
+    # The first and the last block already hold what they would see twice.
+    hi_Nm[:block, 1] = lo_Nm[:block, 1] = hi_Nm[-block:, 1] = lo_Nm[-block:, 1] = 0
+    lo_Nm[:block], hi_Nm[:block] = 0, [n, 0, 0]
+    pairs = (hi_Nm - lo_Nm).sum()
+    schedule = build_schedule(
+        lo_Nm[None],
+        hi_Nm[None],
+        np.zeros((1, 1), dtype=np.int64),
+        keys=n,
+        key_heads=1,
+        tile=512,
+        leaf=block,
+        job=1 << 18,
+        area=1 << 19,
+        parts=1,
+    )
+    batches = list(schedule.batches(0, apart=False))
+    scores = sum(b.jobs * b.run.rows * b.run.span for b in batches)
+    assert pairs <= scores <= 1.1 * pairs
 
 
 def test_memory_does_not_hold_a_row_by_key_tensor() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longspan.ops.kernels._tiled_schedule import Schedule
-from longspan.ops.kernels._tiled_views import Biases, key_rows, query_rows
+from longspan.ops.kernels._tiled_views import Biases, Canvas, key_rows, query_rows
 from longspan.ops.kernels._tiled_workers import run_parts
 
 
@@ -43,6 +43,7 @@ def forward(
     attend = _fused if q_RD.device.type == "cpu" else _written_out
 
     def part(i: int) -> None:
+        canvas = Canvas(lse_R1)
         for batch in schedule.batches(i, apart=False):
             q_JHTD, out_JHTD, lse_JHT1 = (
                 query_rows(x, batch, queries) for x in (q_RD, out_RD, lse_R1)
@@ -52,7 +53,7 @@ def forward(
                 q_JHTD.flatten(1, 2),
                 key_rows(k_LD, batch),
                 key_rows(v_LD, batch),
-                biases.whole(mask, batch.heads, lse_R1) if mask else (),
+                biases.whole(mask, batch.heads, canvas) if mask else (),
                 scale,
             )
             new_out, new_lse = new_out.view_as(out_JHTD), new_lse.view_as(lse_JHT1)

@@ -30,6 +30,8 @@ _WASTE = 0.1
 # Otherwise they share what they have in common from this many keys on: fewer are not worth a call
 # of their own.
 _COMMON = 640
+# A tile is halved when its leaves would look at this many times the keys of their own segments.
+_RAGGED = 1.25
 _FAR = 1 << 40
 
 
@@ -53,13 +55,32 @@ class Jobs:
     bounds_JX: NDArray[np.int32]
 
 
-def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int) -> Iterator[Jobs]:
-    """All jobs of tiles with the given ranges, over ``keys`` key rows.
+def find_jobs(
+    row_t: Ints, lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int
+) -> Iterator[Jobs]:
+    """All jobs of tiles with the given first rows and ranges, over ``keys`` key rows.
 
     Args:
         leaf: rows of the lowest job; tiles are one leaf high, or 2, 4, 8, ... leaves.
         job: most scores of a job that has more than LEAST keys.
     """
+    _, height, width = lo_tTm.shape
+    if height > leaf:
+        ragged_t = _ragged(lo_tTm, hi_tTm, keys, leaf)
+        if ragged_t.any():
+            half = height // 2
+            row_h = (row_t[ragged_t, None] + np.array([0, half])).ravel()
+            lo_hTm, hi_hTm = (x[ragged_t].reshape(-1, half, width) for x in (lo_tTm, hi_tTm))
+            yield from find_jobs(row_h, lo_hTm, hi_hTm, keys, leaf, job)
+            row_t, lo_tTm, hi_tTm = (x[~ragged_t] for x in (row_t, lo_tTm, hi_tTm))
+    if len(row_t):
+        yield from _jobs(row_t, lo_tTm, hi_tTm, keys, leaf, job)
+
+
+def _jobs(
+    row_t: Ints, lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int
+) -> Iterator[Jobs]:
+    """The jobs of tiles that are as high as they should be."""
     tiles, height, width = lo_tTm.shape
     leaf = min(leaf, height)
     tile_P, start_P, stop_P, first_P, leaves_P = _pieces(lo_tTm, hi_tTm, keys, leaf)
@@ -73,13 +94,13 @@ def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int) -> Ite
     span_J = np.minimum(stop_P[piece_J] - key_J, most_P[piece_J])
     tile_J, first_J, leaves_J = tile_P[piece_J], first_P[piece_J], leaves_P[piece_J]
     wave_J = _waves(tile_J, first_J, leaves_J)
-    row_J = tile_J * height + first_J * leaf
+    place_J = tile_J * height + first_J * leaf
 
     lo_rm, hi_rm = lo_tTm.reshape(tiles * height, width), hi_tTm.reshape(tiles * height, width)
     for leaves in np.unique(leaves_P).tolist():
         own = leaves_J == leaves
-        rows, first, key, span = leaves * leaf, row_J[own], key_J[own], span_J[own]
-        row_JT = first[:, None] + np.arange(rows)
+        rows, key, span = leaves * leaf, key_J[own], span_J[own]
+        row_JT = place_J[own, None] + np.arange(rows)
         lo_JTm, hi_JTm = (
             np.clip(x_rm[row_JT] - key[:, None, None], 0, span[:, None, None])
             for x_rm in (lo_rm, hi_rm)
@@ -94,10 +115,10 @@ def find_jobs(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int) -> Ite
         bounds_J2Tm = np.stack([lo_JTm * keep_JTm, hi_JTm * keep_JTm], axis=1)
         yield Jobs(
             rows,
-            first,
+            row_t[tile_J[own]] + first_J[own] * leaf,
             key,
             np.stack([wave_J[own], span, left_J, right_J], axis=1),
-            bounds_J2Tm.astype(np.int32).reshape(len(first), 2 * rows * width),
+            bounds_J2Tm.astype(np.int32).reshape(len(key), 2 * rows * width),
         )
 
 
@@ -111,17 +132,8 @@ def _pieces(
         For each piece, tiles ascending, high pieces before low ones: its tile, its first key, one
         past its last key, its first leaf and the number of its leaves.
     """
-    tile_S, start_S, stop_S = _segments(lo_tTm, hi_tTm)
-    leaves = lo_tTm.shape[1] // leaf
-    lo_SLX, hi_SLX = (
-        x_tTm[tile_S].reshape(len(tile_S), leaves, leaf * x_tTm.shape[2])
-        for x_tTm in (lo_tTm, hi_tTm)
-    )
-    inside_SLX = (lo_SLX < hi_SLX) & (lo_SLX >= start_S[:, None, None])
-    inside_SLX &= lo_SLX < stop_S[:, None, None]
-    start_SL = np.where(inside_SLX, lo_SLX, _FAR).min(axis=2) // ALIGN * ALIGN
-    stop_SL = -(-np.where(inside_SLX, hi_SLX, -_FAR).max(axis=2) // ALIGN) * ALIGN
-    stop_SL = np.minimum(stop_SL, keys)
+    tile_S, start_SL, stop_SL = _hulls(lo_tTm, hi_tTm, keys, leaf)
+    leaves = start_SL.shape[1]
 
     found: list[Ints] = []
     # What higher pieces already look at.
@@ -158,6 +170,40 @@ def _pieces(
     order_P = np.argsort(found_5P[0], kind="stable")
     tile_P, start_P, stop_P, first_P, leaves_P = found_5P[:, order_P]
     return tile_P, start_P, stop_P, first_P, leaves_P
+
+
+def _hulls(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> tuple[Ints, Ints, Ints]:
+    """What each leaf sees of each segment of its tile, from the first key to the last.
+
+    Returns:
+        tile of each segment; first key [S, L], and one past the last one, which is less where a
+        leaf sees nothing.
+    """
+    tile_S, start_S, stop_S = _segments(lo_tTm, hi_tTm)
+    leaves = lo_tTm.shape[1] // leaf
+    lo_SLX, hi_SLX = (
+        x_tTm[tile_S].reshape(len(tile_S), leaves, leaf * x_tTm.shape[2])
+        for x_tTm in (lo_tTm, hi_tTm)
+    )
+    inside_SLX = (lo_SLX < hi_SLX) & (lo_SLX >= start_S[:, None, None])
+    inside_SLX &= lo_SLX < stop_S[:, None, None]
+    start_SL = np.where(inside_SLX, lo_SLX, _FAR).min(axis=2) // ALIGN * ALIGN
+    stop_SL = -(-np.where(inside_SLX, hi_SLX, -_FAR).max(axis=2) // ALIGN) * ALIGN
+    stop_SL = np.minimum(stop_SL, keys)
+    return tile_S, start_SL, stop_SL
+
+
+def _ragged(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> NDArray[np.bool_]:
+    """Whether the leaves of a tile see so little of its segments that they need their own."""
+    tiles, height, width = lo_tTm.shape
+    tile_S, start_SL, stop_SL = _hulls(lo_tTm, hi_tTm, keys, leaf)
+    whole_S = np.maximum(stop_SL - start_SL, 0).sum(axis=1)
+    whole_t = np.bincount(tile_S, whole_S, tiles)
+    lo_lTm, hi_lTm = (x.reshape(-1, leaf, width) for x in (lo_tTm, hi_tTm))
+    leaf_S, start_S, stop_S = _segments(lo_lTm, hi_lTm)
+    own_S = -(-stop_S // ALIGN) * ALIGN - start_S // ALIGN * ALIGN
+    own_t = np.bincount(leaf_S // (height // leaf), own_S, tiles)
+    return whole_t > _RAGGED * own_t
 
 
 def _waves(tile_J: Ints, first_J: Ints, leaves_J: Ints) -> Ints:

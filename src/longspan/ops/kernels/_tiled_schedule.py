@@ -207,8 +207,9 @@ def build_schedule(
                 shape = (-1, rows, lo_GNm.shape[2])
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
-                for jobs in find_jobs(lo_tTm, hi_tTm, keys, leaf, lines):
-                    runs[group] += _runs(jobs, first, masks)
+                row_t = np.arange(first, stop, rows)
+                for jobs in find_jobs(row_t, lo_tTm, hi_tTm, keys, leaf, lines):
+                    runs[group] += _runs(jobs, masks)
         runs[group].sort(key=lambda run: run.wave)
     covers = all(
         queries == sum(run.rows * run.count for run in runs[group] if run.wave == 0)
@@ -272,7 +273,7 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
     return lanes
 
 
-def _runs(jobs: Jobs, base: int, masks: dict[bytes, Mask]) -> list[Run]:
+def _runs(jobs: Jobs, masks: dict[bytes, Mask]) -> list[Run]:
     """Sort equal jobs together and cut them into runs of constant steps."""
     # The hash only brings equal masks together; whether neighbours are equal is decided on the
     # bounds themselves.
@@ -304,7 +305,7 @@ def _runs(jobs: Jobs, base: int, masks: dict[bytes, Mask]) -> list[Run]:
                 count=count,
                 rows=jobs.rows,
                 span=span,
-                row=base + int(row_J[first]),
+                row=int(row_J[first]),
                 row_step=row_step,
                 key=int(key_J[first]),
                 key_step=key_step,

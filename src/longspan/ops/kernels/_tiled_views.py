@@ -7,7 +7,6 @@ width; R and L all query and all key rows laid end to end; m ranges per query.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from longspan.ops.kernels._tiled_schedule import Batch, Mask
 
 # Vector units compute powers of two faster than powers of e, so logits carry this factor.
 LOG2E = math.log2(math.e)
-# Numbers that the masks of one schedule may keep.
-_ROOM = 1 << 22
+# Numbers that the masks of one schedule may keep; half of them for whole masks.
+_ROOM = 1 << 23
 
 
 def query_rows(x_RD: Tensor, batch: Batch, queries: int) -> Tensor:
@@ -50,7 +49,7 @@ def logits(
     mask = batch.run.mask
     if mask is not None:
         s_JHTS = s_JTS.unflatten(1, (batch.heads, batch.run.rows))
-        left_TS, right_TS = biases.edges(mask, q_JTD)
+        left_TS, right_TS = biases.edges(mask, q_JTD)[:2]
         s_JHTS[..., : mask.left].add_(left_TS)
         s_JHTS[..., mask.right :].add_(right_TS)
     return s_JTS
@@ -80,10 +79,10 @@ def add_product(
 
 
 class Biases:
-    """What masks add to logits, 0 or -inf; kept from call to call as far as they are small.
+    """What masks add to logits, 0 or -inf; kept from call to call as far as there is room.
 
-    A regular pattern has a handful of masks. Irregular ranges have one for every job, which are
-    then made again each time.
+    A regular pattern has a handful of masks, which are kept whole. Others have one for every job:
+    of those only the edges are kept, and drawn on a canvas when their job comes.
     """
 
     def __init__(self) -> None:
@@ -91,40 +90,69 @@ class Biases:
         self._room = _ROOM
 
     def edges(self, mask: Mask, like: Tensor) -> tuple[Tensor, ...]:
-        """Bias [T, left] on the first columns and [T, span - right] on the last."""
-        return self._keep(
-            (mask, like.dtype, like.device),
-            lambda: (_bias(mask, 0, mask.left, like), _bias(mask, mask.right, mask.span, like)),
-        )
+        """Bias [T, left] on the first columns and [T, span - right] on the last; where no column
+        is seen by every row, also -inf for the rows [T] that see nothing."""
+        name = (mask, like.dtype, like.device)
+        found = self._kept.get(name)
+        return found or self._keep(name, _edges(mask, like), 0)
 
-    def whole(self, mask: Mask, heads: int, like: Tensor) -> tuple[Tensor, ...]:
-        """Bias [H T, S], and -inf for the rows [H T] that see nothing, if there are any."""
-        return self._keep(
-            (mask, heads, like.dtype, like.device), lambda: _whole(mask, heads, like)
-        )
+    def whole(self, mask: Mask, heads: int, canvas: Canvas) -> tuple[Tensor, ...]:
+        """Bias [H T, S], and -inf for the rows [H T] that see nothing if there may be any; good
+        until the canvas is drawn on again."""
+        like = canvas.like
+        name = (mask, heads, like.dtype, like.device)
+        found = self._kept.get(name)
+        if found is not None:
+            return found
+        left_TL, right_TR, *blind = self.edges(mask, like)
+        blind = tuple(blind_T.repeat(heads) for blind_T in blind)
+        if heads == 1 and mask.left == mask.span:
+            return left_TL, *blind
+        bias_XS = canvas.draw(mask, heads, (left_TL, right_TR))
+        if bias_XS.numel() <= self._room - _ROOM // 2:
+            return self._keep(name, (bias_XS.clone(), *blind), _ROOM // 2)
+        return bias_XS, *blind
 
     def _keep(
-        self, name: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]]
+        self, name: tuple[object, ...], made: tuple[Tensor, ...], spare: int
     ) -> tuple[Tensor, ...]:
-        found = self._kept.get(name)
-        if found is None:
-            found = make()
-            size = sum(x.numel() for x in found)
-            if size <= self._room:
-                self._room -= size
-                self._kept[name] = found
-        return found
+        """Keep ``made`` if that leaves ``spare`` numbers of room."""
+        size = sum(x.numel() for x in made)
+        if size <= self._room - spare:
+            self._room -= size
+            self._kept[name] = made
+        return made
 
 
-def _whole(mask: Mask, heads: int, like: Tensor) -> tuple[Tensor, ...]:
-    bias_TS = like.new_zeros(len(mask.lo_Tm), mask.span)
-    bias_TS[:, : mask.left] = _bias(mask, 0, mask.left, like)
-    bias_TS[:, mask.right :] = _bias(mask, mask.right, mask.span, like)
-    if heads > 1:
-        bias_TS = bias_TS.repeat(heads, 1)
+class Canvas:
+    """Zeros, reused by one thread, on which the edges of one mask at a time are drawn."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self._flat = like.new_zeros(0)
+        self._drawn: tuple[Tensor, ...] = ()
+
+    def draw(self, mask: Mask, heads: int, edges: tuple[Tensor, Tensor]) -> Tensor:
+        """Bias [H T, S] with these edges."""
+        for drawn in self._drawn:
+            drawn.zero_()
+        shape = (heads, len(mask.lo_Tm), mask.span)
+        size = math.prod(shape)
+        if size > len(self._flat):
+            self._flat = self.like.new_zeros(size)
+        bias_HTS = self._flat[:size].view(shape)
+        self._drawn = bias_HTS[..., : mask.left], bias_HTS[..., mask.right :]
+        for drawn, edge in zip(self._drawn, edges, strict=True):
+            drawn.copy_(edge)
+        return bias_HTS.flatten(0, 1)
+
+
+def _edges(mask: Mask, like: Tensor) -> tuple[Tensor, ...]:
+    left_TL = _bias(mask, 0, mask.left, like)
+    right_TR = _bias(mask, mask.right, mask.span, like)
     if mask.left < mask.right:
-        return (bias_TS,)
-    return bias_TS, bias_TS.amax(-1)
+        return left_TL, right_TR
+    return left_TL, right_TR, left_TL.amax(-1)
 
 
 def _bias(mask: Mask, start: int, stop: int, like: Tensor) -> Tensor:
