@@ -177,7 +177,7 @@ def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
 
     On a GPU their gradients are added up in one pass over each of them.
     """
-    several = sum(order is not None for order in orders) > 0 and len(orders) > 1
+    several = len(orders) > 1 and any(order is not None for order in orders)
     if several and can_fuse(x_BHND) and all(o is None or o.back is not None for o in orders):
         return list(_Spread.apply(x_BHND, tuple(orders)))
     return [x_BHND if order is None else order.take(x_BHND) for order in orders]

@@ -36,9 +36,8 @@ def led(one: Pass) -> Pass:
     begin, end = int(lo[0, -1, 0]), int(hi[0, -1, 0])
     if not 0 < end - begin <= _MOST_KEYS:
         return one
-    # Where the last range of each class mostly begins. Class by class: a million queries of many
-    # heads are gigabytes at once.
-    cut = np.array([_last(own_lo, own_hi)[0][-1] for own_lo, own_hi in zip(lo, hi, strict=True)])
+    # Where the last range of each class begins, as its last query has it.
+    cut, _ = _last(lo[:, -1], hi[:, -1])
     cuts = np.unique(cut)
     if cuts[0] < end:
         return one
@@ -47,6 +46,7 @@ def led(one: Pass) -> Pass:
     if len(order) > 1.5 * len(one.key_order[0]):
         return one
     lo, hi, count = lo.copy(), hi.copy(), 0
+    # Class by class: a million queries of many heads are gigabytes at once.
     for own_lo, own_hi, first in zip(lo, hi, cut, strict=True):
         used = own_lo < own_hi
         segment = np.searchsorted(cuts, own_lo, side="right")
