@@ -35,20 +35,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+import gpu_race
 from gpu_harness import (
     HEADS,
     KERNELS,
     KEY_HEADS,
     Log,
     Work,
-    agreeing,
-    as_markdown,
     device_of_this_run,
     do,
     dtype_of_this_run,
     failed,
-    free,
-    race,
     share_caches,
     side_by_side,
     tensors,
@@ -240,19 +237,8 @@ def compare(
 
     rows = partial(oracle.row_error_over, keys, inputs, rows=[0, n // 3, n - 1])
     makers = {name: partial(rivals(size)[name], given) for name in names}
-    calls, first = agreeing(makers, inputs, rows, log, about)
-    about["density"] = given.pairs / (HEADS * n * (n + size) / 2)
-    race(
-        calls,
-        given.pairs,
-        inputs,
-        log,
-        about,
-        rounds=rounds,
-        more=lambda name: {"first_seconds": first.get(name)},
-    )
-    del calls, makers, inputs, rows
-    free()
+    more = {"density": given.pairs / (HEADS * n * (n + size) / 2)}
+    gpu_race.compare(makers, inputs, rows, given.pairs, log, about, rounds=rounds, more=more)
 
 
 def verdict(log: Log) -> str:
@@ -323,7 +309,7 @@ def main() -> None:
                 work.append((f"{kind} {size} {density}", 6, step))
 
     def tables() -> None:
-        text = as_markdown(log, "Block patterns on one GPU") + verdict(log)
+        text = gpu_race.as_markdown(log, "Block patterns on one GPU") + verdict(log)
         (options.out / "blocks.md").write_text(text, encoding="utf-8")
 
     do(work, log, options.budget_s - (time.monotonic() - begin), tables)

@@ -1,8 +1,7 @@
-"""What the GPU benchmarks share: records, caches of compiled kernels, checks, timing in turns.
+"""What the GPU benchmarks share: records, caches of compiled kernels, processes, a budget.
 
 A benchmark checks its rivals in processes side by side, which also compile: what the libraries
-below can keep on disk, the process that times finds there. Then it compares them at full length,
-and times in turns those that were right, dense causal attention among them.
+below can keep on disk, the process that times finds there.
 """
 
 from __future__ import annotations
@@ -15,16 +14,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan.bench import dense, oracle
-from longspan.bench.setting import WAYS, Call, both_ways
-from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
 from longspan.eval.environment import environment, version
 from longspan.eval.records import read_lines
@@ -41,6 +37,7 @@ def share_caches() -> None:
     """Let the process that times find what the checking processes compiled."""
     folder = os.environ.setdefault("LONGSPAN_BENCH_CACHE", tempfile.mkdtemp(prefix="routes-"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
     if "LONGSPAN_BENCH_UNSHARED" in os.environ:
         return
     for library in LIBRARIES.values():
@@ -70,10 +67,10 @@ class Log:
         shown.pop("trace", None)
         print(json.dumps(shown, default=str), flush=True)
 
-    def machine(self) -> None:
+    def machine(self, **more: Any) -> None:
         """Versions and hardware."""
         stack = {name: version(name) for name in STACK}
-        self.add(kind="machine", **environment(), stack=stack)
+        self.add(kind="machine", **environment(), stack=stack, **more)
 
 
 def failed(error: Exception) -> dict[str, str]:
@@ -146,132 +143,6 @@ def side_by_side(script: str, names: Sequence[str], log: Log, seconds: float) ->
             log.add(kind="check process", name=name, code=code, output=tail)
 
 
-def agreeing(
-    makers: Mapping[str, Callable[[], Call]],
-    inputs: list[Tensor],
-    row_error: Callable[[Tensor], float],
-    log: Log,
-    about: Mapping[str, Any],
-    *,
-    inner: slice = slice(None),
-) -> tuple[dict[str, Call], dict[str, float]]:
-    """Rivals that are right at full length, and the seconds of each one's first call.
-
-    Args:
-        makers: of each rival, makes its call anew, with all that a new pattern needs.
-        inputs: q, k and v.
-        row_error: of an output, the error of some rows.
-        log: where what is wrong or refused is told.
-        about: what every record says.
-        inner: rows that all compute alike; the others are not compared.
-
-    Returns:
-        The calls, and the seconds.
-    """
-    calls: dict[str, Call] = {}
-    first: dict[str, float] = {}
-    lead: list[Tensor] = []
-    largest = oracle.TOLERANCE[inputs[0].dtype]
-    for name, make in makers.items():
-        try:
-            ways = both_ways(make(), inputs)
-            out: Any = ways["forward"]()
-            results: list[Tensor] = [out]
-            try:
-                grads: Any = ways["forward+backward"]()
-                results += grads
-            except (Refusal, NotImplementedError) as refusal:
-                log.add(**about, kernel=name, way="forward+backward", refused=str(refusal))
-            wait()
-            # Kernels are compiled by now; what is left is what a new pattern costs.
-            start = time.perf_counter()
-            call = make()
-            both_ways(call, inputs)["forward"]()
-            wait()
-            first[name] = time.perf_counter() - start
-            rows = row_error(out)
-            found = [x[:, :, inner] for x in results]
-            apart = [oracle.relative(a, b) for a, b in zip(found, lead or found, strict=False)]
-            log.add(**{**about, "kind": "full length"}, kernel=name, rows=rows, apart=apart)
-            if rows <= largest and max(apart) <= largest:
-                calls[name] = call
-                lead = lead if len(lead) >= len(found) else found
-            else:
-                log.add(**about, kernel=name, error="wrong at full length: not timed")
-        except Exception as error:
-            log.add(**about, kernel=name, **failed(error))
-    return calls, first
-
-
-def dense_calls(inputs: list[Tensor], log: Log) -> dict[str, Call]:
-    """Dense causal attention of each library that is there."""
-    found = {}
-    offered = dense.on_cpu() if device_of_this_run() == "cpu" else dense.on_gpu()
-    for name, call in offered.items():
-        try:
-            with torch.no_grad():
-                call(*inputs)
-            found[f"dense {name}"] = call
-        except Exception as error:
-            log.add(kind="peer", name=name, **failed(error))
-    return found
-
-
-def race(
-    calls: Mapping[str, Call],
-    pairs: int,
-    inputs: list[Tensor],
-    log: Log,
-    about: Mapping[str, Any],
-    *,
-    rounds: int,
-    more: Callable[[str], Mapping[str, Any]] = lambda name: {},
-) -> None:
-    """Time rivals and dense attention in turns, both ways, a record for each.
-
-    Args:
-        calls: rivals that are right.
-        pairs: query-key pairs that each of them computes.
-        inputs: q, k and v.
-        log: where the records go.
-        about: what every record says.
-        rounds: rounds that count.
-        more: what else a rival's record says.
-    """
-    width, n = inputs[0].shape[3], inputs[0].shape[2]
-    calls = {**calls, **dense_calls(inputs, log)}
-    dense_pairs = inputs[0].shape[1] * n * (n + 1) // 2
-    for way, flops in WAYS.items():
-        steps = {}
-        for name, call in calls.items():
-            step = both_ways(call, inputs)[way]
-            try:
-                step()
-                steps[name] = step
-            except Exception as error:
-                log.add(**about, kernel=name, way=way, **failed(error))
-        seconds = in_turns(steps, rounds=rounds, device=inputs[0].device, warm_up=2)
-        rate = {
-            name: flops
-            * width
-            * (dense_pairs if name.startswith("dense") else pairs)
-            / summary(taken)["seconds"]
-            / 1e12
-            for name, taken in seconds.items()
-        }
-        best = max((x for name, x in rate.items() if name.startswith("dense")), default=None)
-        for name, taken in seconds.items():
-            log.add(
-                **about,
-                kernel=name,
-                way=way,
-                **more(name),
-                **summary(taken),
-                tflops=rate[name],
-                of_dense=rate[name] / best if best else None,
-            )
-
-
 def do(work: Sequence[Work], log: Log, seconds: float, after: Callable[[], None]) -> None:
     """Do one thing after another as long as there is time.
 
@@ -290,27 +161,5 @@ def do(work: Sequence[Work], log: Log, seconds: float, after: Callable[[], None]
             step()
         except Exception as error:
             log.add(kind="failed", name=name, **failed(error))
-            free()
+        free()
         after()
-
-
-def as_markdown(log: Log, title: str) -> str:
-    """The timed records as a table."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a rehearsal on a CPU"
-    lines = [f"# {title}", "", where, ""]
-    lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
-    for r in log.rows:
-        if r["kind"] in ("speed", "long") and "tflops" in r:
-            share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
-            cells = (
-                r["pattern"].replace("|", "\\|"),
-                r["n"],
-                r["width"],
-                r.get("way", "forward"),
-                r["kernel"],
-                f"{r['seconds'] * 1e3:.2f}",
-                f"{r['tflops']:.0f}",
-                share,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"

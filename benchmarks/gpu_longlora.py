@@ -22,21 +22,9 @@ from pathlib import Path
 
 import torch
 
+import gpu_race
 import longspan as ls
-from gpu_harness import (
-    HEADS,
-    KERNELS,
-    Log,
-    Work,
-    agreeing,
-    as_markdown,
-    device_of_this_run,
-    do,
-    free,
-    race,
-    share_caches,
-    tensors,
-)
+from gpu_harness import HEADS, KERNELS, Log, Work, device_of_this_run, do, share_caches, tensors
 from gpu_routes import fresh, through
 from longspan.bench import dense, oracle
 from longspan.bench.peers.longlora import longlora
@@ -68,18 +56,8 @@ def compare(size: int, n: int, log: Log, *, rounds: int) -> None:
         makers[f"LongLoRA, {name}"] = partial(longlora, size, inside)
     half = size // 2
     rows = partial(oracle.row_error, plan, inputs, rows=[half, n // 3, n - 1 - half])
-    calls, first = agreeing(makers, inputs, rows, log, about, inner=slice(half, n - half))
-    race(
-        calls,
-        plan.pairs,
-        inputs,
-        log,
-        about,
-        rounds=rounds,
-        more=lambda name: {"first_seconds": first.get(name)},
-    )
-    del calls, makers, inputs, rows
-    free()
+    inner = slice(half, n - half)
+    gpu_race.compare(makers, inputs, rows, plan.pairs, log, about, rounds=rounds, inner=inner)
 
 
 def gains(log: Log) -> str:
@@ -121,7 +99,7 @@ def main() -> None:
     ]
 
     def tables() -> None:
-        text = as_markdown(log, "LongLoRA's shifted groups on one GPU") + gains(log)
+        text = gpu_race.as_markdown(log, "LongLoRA's shifted groups on one GPU") + gains(log)
         (options.out / "longlora.md").write_text(text, encoding="utf-8")
 
     do(work, log, options.budget_s - (time.monotonic() - begin), tables)

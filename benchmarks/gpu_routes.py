@@ -32,18 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import gpu_race
 import longspan as ls
 from gpu_harness import (
     HEADS,
     KERNELS,
     LIBRARIES,
     Log,
-    agreeing,
-    as_markdown,
     do,
     failed,
     free,
-    race,
     share_caches,
     side_by_side,
     tensors,
@@ -213,24 +211,13 @@ def compare(
     inputs = tensors(n, width)
     rows = partial(oracle.row_error, plan, inputs, rows=[0, n // 3, n - 1])
     makers = {kernel: lambda kernel=kernel: through(kernel, fresh(plan)) for kernel in rivals}
-    calls, first = agreeing(makers, inputs, rows, log, about)
-    about |= {
+    more = {
         "passes": len(plan.passes),
         "keys": plan.pairs / (HEADS * n),
         "apart": len({one for p in plan.passes for one in p.head_class}) > 1,
         "plan_seconds": planned,
     }
-    race(
-        calls,
-        plan.pairs,
-        inputs,
-        log,
-        about,
-        rounds=rounds,
-        more=lambda name: {"first_seconds": first.get(name)},
-    )
-    del calls, makers, inputs, rows
-    free()
+    gpu_race.compare(makers, inputs, rows, plan.pairs, log, about, rounds=rounds, more=more)
 
 
 # Step 3.
@@ -375,7 +362,7 @@ def main() -> None:
     def tables() -> None:
         table = json.dumps(measured(log, command), indent=2) + "\n"
         (options.out / "measured.json").write_text(table, encoding="utf-8")
-        text = as_markdown(log, "CUDA routes on one GPU")
+        text = gpu_race.as_markdown(log, "CUDA routes on one GPU")
         (options.out / "routes.md").write_text(text, encoding="utf-8")
 
     if options.match:

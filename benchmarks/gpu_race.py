@@ -1,0 +1,196 @@
+"""How the GPU benchmarks compare rivals: right at full length first, then timed in turns.
+
+Dense causal attention takes part in every race: figures are shares of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_harness import Log, device_of_this_run, failed, wait
+from longspan.bench import dense, oracle
+from longspan.bench.setting import WAYS, Call, both_ways
+from longspan.bench.timing import in_turns, summary
+from longspan.errors import Refusal
+
+
+def compare(
+    makers: Mapping[str, Callable[[], Call]],
+    inputs: list[Tensor],
+    row_error: Callable[[Tensor], float],
+    pairs: int,
+    log: Log,
+    about: Mapping[str, Any],
+    *,
+    rounds: int,
+    more: Mapping[str, Any] | None = None,
+    inner: slice = slice(None),
+) -> None:
+    """Check rivals and dense attention on one pattern, and time those that are right.
+
+    Args:
+        makers: of each rival, makes its call anew, with all that a new pattern needs.
+        inputs: q, k and v.
+        row_error: of an output, the error of some rows.
+        pairs: query-key pairs that each rival computes.
+        log: where the records go.
+        about: what every record says.
+        rounds: rounds that count.
+        more: what the records of timings say beyond that.
+        inner: rows that all compute alike; the others are not compared.
+    """
+    calls, first = agreeing(makers, inputs, row_error, log, about, inner=inner)
+    race(calls, pairs, inputs, log, {**about, **(more or {})}, rounds=rounds, first=first)
+
+
+def agreeing(
+    makers: Mapping[str, Callable[[], Call]],
+    inputs: list[Tensor],
+    row_error: Callable[[Tensor], float],
+    log: Log,
+    about: Mapping[str, Any],
+    *,
+    inner: slice = slice(None),
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Rivals that are right at full length, and the seconds of each one's first call.
+
+    Args:
+        makers: of each rival, makes its call anew, with all that a new pattern needs.
+        inputs: q, k and v.
+        row_error: of an output, the error of some rows.
+        log: where what is wrong or refused is told.
+        about: what every record says.
+        inner: rows that all compute alike; the others are not compared.
+
+    Returns:
+        The calls, and the seconds.
+    """
+    calls: dict[str, Call] = {}
+    first: dict[str, float] = {}
+    lead: list[Tensor] = []
+    largest = oracle.TOLERANCE[inputs[0].dtype]
+    for name, make in makers.items():
+        try:
+            ways = both_ways(make(), inputs)
+            out: Any = ways["forward"]()
+            results: list[Tensor] = [out]
+            try:
+                grads: Any = ways["forward+backward"]()
+                results += grads
+            except (Refusal, NotImplementedError) as refusal:
+                log.add(**about, kernel=name, way="forward+backward", refused=str(refusal))
+            wait()
+            # Kernels are compiled by now; what is left is what a new pattern costs.
+            start = time.perf_counter()
+            call = make()
+            both_ways(call, inputs)["forward"]()
+            wait()
+            first[name] = time.perf_counter() - start
+            rows = row_error(out)
+            found = [x[:, :, inner] for x in results]
+            apart = [oracle.relative(a, b) for a, b in zip(found, lead or found, strict=False)]
+            log.add(**{**about, "kind": "full length"}, kernel=name, rows=rows, apart=apart)
+            if rows <= largest and max(apart) <= largest:
+                calls[name] = call
+                lead = lead if len(lead) >= len(found) else found
+            else:
+                log.add(**about, kernel=name, error="wrong at full length: not timed")
+        except Exception as error:
+            log.add(**about, kernel=name, **failed(error))
+    return calls, first
+
+
+def dense_calls(inputs: list[Tensor], log: Log) -> dict[str, Call]:
+    """Dense causal attention of each library that is there."""
+    found = {}
+    offered = dense.on_cpu() if device_of_this_run() == "cpu" else dense.on_gpu()
+    for name, call in offered.items():
+        try:
+            with torch.no_grad():
+                call(*inputs)
+            found[f"dense {name}"] = call
+        except Exception as error:
+            log.add(kind="peer", name=name, **failed(error))
+    return found
+
+
+def race(
+    calls: Mapping[str, Call],
+    pairs: int,
+    inputs: list[Tensor],
+    log: Log,
+    about: Mapping[str, Any],
+    *,
+    rounds: int,
+    first: Mapping[str, float],
+) -> None:
+    """Time rivals and dense attention in turns, both ways, a record for each.
+
+    Args:
+        calls: rivals that are right.
+        pairs: query-key pairs that each of them computes.
+        inputs: q, k and v.
+        log: where the records go.
+        about: what every record says.
+        rounds: rounds that count.
+        first: seconds of each rival's first call.
+    """
+    width, n = inputs[0].shape[3], inputs[0].shape[2]
+    calls = {**calls, **dense_calls(inputs, log)}
+    dense_pairs = inputs[0].shape[1] * n * (n + 1) // 2
+    for way, flops in WAYS.items():
+        steps = {}
+        for name, call in calls.items():
+            step = both_ways(call, inputs)[way]
+            try:
+                step()
+                steps[name] = step
+            except Exception as error:
+                log.add(**about, kernel=name, way=way, **failed(error))
+        seconds = in_turns(steps, rounds=rounds, device=inputs[0].device, warm_up=2)
+        rate = {
+            name: flops
+            * width
+            * (dense_pairs if name.startswith("dense") else pairs)
+            / summary(taken)["seconds"]
+            / 1e12
+            for name, taken in seconds.items()
+        }
+        best = max((x for name, x in rate.items() if name.startswith("dense")), default=None)
+        for name, taken in seconds.items():
+            log.add(
+                **about,
+                kernel=name,
+                way=way,
+                first_seconds=first.get(name),
+                **summary(taken),
+                tflops=rate[name],
+                of_dense=rate[name] / best if best else None,
+            )
+
+
+def as_markdown(log: Log, title: str) -> str:
+    """The timed records as a table."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a rehearsal on a CPU"
+    lines = [f"# {title}", "", where, ""]
+    lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
+    for r in log.rows:
+        if r["kind"] in ("speed", "long") and "tflops" in r:
+            share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
+            cells = (
+                r["pattern"].replace("|", "\\|"),
+                r["n"],
+                r["width"],
+                r.get("way", "forward"),
+                r["kernel"],
+                f"{r['seconds'] * 1e3:.2f}",
+                f"{r['tflops']:.0f}",
+                share,
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
