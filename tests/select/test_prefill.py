@@ -448,16 +448,40 @@ def test_bounds_are_above_every_product():
     assert (bound >= highest - 1e-12)[..., (prompt.back >= 0)[0]].all()
 
 
-def test_a_probe_conserves_its_mass():
-    q, k, v = tensors(40, 100, batch=2)
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize(("n", "m"), [(40, 100), (96, 96), (100, 100), (17, 17), (1, 50)])
+def test_a_probe_is_the_attention_of_the_last_rows(n, m, rows):
+    q, k, v = tensors(n, m, batch=2)
     prompt = select(q, k, v, "block_topk(1, block=16)").layout.prompt
-    found = probe(prompt, 64)
-    assert found.rows.tolist() == [40, 40]
+    found = probe(prompt, rows)
+    probed = min(n, rows)
+    assert found.rows.tolist() == [probed, probed]
     for mass in (found.columns, found.offsets):
-        torch.testing.assert_close(mass.sum(-1), torch.full((2, H), 40.0, dtype=oracles.F64))
-    columns, offsets = oracles.probe(q[1, 3], oracles.rep(k[1], H)[3], 64)
-    torch.testing.assert_close(found.columns[1, 3, :100], columns)
-    torch.testing.assert_close(found.offsets[1, 3, :100], offsets)
+        whole = torch.full((2, H), float(probed), dtype=oracles.F64)
+        torch.testing.assert_close(mass.sum(-1), whole)
+    for b in range(2):
+        for h in range(H):
+            columns, offsets = oracles.probe(q[b, h], oracles.rep(k[b], H)[h], rows)
+            torch.testing.assert_close(found.columns[b, h, :m], columns)
+            torch.testing.assert_close(found.offsets[b, h, :m], offsets)
+
+
+def test_a_probe_knows_padded_rows_apart():
+    n, gap = 75, 20
+    q, k, v = tensors(n + gap, n + gap, batch=2)
+    place = torch.arange(n + gap) - torch.tensor([[0], [gap]])
+    place = place.clamp(min=-1)
+    k[1, :, :n], k[1, :, n:] = k[1, :, gap:].clone(), 0.0
+    prompt = select(q, k, v, "block_topk(1, block=16)", place=place).layout.prompt
+    found = probe(prompt, 64)
+    for b, (rows, keys) in enumerate(((q[0], k[0]), (q[1, :, gap:], k[1, :, :n]))):
+        for h in range(H):
+            columns, offsets = oracles.probe(rows[h], oracles.rep(keys, H)[h], 64)
+            count = keys.shape[1]
+            torch.testing.assert_close(found.columns[b, h, :count], columns)
+            torch.testing.assert_close(found.offsets[b, h, :count], offsets)
+            assert not found.columns[b, h, count:].any()
+            assert not found.offsets[b, h, count:].any()
 
 
 def test_the_switch_is_a_distance_between_distributions():
