@@ -97,7 +97,8 @@ def over_blocks(
     choices = block.shape[-1]
     if not choices:
         return over_ranges(q, k, v, lo, hi, scale, impl)[0]
-    counts = block < -(-k.shape[2] // size)
+    blocks = -(-k.shape[2] // size)
+    counts = block < blocks
     if q.shape[2] < _FEW_ROWS:
         far = (block * size, (block + 1) * size * counts)
         lo, hi = (
@@ -105,7 +106,7 @@ def over_blocks(
             for x, y in zip((lo, hi), far, strict=True)
         )
         return over_ranges(q, k, v, lo, hi, scale, impl)[0]
-    copies, chosen = Copies.sorted(block.flatten(2), choices)
+    copies, chosen = Copies.sorted(block.clamp_max(blocks).flatten(2), blocks, choices)
     begin = chosen * size
     end = (begin + size).masked_fill(begin >= k.shape[2], 0)
     out, lse = over_ranges(copies.spread(q), k, v, begin[..., None], end[..., None], scale, impl)

@@ -1,7 +1,7 @@
 """Attention inside buckets that content decides, as key ranges over keys sorted by bucket.
 
-Axes: B batch, H query heads, K key heads, N rows, D head width, L rows of a sorted list, m ranges
-of a row.
+Axes: B batch, H query heads, K key heads, R rounds, N rows, D head width, L rows of a sorted list,
+m ranges of a row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longspan.mechanism._copies import Copies
 from longspan.mechanism._range_op import over_ranges
+from longspan.ops import merge
 
 # Padding sorts behind every token: it carries its row plus this.
 PADDING = 1 << 40
@@ -20,49 +21,73 @@ def bucket_window(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bucket_q_BHN: Tensor,
-    bucket_k_BKM: Tensor,
+    bucket_q_BHRN: Tensor,
+    bucket_k_BKRM: Tensor,
     window: int,
     *,
     scale: float,
     include_self: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Each row attends to the last ``window`` earlier keys of its own bucket.
+    """Each row attends, in every round, to the last ``window`` earlier keys of its own bucket.
 
     Strictly causal, selection included: which keys a row sees depends on buckets of earlier rows
-    alone. Sorted by bucket, then by row, those keys are one range.
+    alone. Sorted by bucket, then by row, those keys are one range. The rounds stand one behind
+    the other in one list, so that a kernel is called once.
 
     Args:
         q: queries [B, H, N, D], the last N of M rows.
         k: keys [B, K, M, D].
         v: values [B, K, M, Dv].
-        bucket_q_BHN: bucket of each query; negative sees nothing.
-        bucket_k_BKM: bucket of each key; negative is seen by nobody.
-        window: most keys per row.
+        bucket_q_BHRN: bucket of each query in each round, below 2**31; negative sees nothing.
+        bucket_k_BKRM: bucket of each key; negative is seen by nobody.
+        window: most keys per row and round.
         scale: factor on the logits.
         include_self: whether a row's own key counts among the earlier ones.
         impl: kernel name, or ``auto``.
 
     Returns:
-        out [B, H, N, Dv] and lse [B, H, N]; 0 and -inf where a row sees no key.
+        out [B, H, N, Dv] and lse [B, H, N]; a key that several rounds show counts in each of them;
+        0 and -inf where a row sees no key.
     """
-    rows, keys = q.shape[2], k.shape[2]
-    row_M = torch.arange(keys, device=q.device)
-    row_N = row_M[keys - rows :]
-    asked, code_q = Copies.sorted(bucket_q_BHN * keys + row_N)
-    kept, code_k = Copies.sorted(bucket_k_BKM * keys + row_M)
-    bucket_q = code_q.div(keys, rounding_mode="floor")
+    rows, keys, rounds = q.shape[2], k.shape[2], bucket_q_BHRN.shape[2]
+    kept, code_k = _by_bucket(bucket_k_BKRM, 0)
+    asked, code_q = kept, code_k
+    if bucket_q_BHRN is not bucket_k_BKRM:
+        asked, code_q = _by_bucket(bucket_q_BHRN, keys - rows)
+    begin_q = code_q - code_q % keys
     code_k = code_k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     first, stop = (
-        torch.searchsorted(code_k.contiguous(), code.contiguous())
-        for code in (bucket_q * keys, code_q + int(include_self))
+        torch.searchsorted(code_k, code.contiguous())
+        for code in (begin_q, code_q + int(include_self))
     )
-    lo = torch.maximum(first, stop - window).masked_fill(bucket_q < 0, 0)
-    hi = stop.masked_fill(bucket_q < 0, 0)
+    # Nobody sees the keys before the first bucket, which are those of padding.
+    unseen, base = code_q < 0, torch.arange(0, rounds * keys, keys, device=q.device)[:, None]
+    lo, hi = (
+        (end + base).masked_fill(unseen, 0).flatten(2)[..., None]
+        for end in (torch.maximum(first, stop - window), stop)
+    )
     given = asked.spread(q), kept.spread(k), kept.spread(v)
-    out, lse = over_ranges(*given, lo[..., None], hi[..., None], scale, impl)
-    return asked.collect(out, lse)[0]
+    parts = asked.collect(*over_ranges(*given, lo, hi, scale, impl))
+    return parts[0] if rounds == 1 else merge(parts)
+
+
+def _by_bucket(bucket_BHRN: Tensor, first: int) -> tuple[Copies, Tensor]:
+    """Rows of every round in the order of their buckets.
+
+    Args:
+        bucket_BHRN: buckets of each round.
+        first: number of the first row.
+
+    Returns:
+        The list of all rounds, and bucket times ``first + N`` plus row of each place [B, H, R, N].
+    """
+    rounds, rows = bucket_BHRN.shape[2:]
+    # Sorting takes time by the bytes of what is sorted.
+    bucket, row = bucket_BHRN.to(torch.int32).sort(dim=-1, stable=True)
+    turn = torch.arange(rounds, device=row.device)[:, None]
+    code = bucket.to(torch.int64) * (first + rows) + first + row
+    return Copies((row * rounds + turn).flatten(2), rounds), code
 
 
 def take(x_BHND: Tensor, rows_BHL: Tensor) -> Tensor:

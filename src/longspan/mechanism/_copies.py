@@ -35,10 +35,18 @@ class Copies:
         self.place_cBHN = place_BHP.unflatten(-1, (-1, c)).movedim(-1, 0)
 
     @classmethod
-    def sorted(cls, key_BHP: Tensor, c: int = 1) -> tuple[Copies, Tensor]:
-        """Copies in ascending order of their keys, equal ones in that of rows; and the keys."""
-        key_BHP, copy_BHP = key_BHP.sort(dim=-1, stable=True)
-        return cls(copy_BHP, c), key_BHP
+    def sorted(cls, key_BHP: Tensor, most: int, c: int = 1) -> tuple[Copies, Tensor]:
+        """Copies in ascending order of their keys, equal ones in that of rows; and the keys.
+
+        Args:
+            key_BHP: whole numbers from 0 to ``most``.
+            most: the largest.
+            c: places of a row.
+        """
+        # Sorting takes time by the bytes of what is sorted.
+        narrow = torch.int16 if most < 1 << 15 else torch.int32
+        key_BHP, copy_BHP = key_BHP.to(narrow).sort(dim=-1, stable=True)
+        return cls(copy_BHP, c), key_BHP.to(torch.int64)
 
     def spread(self, x_BHND: Tensor) -> Tensor:
         """Rows in the order of the list [B, H, P, D]; heads that share a list side by side."""

@@ -1,16 +1,18 @@
-"""Sizes and passes of Dual Chunk Attention, see ``longspan.mechanism.dual_chunk``; no tensors.
+"""Sizes and passes of Dual Chunk Attention, see ``longspan.mechanism.dual_chunk``.
 
-Axes: B batch, N query rows.
+Axes: B batch, N query rows, M key rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from longspan.errors import PatternError
 from longspan.pattern import parse
@@ -112,12 +114,25 @@ class DualChunkPlan:
     Attributes:
         passes: plan, and place to which queries are rotated [B or 1, N]; at most three.
         position: of the queries inside their segment [B or 1, N].
+        key_place: place to which keys are rotated [B or 1, M].
         factor: on the logits [B or 1, N]; None for 1.
     """
 
     passes: tuple[tuple[Plan, NDArray[np.int64]], ...]
     position: NDArray[np.int64]
+    key_place: NDArray[np.int64]
     factor: NDArray[np.float64] | None
+    _kept: dict[tuple[str | int, torch.device], Tensor] = field(default_factory=dict)
+
+    def table(self, name: str | int, device: torch.device) -> Tensor:
+        """``key_place``, ``factor`` or the places of a pass by its number, kept on a device.
+
+        Copied anew in every call they would make the device wait for the host.
+        """
+        if (name, device) not in self._kept:
+            array = self.passes[name][1] if isinstance(name, int) else getattr(self, name)
+            self._kept[name, device] = torch.from_numpy(array).to(device)
+        return self._kept[name, device]
 
 
 def lay_out(
@@ -157,7 +172,7 @@ def lay_out(
             passes.append((laid, place))
     rate = config.rate
     factor = (1 + rate * np.log(config.growth(query))) ** 2 if rate else None
-    return DualChunkPlan(tuple(passes), query, factor)
+    return DualChunkPlan(tuple(passes), query, key % config.chunk, factor)
 
 
 plain_plan = lru_cache(maxsize=16)(lay_out)

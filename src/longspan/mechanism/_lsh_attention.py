@@ -58,7 +58,8 @@ def lsh_attention(
     Args:
         qk: shared queries and keys [B, H, M, D]; keys are normalised here.
         v: values [B, H, M, Dv].
-        bucket: whole numbers from 0 [B, H, R, M], one row per round, as of ``hash_buckets``.
+        bucket: whole numbers from 0, below 2**31 [B, H, R, M], one row per round, as of
+            ``hash_buckets``.
         chunk: rows c of a chunk.
         before: chunks looked at before the own one.
         after: chunks looked at after it; 0 for the window.

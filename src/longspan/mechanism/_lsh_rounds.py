@@ -45,11 +45,10 @@ def over_window(
         impl: kernel name, or ``auto``.
     """
     k = unit(qk)
-    parts = [
-        bucket_window(q, k, v, b_q, b_k, window, scale=scale, include_self=False, impl=impl)
-        for b_q, b_k in zip(bucket_q.unbind(2), bucket_k.unbind(2), strict=True)
-    ]
-    return _or_self(*merge(parts), v[:, :, v.shape[2] - q.shape[2] :])
+    out, lse = bucket_window(
+        q, k, v, bucket_q, bucket_k, window, scale=scale, include_self=False, impl=impl
+    )
+    return _or_self(out, lse, v[:, :, v.shape[2] - q.shape[2] :])
 
 
 def over_chunks(
@@ -88,8 +87,8 @@ def over_chunks(
     absent = bucket < 0
     # Padding sorts behind every bucket.
     bucket = torch.where(absent, bucket.amax() + 1, bucket)
-    every = torch.arange(rows + extra, device=qk.device)
-    order = (bucket * (rows + extra) + every).argsort(dim=-1)
+    # Sorting takes time by the bytes of what is sorted.
+    order = bucket.to(torch.int32).sort(dim=-1, stable=True).indices
     token = order + PADDING * absent.gather(-1, order)
     token_BHTC = token.unflatten(-1, (-1, chunk)).sort(dim=-1).values.flatten(2, 3)
     k, row_BHL = unit(qk), token_BHTC.flatten(2) % PADDING

@@ -50,7 +50,15 @@ def over_window(
     """
     scale = q.shape[-1] ** -0.5
     out, lse = bucket_window(
-        q, k, v, cluster_q, cluster_k, window, scale=scale, include_self=not shared_key, impl=impl
+        q,
+        k,
+        v,
+        cluster_q[:, :, None],
+        cluster_k[:, :, None],
+        window,
+        scale=scale,
+        include_self=not shared_key,
+        impl=impl,
     )
     own = v[:, :, v.shape[2] - q.shape[2] :].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return torch.where((lse.isneginf() & (cluster_q >= 0))[..., None], own, out)

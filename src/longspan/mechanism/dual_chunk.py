@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_ou
 from longspan.mechanism._past import PastLayer
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
-from longspan.planning.layout import layouts
 from longspan.position import Frequencies, default
 
 
@@ -61,7 +59,7 @@ def attend_in_passes(
     for index, (one, _) in enumerate(laid.passes):
         q = queries(index)
         if laid.factor is not None:
-            q = q * torch.from_numpy(laid.factor).to(q)[:, None, :, None]
+            q = q * laid.table("factor", q.device).to(q.dtype)[:, None, :, None]
         parts.append(attend(q, k, v, one, scale=scale, return_lse=True, impl=impl))
     return merge(parts)[0]
 
@@ -100,14 +98,11 @@ def dual_chunk_attention(
     inv_freq, factor = torch.from_numpy(turns.inv_freq), turns.attention_factor
     lay = lay_out if rows else plain_plan
     laid = lay(config, q.shape[2], q.shape[1], keys=k.shape[2], **rows)
-    names = ("positions", "segments", "key_positions", "key_segments")
-    found = layouts(q.shape[2], k.shape[2], *(rows.get(name) for name in names))
-    key_place = np.stack([layout.key_position for layout in found]) % config.chunk
 
     def queries(index: int) -> Tensor:
-        return rotate(q, torch.from_numpy(laid.passes[index][1]).to(q.device), inv_freq, factor)
+        return rotate(q, laid.table(index, q.device), inv_freq, factor)
 
-    k = rotate(k, torch.from_numpy(key_place).to(k.device), inv_freq, factor)
+    k = rotate(k, laid.table("key_place", k.device), inv_freq, factor)
     return attend_in_passes(queries, k, v, laid, scale=scale, impl=impl)
 
 
@@ -169,7 +164,7 @@ class DualChunkAttention(PastLayer):
             laid = plain_plan(self.config, q.shape[2], self.heads, keys=k.shape[2])
 
             def queries(index: int) -> Tensor:
-                return self._turn(q, torch.from_numpy(laid.passes[index][1]).to(q.device))
+                return self._turn(q, laid.table(index, q.device))
 
             return attend_in_passes(queries, k, v, laid, impl=self.impl)
         key_place = torch.arange(k.shape[2], device=k.device)

@@ -208,10 +208,10 @@ class LSHAttention(MechanismLayer):
             hidden = ~valid[:, None, :, None]
             q, v = q.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
             bucket = bucket.masked_fill(hidden.mT, -1)
-        old = [] if state is None else [state]
-        qk = torch.cat([*(s.qk for s in old), q], dim=2)
-        values = torch.cat([*(s.v for s in old), v], dim=2)
-        all_buckets = torch.cat([*(s.bucket for s in old), bucket], dim=3)
+        qk, values, all_buckets = q, v, bucket
+        if state is not None:
+            qk, values = torch.cat([state.qk, q], dim=2), torch.cat([state.v, v], dim=2)
+            all_buckets = torch.cat([state.bucket, bucket], dim=3)
         o = self.options
         width = o["chunk"] * (1 + o["before"])
         out = self.join(

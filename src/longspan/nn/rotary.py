@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.ops.fused import can_fuse
+from longspan.ops.turn import turn_rows
+
 
 def rotate(x_BHND: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> Tensor:
     """Turn queries or keys by their positions.
@@ -27,9 +30,19 @@ def rotate(x_BHND: Tensor, positions: Tensor, inv_freq: Tensor, factor: float = 
     angle = positions.to(work)[..., None] * inv_freq.to(device=x_BHND.device, dtype=work)
     angle_11ND = angle[:, None] if angle.dim() == 3 else angle
     cos, sin = angle_11ND.cos() * factor, angle_11ND.sin() * factor
+    if _one_angle_a_row(x_BHND, positions) and can_fuse(x_BHND, cos) and not cos.requires_grad:
+        # Written as below every number would be moved a dozen times.
+        tables = (x.reshape(-1, *x.shape[-2:]) for x in (cos, sin))
+        return turn_rows(x_BHND, *tables)
     first, second = x_BHND.to(work).chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x_BHND.dtype)
+
+
+def _one_angle_a_row(x_BHND: Tensor, positions: Tensor) -> bool:
+    """Whether there are rows, and nothing is broadcast but batch rows and heads."""
+    batch, _, rows, _ = x_BHND.shape
+    return x_BHND.numel() > 0 and positions.shape in ((rows,), (1, rows), (batch, rows))
 
 
 def count_positions(segments_BN: Tensor) -> Tensor:
