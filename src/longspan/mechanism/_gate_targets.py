@@ -41,6 +41,20 @@ def block_mass(
     return torch.cat(found, dim=2)
 
 
+def of_block_pairs(wanted: Tensor, own: Tensor, blocks: int, *, largest: bool) -> Tensor:
+    """Targets of rows [B, K, N, T] as those of whole blocks of rows [B, K, T, T].
+
+    Args:
+        wanted: of each row, what falls on each block.
+        own: block of each row [B, N].
+        blocks: T.
+        largest: take the largest of a block's rows instead of their sum.
+    """
+    index = own[:, None, :, None].expand_as(wanted)
+    found = wanted.new_zeros(*wanted.shape[:2], blocks, blocks)
+    return found.scatter_reduce(2, index, wanted, "amax" if largest else "sum")
+
+
 def divergence(score: Tensor, wanted: Tensor, past: Tensor) -> Tensor:
     """Mean over rows of KL(wanted || softmax of the scores) over past blocks, in nats.
 

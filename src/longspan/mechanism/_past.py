@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mechanism._summaries import join_masks
+from longspan.mechanism._summary_state import join_masks
 from longspan.mechanism.layer import Count, MechanismLayer, positions, rows_at, to_front
 from longspan.nn.attention import check
 

@@ -34,8 +34,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longspan.errors import InputError, Refusal
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
-from longspan.mechanism._gate_targets import block_mass, divergence
+from longspan.mechanism._blocks import over_blocks, without_autocast
+from longspan.mechanism._gate_scores import (
+    chosen_blocks,
+    mean_queries,
+    own_block,
+    pooled_keys,
+)
+from longspan.mechanism._gate_targets import block_mass, divergence, of_block_pairs
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, rows_at
 from longspan.nn.attention import check
@@ -143,7 +149,7 @@ class BlockGate(PastLayer):
         (turned, q), (k, v, plain) = asked, kept
         with torch.no_grad():
             chosen = self._chosen(*self._scored(q, plain, place), place)
-        begin = self._own(place, 1 if len(place) == 1 else len(q)) * self.block
+        begin = own_block(place, self.block, 1 if len(place) == 1 else len(q)) * self.block
         near, scale = (begin, place + 1), self.head_dim**-0.5
         return over_blocks(turned, k, v, [near], chosen, self.block, scale, self.impl)
 
@@ -165,14 +171,12 @@ class BlockGate(PastLayer):
         place, (turned, q), (k, _, plain) = self._look(x, mask)
         asking, told = self._scored(q, plain, place)
         wanted = block_mass(turned, k, place, self.block, largest=target == "max")
-        own = self._own(place, len(x))
+        own = own_block(place, self.block, len(x))
+        number = torch.arange(told.shape[2], device=x.device)
         if self.level == "block":
-            index = own[:, None, :, None].expand_as(wanted)
-            blocks = wanted.new_zeros(*wanted.shape[:2], told.shape[2], told.shape[2])
-            how = "amax" if target == "max" else "sum"
-            wanted = blocks.scatter_reduce(2, index, wanted, how)
-            own = torch.arange(told.shape[2], device=x.device)[None]
-        past = (torch.arange(told.shape[2], device=x.device) < own[..., None])[:, None]
+            wanted = of_block_pairs(wanted, own, len(number), largest=target == "max")
+            own = number[None]
+        past = (number < own[..., None])[:, None]
         return divergence(asking @ told.mT, wanted, past)
 
     @torch.no_grad()
@@ -190,7 +194,7 @@ class BlockGate(PastLayer):
         place, (turned, q), (k, _, plain) = self._look(x, mask)
         mass = block_mass(turned, k, place, self.block)
         asking, told = (mass, None) if best else self._scored(q, plain, place)
-        own = self._own(place, len(x))[:, None, :, None].expand(*mass.shape[:3], 1)
+        own = own_block(place, self.block, len(x))[:, None, :, None].expand(*mass.shape[:3], 1)
         seen = torch.cat([self._chosen(asking, told, place), own], dim=-1)
         real = (place >= 0).expand(len(x), -1).sum()
         return pad(mass, (0, 1)).gather(-1, seen).sum(dim=(0, 2, 3)) / real
@@ -206,55 +210,27 @@ class BlockGate(PastLayer):
             asked, new = self.ask(x, place)
         return place, asked, tokens_first(valid, *new)
 
-    def _own(self, place: Tensor, batch: int) -> Tensor:
-        """Block of each row [B, N]; 0 at padding."""
-        return place.clamp_min(0).div(self.block, rounding_mode="floor").expand(batch, -1)
-
     @without_autocast
     def _scored(self, q: Tensor, k: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """What rows (or blocks) ask with, scaled, and what blocks answer [B, K, N or T, W]."""
         work = torch.promote_types(q.dtype, torch.float32)
-        # Blocks that have not ended are never scored: the last may be left short.
-        k_BKTSD = pad(k.to(work), (0, 0, 0, -k.shape[2] % self.block))
-        k_BKTSD = k_BKTSD.unflatten(2, (-1, self.block))
-        pooled = torch.cat([k_BKTSD.amax(3), k_BKTSD.amin(3), k_BKTSD.mean(3)], dim=-1)
-        middle = (
-            torch.arange(pooled.shape[2], device=q.device) * self.block + (self.block - 1) // 2
-        )
-        told = pooled @ self.gate_key.to(work)
+        q, told = q.to(work), pooled_keys(k.to(work), self.block) @ self.gate_key.to(work)
+        blocks = told.shape[2]
+        middle = torch.arange(blocks, device=q.device) * self.block + (self.block - 1) // 2
         if self.level == "block":
-            index = self._own(place, len(q))[:, None, :, None]
-            q = q.to(work).masked_fill((place < 0)[:, None, :, None], 0.0)
-            blocks = q.new_zeros(*q.shape[:2], pooled.shape[2], q.shape[3])
-            real = (place >= 0).to(work)[:, None, :, None].expand(len(q), -1, -1, -1)
-            count = blocks[:, :1, :, :1].scatter_add(2, index, real)
-            q = blocks.scatter_add(2, index.expand_as(q), q) / count.clamp_min(1)
-            place = middle[None]
-        group = q.to(work).unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(3)
+            q, place = mean_queries(q, place, self.block, blocks), middle[None]
+        group = q.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(3)
         asking = group @ self.gate_query.to(work) * self.gate_query.shape[-1] ** -0.5
         if self._gate_freq is not None:
             asking = rotate(asking, place, self._gate_freq, self.factor)
             told = rotate(told, middle, self._gate_freq, self.factor)
         return asking, told
 
-    @without_autocast
     def _chosen(self, asking: Tensor, told: Tensor | None, place: Tensor) -> Tensor:
-        """Best past blocks of each row [B, K, N, t]; T where there are no more.
-
-        Args:
-            asking: what rows (or blocks) ask with; or scores, without ``told``.
-            told: what blocks answer.
-            place: of each row [1 or B, N].
-        """
-        own = place.div(self.block, rounding_mode="floor")
+        """Best past blocks of each row, see ``chosen_blocks``; rows of a block share theirs."""
         if self.level == "block" and told is not None:
-            asking = rows_at(asking, self._own(place, len(asking)))
-        blocks = asking.shape[3] if told is None else told.shape[2]
-        found = []
-        for rows in slices(asking.shape[2], asking.shape[0] * asking.shape[1] * blocks):
-            score = asking[:, :, rows] if told is None else asking[:, :, rows] @ told.mT
-            found.append(best_blocks(score, own[:, rows], self.top - 1))
-        return torch.cat(found, dim=2)
+            asking = rows_at(asking, own_block(place, self.block, len(asking)))
+        return chosen_blocks(asking, told, place, self.block, self.top - 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block={self.block}, top={self.top}, level={self.level!r}"

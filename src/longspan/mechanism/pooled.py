@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism._summaries import Summaries, SummaryState
+from longspan.mechanism._summaries import Summaries
+from longspan.mechanism._summary_state import SummaryState
 from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
 from longspan.nn.attention import check
 from longspan.ops import merge
