@@ -10,6 +10,7 @@ from tests.ops.test_flex import gpu
 import longspan as ls
 from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge_parts
+from longspan.ops.run import load
 from longspan.ops.views import views_of
 
 PATTERNS = [
@@ -58,6 +59,32 @@ def test_views_equal_the_reference(text, like_queries):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("text", ["sda.neighborhood(64, 4)", "sda.neighborhood(32, 8) | sink(1)"])
+def test_shared_keys_equal_the_reference(text):
+    plan = ls.plan(ls.parse(text), 512, 4)
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, 512, 8, generator=make, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    parts, seen = [], 0
+    for one in plan.passes:
+        loaded = load(one, q, k)
+        views = views_of(one, 512, 512, q.device, loaded.keys)
+        own = loaded if views is None else views
+        own_q, own_k, own_v = own.inputs(q, k, v)
+        seen += views is not None
+        if views is not None:
+            assert own_q.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+            assert len(own_k) == len(own_v) == 1
+        batch = len(own_q)
+        many = (x.expand(batch, -1, -1, -1) for x in (own_k, own_v))
+        parts.append(own.outputs(*reference(own_q, *many, own.ranges, 0.3)))
+    assert seen
+    wanted = ls.attend(q, k, v, plan, impl="reference", scale=0.3, return_lse=True)
+    for a, b in zip(merge_parts(parts), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_views_where_remainders_mix():
     mixed = [
         "sda.neighborhood(64, 4)",
@@ -77,7 +104,9 @@ def test_no_views_where_remainders_mix():
 
 
 @gpu
-@pytest.mark.parametrize("text", [*PATTERNS, "longnet([64, 256], [1, 4])", "ssa(64, 8)"])
+@pytest.mark.parametrize(
+    "text", [*PATTERNS, "longnet([64, 256], [1, 4])", "ssa(64, 8)", "sda.neighborhood(64, 4)"]
+)
 @pytest.mark.parametrize("n", [512, 509])
 def test_on_a_gpu(text, n):
     make = torch.Generator("cuda").manual_seed(0)
@@ -87,6 +116,8 @@ def test_on_a_gpu(text, n):
     for dtype, impl in ((torch.float64, "reference"), (torch.bfloat16, "flex")):
         inputs = [x.bfloat16().to(dtype).requires_grad_() for x in given]
         out = ls.attend(*inputs, text, impl=impl)
-        results.append([out, *torch.autograd.grad(out, inputs, slope.to(dtype))])
+        with torch.no_grad():
+            alone = ls.attend(*inputs, text, impl=impl)
+        results.append([alone, out, *torch.autograd.grad(out, inputs, slope.to(dtype))])
     for found, wanted in zip(results[1], results[0], strict=True):
         assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()

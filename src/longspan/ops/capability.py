@@ -30,12 +30,17 @@ class Capability:
         devices: device types it runs on; empty means any.
         note: one line for people.
         lse_gradient: whether gradients flow through its log-sum-exp.
+        adds_by_key_tile: whether in its backward one program adds up the gradients of a key tile,
+            so that keys which most queries see are worth copies.
+        shares_keys: whether it takes keys with one batch row for queries with many.
     """
 
     name: str
     devices: tuple[str, ...]
     note: str
     lse_gradient: bool = True
+    adds_by_key_tile: bool = False
+    shares_keys: bool = False
 
     def reasons(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
@@ -66,7 +71,13 @@ class Capability:
 
 
 KERNELS = (
-    Capability(name="flex", devices=("cuda",), note="FlexAttention over captured ranges"),
+    Capability(
+        name="flex",
+        devices=("cuda",),
+        note="FlexAttention over captured ranges",
+        adds_by_key_tile=True,
+        shares_keys=True,
+    ),
     Capability(name="cudnn", devices=("cuda",), note="cuDNN's interval attention, for Hopper"),
     Capability(
         name="flex_flash",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Numbers that one program holds.
-_NUMBERS = 4096
+_NUMBERS = 2048
 
 
 def can_fuse(*tensors: Tensor) -> bool:

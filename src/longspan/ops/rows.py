@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from longspan.ops.fused import add_rows, can_fuse, gather
 
 # A few rows may stand at more places than this; if many do, their gradients are scattered.
-_MOST_PLACES = 4
+_MOST_PLACES = 8
 _MOST_RESTS = 128
 
 

@@ -5,21 +5,24 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.ops.capability import choose, needs_grad
+from longspan.ops.copies import copies_of
+from longspan.ops.lanes import Lanes
 from longspan.ops.merge import Part
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, views_of
 from longspan.planning import Pass
 
-_Kept = dict[tuple[torch.device, int, int, bool], "Loaded | Views"]
+_Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
 
 
@@ -114,27 +117,68 @@ def compute(
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
-    loaded = [load(one, q, k) for one in passes]
+    loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for one in passes]
+    together = _together(loaded, q, k, v)
     parts = []
-    for one, (own_q, own_k, own_v) in zip(loaded, _inputs(loaded, q, k, v), strict=True):
-        kernel = choose(impl, own_q, own_k, own_v, one.ranges, use_lse=use_lse).load()
-        parts.append(one.outputs(*kernel(own_q, own_k, own_v, one.ranges, scale)))
+    with Lanes(loaded, (q, k, v), impl) as lanes:
+        for index, one in enumerate(loaded):
+            with lanes.lane(index) as lane:
+                # One after the other, so that the rows of a pass are gone before the next one.
+                own = one.inputs(q, k, v) if together is None else together[index]
+                kernel = choose(impl, *own, one.ranges, use_lse=use_lse).load()
+                part = one.outputs(*kernel(*own, one.ranges, scale))
+                lanes.keep(lane, own, (part.out, part.lse))
+            parts.append(part)
     return parts
 
 
-def _inputs(loaded: Sequence[Loaded | Views], *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """What the kernel gets in each pass."""
-    if not needs_grad(*tensors):
-        # One after the other, so that the rows of a pass are gone before the next one.
-        return (one.inputs(*tensors) for one in loaded)
-    # Together, so that their gradients are added up at once.
+def _suited(
+    one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
+) -> Loaded | Views:
+    """The pass as the kernel that will compute it likes it best."""
+    found = load(one, q, k)
+    if q.device.type != "cuda" or isinstance(found, Views) or found.heads is not None:
+        return found
+    kernel = choose(impl, q, k, v, found.ranges, use_lse=use_lse)
+    kept = _loaded[one]
+    if kernel.adds_by_key_tile and needs_grad(k, v):
+        name = ("copies", q.device, q.shape[1], k.shape[1:3])
+        if name not in kept:
+            kept[name] = _with_copies(one, found, q, k)
+        return kept[name]
+    if kernel.shares_keys and len(q) == 1 and not needs_grad(q, k, v):
+        name = ("shared keys", q.device, k.shape[1:3])
+        if name not in kept:
+            kept[name] = views_of(one, q.shape[2], k.shape[2], q.device, found.keys) or found
+        return kept[name]
+    return found
+
+
+def _with_copies(one: Pass, found: Loaded, q: Tensor, k: Tensor) -> Loaded:
+    """The pass with copies of keys that most queries see; as it is where there are none."""
+    copies = copies_of(found.ranges, q.shape[1], k.shape[1])
+    if copies is None:
+        return found
+    keys = k.shape[2]
+    order = np.arange(keys, dtype=np.int32)[None] if one.key_order is None else one.key_order
+    row = copies.row_E.cpu().numpy()
+    order = np.concatenate([order, np.where(row < 0, -1, order[:, row.clip(min=0)])], axis=1)
+    return replace(found, ranges=copies.ranges, keys=Order.of(order, keys, q.device))
+
+
+def _together(
+    loaded: Sequence[Loaded | Views], *tensors: Tensor
+) -> list[tuple[Tensor, ...]] | None:
+    """What the kernel gets in each pass, so that gradients are added up at once; None if apart."""
+    if len(loaded) < 2 or not needs_grad(*tensors):
+        return None
     alike = [
         one
         for one in loaded
         if isinstance(one, Loaded) and one.heads is None and one.kv_heads is None
     ]
     if len(alike) < len(loaded):
-        return [one.inputs(*tensors) for one in loaded]
+        return None
     orders = zip(*(one.orders for one in alike), strict=True)
     each = [spread(x, own) for x, own in zip(tensors, orders, strict=True)]
     return list(zip(*each, strict=True))

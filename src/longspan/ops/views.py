@@ -7,6 +7,10 @@ diagonals), one pass over a long row is the same pass over r short rows, and tho
 key, query or gradient is copied. FlexAttention writes its output in the layout of the queries, so
 that it is in place too; what other kernels write is put back with one copy.
 
+Where a query sees keys of other remainders (SDA's neighbourhoods), queries and outputs are views
+all the same for a kernel that takes one batch row of keys for many of queries. Keys, of which
+grouped queries have few, are gathered.
+
 Axes: B batch, H heads, N rows, D width, r remainders, n rows of a remainder, G range groups, m
 ranges per query.
 """
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.ops.merge import Part
@@ -33,15 +38,22 @@ class Views:
         step: number of remainders r.
         ranges: key ranges for r batch rows.
         order: the order of the queries that the pass asks for.
+        keys: order of keys that all batch rows share; None if each has its own, as views.
     """
 
     step: int
     ranges: KeyRanges
     order: Order
+    keys: Order | None = None
 
-    def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel gets besides ``ranges``: [1, H, n r, D] as [r, H, n, D], views."""
-        return tuple(x[0].unflatten(1, (-1, self.step)).permute(2, 0, 1, 3) for x in tensors)
+        if self.keys is not None:
+            return self._split(q), self.keys.take(k), self.keys.take(v)
+        return self._split(q), self._split(k), self._split(v)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x[0].unflatten(1, (-1, self.step)).permute(2, 0, 1, 3)
 
     def outputs(self, out_rHnD: Tensor, lse_rHn: Tensor) -> Part:
         """What the kernel gave, in place if its layout allows."""
@@ -52,35 +64,57 @@ class Views:
         return Part(out_HPD[None], lse_rHn.transpose(0, 1).flatten(1)[None], self.order)
 
 
-def views_of(one: Pass, queries: int, keys: int, device: torch.device) -> Views | None:
-    """The pass over its remainders; None where a query sees keys of another one."""
-    step = one.steps[0]
-    if len(one.steps) > 1 or step < 2 or len(one.lo) > 1 or queries % step or keys % step:
+def views_of(
+    one: Pass, queries: int, keys: int, device: torch.device, shared: Order | None = None
+) -> Views | None:
+    """The pass over its remainders; None where that cannot be.
+
+    Args:
+        one: the pass.
+        queries: rows.
+        keys: rows.
+        device: where its ranges go.
+        shared: the order of the keys, if all batch rows may have the same ones. Without it a
+            query must see keys of its own remainder only.
+    """
+    step = max(one.steps)
+    if step < 2 or len(one.lo) > 1 or not _is_residue(one.query_order, queries, step):
         return None
-    for order, rows in ((one.query_order, queries), (one.key_order, keys)):
-        # Not rows of each class of heads for itself.
-        if order is None or order.shape not in ((1, rows), (1, 1, rows)):
-            return None
-        if not (order.ravel() == np.arange(rows).reshape(-1, step).T.ravel()).all():
-            return None
-    # [classes, r, n, m], counted from the first key of each remainder.
-    classes, per = one.lo.shape[1], keys // step
-    first = np.arange(0, keys, per, dtype=np.int32)[:, None, None]
+    # [classes, r, n, m]
+    classes = one.lo.shape[1]
     shape = (classes, step, queries // step, -1)
     lo, hi = one.lo[0].reshape(shape), one.hi[0].reshape(shape)
-    used = lo < hi
-    lo, hi = (np.where(used, table - first, 0) for table in (lo, hi))
-    if (lo < 0).any() or (hi > per).any():
+    places = keys
+    if shared is None:
+        if len(one.steps) > 1 or not _is_residue(one.key_order, keys, step):
+            return None
+        # Counted from the first key of each remainder.
+        places = keys // step
+        first = np.arange(0, keys, places, dtype=np.int32)[:, None, None]
+        used = lo < hi
+        lo, hi = (np.where(used, table - first, 0) for table in (lo, hi))
+        if (lo < 0).any() or (hi > places).any():
+            return None
+    elif one.key_order is None or len(one.key_order) > 1:
         return None
+    else:
+        places = one.key_order.shape[1]
     group = np.asarray(one.head_class)[None] * step + np.arange(step)[:, None]
-    if all((table == table[:, :1]).all() for table in (lo, hi)):
+    if shared is None and all((table == table[:, :1]).all() for table in (lo, hi)):
         lo, hi, group = lo[:, :1], hi[:, :1], np.asarray(one.head_class)[None]
     lo, hi = (np.ascontiguousarray(t.reshape(-1, *t.shape[2:])) for t in (lo, hi))
     ranges = KeyRanges(
         torch.from_numpy(lo).to(device),
         torch.from_numpy(hi).to(device),
         torch.from_numpy(group.astype(np.int64)).to(device),
-        per,
+        places,
     )
     assert one.query_order is not None
-    return Views(step, ranges, Order.of(one.query_order, queries, device))
+    return Views(step, ranges, Order.of(one.query_order, queries, device), shared)
+
+
+def _is_residue(order: NDArray[np.int32] | None, rows: int, step: int) -> bool:
+    """Whether the rows lie by remainder, not those of each class of heads for itself."""
+    if rows % step or order is None or order.shape not in ((1, rows), (1, 1, rows)):
+        return False
+    return bool((order.ravel() == np.arange(rows).reshape(-1, step).T.ravel()).all())
