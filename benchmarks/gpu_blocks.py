@@ -1,35 +1,44 @@
 """Block patterns on one GPU: our routes against dense and block-sparse kernels of others.
 
-    PYTHONPATH=src python benchmarks/gpu_blocks.py --out FOLDER [--budget-s 240]
+    PYTHONPATH=src python benchmarks/gpu_blocks.py --out FOLDER [--budget-s 150]
 
-A query block sees whole key blocks, its own and earlier ones: 5, 10, 20, 35 and 50 % of those
-before it, of 64 and 128 tokens, drawn at random or chosen by content (the means of queries and
-keys, ``block_topk``). Query heads that share a key head share a map. N 32768, batch 1, 32 heads
-over 8 key heads, width 128, bfloat16, forward and forward + backward.
+A query block sees whole key blocks, its own and earlier ones: 5, 10, 25 and 50 % of those before
+it, of 64 and 128 tokens, drawn at random or chosen by content (the means of queries and keys,
+``block_topk``). Query heads that share a key head share a map. Besides, random blocks of 64 whose
+own block is cut at the diagonal, as patterns for language models have it; no other library takes
+those. N 32768, batch 1, 32 heads over 8 key heads, width 128, bfloat16, forward and forward +
+backward.
 
 1. Every rival at 2,048 rows against float32, output and gradients. In processes side by side,
    which also compile.
 2. At full length: some rows against float32, all results against each other, and what a new map
    costs. Then in turns with dense causal attention of cuDNN and FlashAttention-4.
 
-Rivals: our kernels over ranges; FlexAttention (Triton) with a mask by hand, in tiles of 128 and,
-for blocks of 64, of 64; cuDNN's block-sparse attention (its backward knows no grouped queries:
+Rivals: our kernels over ranges, and which of them ``auto`` picks; FlexAttention (Triton) with a
+mask by hand in tiles of 128 (for blocks of 64 at the least density only, where it is five times
+slower than the others); cuDNN's block-sparse attention (its backward knows no grouped queries:
 keys and values are repeated for it, which counts); FlashAttention-4 with lists of blocks. What is
-wrong is not timed. Every record is a line of FOLDER/blocks.jsonl as it comes, FOLDER/blocks.md is
-for people. ``--device cpu --n 1024`` walks the same steps as a rehearsal, in float32.
+wrong is not timed.
+
+Every record is a line of FOLDER/blocks.jsonl as it comes, behind those of an ``--earlier`` run,
+whose other cases stay. FOLDER/blocks.md is for people, FOLDER/measured.json the table that
+``auto`` goes by: copy it to src/longspan/ops/measured.json. ``--device cpu --n 1024`` walks the
+same steps as a rehearsal, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +47,8 @@ from torch.nn.functional import pad
 import gpu_race
 from gpu_harness import (
     HEADS,
-    KERNELS,
     KEY_HEADS,
+    RESULTS,
     Log,
     Work,
     device_of_this_run,
@@ -56,19 +65,22 @@ from longspan.bench.peers.block_maps import BlockMap
 from longspan.bench.setting import Call, both_ways
 from longspan.errors import Refusal
 from longspan.ops.capability import choose
+from longspan.ops.measured import shape_of
 from longspan.ops.ranges import KeyRanges
+from longspan.ops.whole_blocks import SIZE
 from longspan.select import sample, select
 
 WIDTH = 128
 SCALE = WIDTH**-0.5
 SIZES = (128, 64)
-DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
-KINDS = ("random", "content")
+DENSITIES = (0.05, 0.1, 0.25, 0.5)
+KINDS = ("random", "content", "cut")
+# Densities of maps that are cut at the diagonal.
+CUT = (0.05, 0.25)
 CHECKED_ROWS = 2048
-# FlexAttention's mask looks at each range of a row: with more, compiling it takes minutes.
-MOST_RANGES = 32
+FLEX = "FlexAttention by hand"
 # What has no cache on disk is compiled where it is timed.
-UNCACHED = ("cuDNN block-sparse",)
+UNCACHED = ("cuDNN block-sparse", "longspan cudnn_blocks")
 
 
 def random_map(blocks: int, density: float) -> Tensor:
@@ -101,8 +113,8 @@ def made(kind: str, n: int, size: int, density: float) -> BlockMap:
     return BlockMap(random_map(n // size, density), size, HEADS)
 
 
-def ranges_of(given: BlockMap) -> KeyRanges:
-    """A map as ranges: neighbouring blocks are one range."""
+def ranges_of(given: BlockMap, *, cut: bool = False) -> KeyRanges:
+    """A map as ranges: neighbouring blocks are one range, ``cut`` at the diagonal if asked."""
     seen_KQT = given.seen_GQT
     count = seen_KQT.shape[-1]
     turn = pad(seen_KQT.int(), (1, 1)).diff(dim=-1)
@@ -114,17 +126,15 @@ def ranges_of(given: BlockMap) -> KeyRanges:
         for sign in (1, -1)
     )
     lo, hi = (x.repeat_interleave(given.size, 1).int() * given.size for x in (lo, hi))
+    if cut:
+        row = torch.arange(lo.shape[1], dtype=torch.int32, device=lo.device)[:, None]
+        hi = torch.where(lo < hi, torch.minimum(hi, row + 1), hi)
     group = torch.arange(given.heads, device=lo.device) // (given.heads // len(seen_KQT))
     return KeyRanges(lo, hi, group[None], count * given.size)
 
 
-def ours(kernel: str, given: BlockMap) -> Call:
-    """A kernel of ours over a map."""
-    ranges = ranges_of(given)
-    if kernel == "flex" and ranges.lo_GNm.shape[2] > MOST_RANGES:
-        raise Refusal(
-            f"rows have up to {ranges.lo_GNm.shape[2]} ranges: would compile for minutes"
-        )
+def over(kernel: str, ranges: KeyRanges) -> Call:
+    """A kernel of ours over ranges."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = choose(kernel, q, k, v, ranges, use_lse=False)
@@ -133,31 +143,47 @@ def ours(kernel: str, given: BlockMap) -> Call:
     return call
 
 
-def rivals(size: int) -> dict[str, Callable[[BlockMap], Call]]:
+def picked(ranges: KeyRanges, inputs: Sequence[Tensor]) -> dict[str, str]:
+    """What ``auto`` takes, each way."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        forward = choose("auto", *inputs, ranges, use_lse=False).name
+    both = choose("auto", *leaves, ranges, use_lse=False).name
+    return {"forward": forward, "forward+backward": both}
+
+
+def kernels(size: int) -> tuple[str, ...]:
+    """Ours for a block size."""
+    found = ("cudnn", "cudnn_blocks") if size == SIZE else ("cudnn",)
+    return found if device_of_this_run() == "cuda" else (*found, "tiled")
+
+
+def rivals(size: int, *, cut: bool = False) -> dict[str, Callable[[BlockMap], Call]]:
     """Who competes, by name."""
-    kernels = KERNELS if device_of_this_run() == "cuda" else (*KERNELS, "tiled")
     found: dict[str, Callable[[BlockMap], Call]] = {
-        f"longspan {kernel}": partial(ours, kernel) for kernel in kernels
+        f"longspan {kernel}": lambda given, kernel=kernel: over(kernel, ranges_of(given, cut=cut))
+        for kernel in kernels(size)
     }
-    for tile in (128,) if size == 128 else (128, 64):
-        found[f"FlexAttention by hand, tiles of {tile}"] = partial(
-            block_sparse.flex, scale=SCALE, tile=tile, fused=device_of_this_run() == "cuda"
-        )
+    if cut:
+        return found
+    found[FLEX] = partial(
+        block_sparse.flex, scale=SCALE, tile=128, fused=device_of_this_run() == "cuda"
+    )
     found["cuDNN block-sparse"] = partial(block_sparse.cudnn, scale=SCALE)
     found["FlashAttention-4 block-sparse"] = partial(block_sparse.flash_4, scale=SCALE)
     return found
 
 
-def check(name: str, size: int, log: Log, n: int) -> None:
+def check(name: str, size: int, log: Log, n: int, *, cut: bool = False) -> None:
     """One rival on a short map against float32; then compile what will be timed."""
     own = min(CHECKED_ROWS, n)
     heads, key_heads = HEADS // 4, KEY_HEADS // 4
     given = BlockMap(random_map(own // size, 0.2)[:key_heads], size, heads)
-    about = {"kind": "check", "kernel": name, "block": size}
+    about = {"kind": "check", "kernel": name, "block": size, "cut": cut}
     start = time.perf_counter()
     try:
-        call = rivals(size)[name](given)
-        ranges = ranges_of(given)
+        call = rivals(size, cut=cut)[name](given)
+        ranges = ranges_of(given, cut=cut)
 
         def theirs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return choose("reference", q, k, v, ranges).load()(q, k, v, ranges, SCALE)
@@ -176,7 +202,7 @@ def check(name: str, size: int, log: Log, n: int) -> None:
         wrong = oracle.wrong(found, dtype_of_this_run())
         seconds = time.perf_counter() - start
         log.add(**about, errors=found, wrong=wrong, no_backward=why, seconds=seconds)
-        if n > own and not wrong:
+        if n > own and not wrong and not cut:
             warm(name, size, n)
             log.add(**{**about, "kind": "warm"}, seconds=time.perf_counter() - start)
     except Exception as error:
@@ -184,12 +210,11 @@ def check(name: str, size: int, log: Log, n: int) -> None:
 
 
 def warm(name: str, size: int, n: int) -> None:
-    """Compile what will be timed; the graphs of ``flex`` hold the number of ranges."""
-    for density in DENSITIES[:2]:
-        with contextlib.suppress(Refusal):
-            call = rivals(size)[name](made("random", n, size, density))
-            for step in both_ways(call, tensors(n, WIDTH)).values():
-                step()
+    """Compile what will be timed."""
+    with contextlib.suppress(Refusal):
+        call = rivals(size)[name](made("random", n, size, DENSITIES[0]))
+        for step in both_ways(call, tensors(n, WIDTH)).values():
+            step()
 
 
 def checks(log: Log, n: int, seconds: float) -> None:
@@ -210,44 +235,65 @@ def check_sizes(name: str, log: Log, n: int) -> None:
     for size in SIZES:
         if name in rivals(size):
             check(name, size, log, n)
+        if size == SIZE and name in rivals(size, cut=True):
+            check(name, size, log, n, cut=True)
 
 
 def right(log: Log) -> dict[int, list[str]]:
     """The rivals of each block size that passed their check, in order."""
-    passed = {
-        (row["kernel"], row["block"])
-        for row in log.rows
-        if row["kind"] == "check" and "errors" in row and not row["wrong"]
-    }
-    return {size: [name for name in rivals(size) if (name, size) in passed] for size in SIZES}
+    right: dict[tuple[str, int], bool] = {}
+    for row in log.rows:
+        if row["kind"] == "check":
+            name = (row["kernel"], row["block"])
+            passed = "errors" in row and not row["wrong"]
+            right[name] = passed and right.get(name, True)
+    return {size: [name for name in rivals(size) if right.get((name, size))] for size in SIZES}
 
 
 def compare(
     kind: str, size: int, density: float, names: list[str], log: Log, *, n: int, rounds: int
 ) -> None:
     """Check and time the rivals on one map."""
+    cut = kind == "cut"
     given = made(kind, n, size, density)
-    pattern = f"{kind} blocks of {size}, {density:.0%}"
+    words = "random blocks of {}, {:.0%}, causal" if cut else f"{kind} blocks of {{}}, {{:.0%}}"
+    pattern = words.format(size, density)
     about = {"kind": "speed", "pattern": pattern, "n": n, "width": WIDTH, "block": size}
     inputs = list(prompt(n)) if kind == "content" else tensors(n, WIDTH)
     seen_HQT = given.seen_HQT
 
     def keys(head: int, row: int) -> Tensor:
-        return seen_HQT[head, row // size].repeat_interleave(size).nonzero()[:, 0]
+        at = seen_HQT[head, row // size].repeat_interleave(size).nonzero()[:, 0]
+        return at[at <= row] if cut else at
 
     rows = partial(oracle.row_error_over, keys, inputs, rows=[0, n // 3, n - 1])
-    makers = {name: partial(rivals(size)[name], given) for name in names}
-    more = {"density": given.pairs / (HEADS * n * (n + size) / 2)}
-    gpu_race.compare(makers, inputs, rows, given.pairs, log, about, rounds=rounds, more=more)
+    offered = rivals(size, cut=cut)
+    makers = {name: partial(offered[name], given) for name in names if name in offered}
+    ranges = ranges_of(given, cut=cut)
+    # Every block of rows sees its own block.
+    pairs = given.pairs - cut * HEADS * n * (size - 1) // 2
+    mean_keys, apart, filled = shape_of(ranges)
+    more = {
+        "density": pairs / (HEADS * n * (n + (1 if cut else size)) / 2),
+        "keys": mean_keys,
+        "apart": apart,
+        "fill": filled,
+        "auto": picked(ranges, inputs),
+    }
+    gpu_race.compare(makers, inputs, rows, pairs, log, about, rounds=rounds, more=more)
 
 
 def verdict(log: Log) -> str:
-    """The best of ours and of others for each case, as a table."""
-    lines = ["", "| case | way | ours | of dense | other | of dense |", "|" + "---|" * 6]
+    """The best of ours, what ``auto`` took, and the best of others for each case, as a table."""
+    lines = ["", "Of dense, as is all here; ``auto`` by the table stored before this run.", ""]
+    lines += ["| case | way | ours | | auto took | other | |", "|" + "---|" * 7]
     cases: dict[tuple[str, str], dict[str, float]] = {}
-    for row in log.rows:
-        if row["kind"] == "speed" and row.get("of_dense"):
-            cases.setdefault((row["pattern"], row["way"]), {})[row["kernel"]] = row["of_dense"]
+    took: dict[tuple[str, str], str] = {}
+    for row in log.timed():
+        if row.get("of_dense"):
+            name = (row["pattern"], row["way"])
+            cases.setdefault(name, {})[row["kernel"]] = row["of_dense"]
+            took[name] = row.get("auto", {}).get(row["way"], "-")
     for (pattern, way), shares in cases.items():
         cells = [pattern, way]
         for own in (True, False):
@@ -258,18 +304,46 @@ def verdict(log: Log) -> str:
             ]
             best = max(among, key=lambda name: shares[name], default=None)
             cells += ["-", "-"] if best is None else [best, f"{shares[best]:.2f}"]
+            cells += [took[pattern, way]] * own
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def measured_cases(log: Log) -> list[dict[str, Any]]:
+    """What the table of ``auto`` says of these patterns."""
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in log.rows:
+        kernel = row.get("kernel", "").removeprefix("longspan ")
+        if row["kind"] != "speed" or "tflops" not in row or kernel == row["kernel"]:
+            continue
+        about = {
+            "pattern": row["pattern"],
+            "width": row["width"],
+            "keys": round(row["keys"]),
+            "apart": row["apart"],
+            "fill": round(row["fill"], 3),
+            "backward": row["way"] != "forward",
+            "tflops": {},
+        }
+        case = cases.setdefault((row["pattern"], row["way"]), about)
+        case["tflops"][kernel] = round(row["tflops"], 1)
+    return list(cases.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget-s", type=float, default=240)
+    parser.add_argument("--budget-s", type=float, default=150)
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device_of_this_run())
     parser.add_argument("--n", type=int, default=int(os.environ.get("LONGSPAN_BENCH_N", "32768")))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)))
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        default=RESULTS / "blocks-h200.jsonl",
+        help="records whose other cases stay in the tables",
+    )
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
     # The checking processes are asked for the same.
@@ -285,32 +359,35 @@ def main() -> None:
         check_sizes(options.check, log, options.n)
         return
     begin = time.monotonic()
-    log = Log(options.out / "blocks.jsonl")
+    log = Log(options.out / "blocks.jsonl", options.earlier if options.device == "cuda" else None)
     log.machine()
-    checks(log, options.n, 0.45 * options.budget_s)
+    checks(log, options.n, 0.4 * options.budget_s)
     able = right(log)
     log.add(kind="verdicts", right=able)
     work: list[Work] = []
-    # The middle first: what is left out for want of time is at the ends.
-    asked = [float(word) for word in options.densities.split(",")]
-    for density in sorted(asked, key=lambda x: abs(x - 0.2)):
-        for kind in KINDS:
-            for size in SIZES:
+    # Blocks of 64 first, and both ends before the middle: what is left out for want of time is
+    # what can be told from its neighbours.
+    asked = sorted({float(word) for word in options.densities.split(",")})
+    for density in [*asked[:1], *asked[:0:-1]]:
+        for size in sorted(SIZES):
+            for kind in KINDS:
+                if kind == "cut" and (size != SIZE or density not in CUT):
+                    continue
+                names = able[size]
+                if size == SIZE and density > asked[0]:
+                    names = [name for name in names if name != FLEX]
                 step = partial(
-                    compare,
-                    kind,
-                    size,
-                    density,
-                    able[size],
-                    log,
-                    n=options.n,
-                    rounds=options.rounds,
+                    compare, kind, size, density, names, log, n=options.n, rounds=options.rounds
                 )
-                work.append((f"{kind} {size} {density}", 6, step))
+                work.append((f"{kind} {size} {density}", 4, step))
 
     def tables() -> None:
         text = gpu_race.as_markdown(log, "Block patterns on one GPU") + verdict(log)
         (options.out / "blocks.md").write_text(text, encoding="utf-8")
+        if options.device == "cuda":
+            command = "python benchmarks/gpu_blocks.py"
+            table = json.dumps(gpu_race.rates_table(measured_cases(log), command), indent=2) + "\n"
+            (options.out / "measured.json").write_text(table, encoding="utf-8")
 
     do(work, log, options.budget_s - (time.monotonic() - begin), tables)
     log.add(kind="done", seconds=time.monotonic() - begin)

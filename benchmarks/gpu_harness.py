@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from longspan.eval.environment import environment, version
 from longspan.eval.records import read_lines
 
 KERNELS = ("cudnn", "flex_flash", "flex")
+RESULTS = Path(__file__).parent / "results"
 HEADS, KEY_HEADS = 32, 8
 # What the libraries below our kernels call themselves.
 LIBRARIES = {"cudnn": "FLEX_ATTENTION", "flex_flash": "FLASH_ATTENTION"}
@@ -54,10 +55,32 @@ def unshare(kernel: str) -> bool:
 class Log:
     """Records as lines of a file, and on the terminal."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: Path | None = None) -> None:
+        """Begin a file.
+
+        Args:
+            path: the file.
+            earlier: records of another run, which are put in front of this one's.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.earlier = read_lines(earlier) if earlier is not None and earlier.exists() else []
+        if self.earlier:
+            text = "".join(json.dumps(row) + "\n" for row in self.earlier)
+            path.write_text(text, encoding="utf-8")
+
+    def timed(self) -> list[dict[str, Any]]:
+        """What was timed; of an earlier run what this one did not do again.
+
+        Times of one case and way belong together: they were taken in turns.
+        """
+        rows = [
+            [row for row in some if row["kind"] in ("speed", "long") and "tflops" in row]
+            for some in (self.earlier, self.rows)
+        ]
+        again = {_case(row) for row in rows[1]}
+        return [row for row in rows[0] if _case(row) not in again] + rows[1]
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
@@ -71,6 +94,10 @@ class Log:
         """Versions and hardware."""
         stack = {name: version(name) for name in STACK}
         self.add(kind="machine", **environment(), stack=stack, **more)
+
+
+def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["pattern"], row["n"], row["width"], row.get("way", "forward")
 
 
 def failed(error: Exception) -> dict[str, str]:

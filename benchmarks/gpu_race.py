@@ -6,7 +6,7 @@ Dense causal attention takes part in every race: figures are shares of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from longspan.bench import dense, oracle
 from longspan.bench.setting import WAYS, Call, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
+from longspan.eval.environment import version
+from longspan.ops import measured
 
 
 def compare(
@@ -174,23 +176,50 @@ def race(
             )
 
 
+def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, Any]:
+    """The stored table that ``auto`` goes by, with cases of this GPU added or replaced.
+
+    Args:
+        cases: pattern, width, keys, apart, backward, tflops, and fill where it is not 1.
+        command: what measured them.
+    """
+    gpu = torch.cuda.get_device_name()
+    found = measured.stored()
+    old = found["gpus"].get(gpu, {"cases": []})
+
+    def name(case: Mapping[str, Any]) -> tuple[Any, ...]:
+        return case["pattern"], case["width"], case["backward"]
+
+    # One kernel alone says nothing about the others.
+    new = {name(case): case for case in cases if len(case["tflops"]) > 1}
+    kept = [case for case in old["cases"] if name(case) not in new]
+    commands = [one for one in old.get("command", "").split("; ") if one and one != command]
+    found["gpus"][gpu] = {
+        "command": "; ".join([*commands, command]),
+        "torch": torch.__version__,
+        "nvidia-cudnn-frontend": version("nvidia-cudnn-frontend"),
+        "flash-attn-4": version("flash-attn-4"),
+        "cases": [*kept, *new.values()],
+    }
+    return found
+
+
 def as_markdown(log: Log, title: str) -> str:
     """The timed records as a table."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a rehearsal on a CPU"
     lines = [f"# {title}", "", where, ""]
     lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
-    for r in log.rows:
-        if r["kind"] in ("speed", "long") and "tflops" in r:
-            share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
-            cells = (
-                r["pattern"].replace("|", "\\|"),
-                r["n"],
-                r["width"],
-                r.get("way", "forward"),
-                r["kernel"],
-                f"{r['seconds'] * 1e3:.2f}",
-                f"{r['tflops']:.0f}",
-                share,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for r in log.timed():
+        share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
+        cells = (
+            r["pattern"].replace("|", "\\|"),
+            r["n"],
+            r["width"],
+            r.get("way", "forward"),
+            r["kernel"],
+            f"{r['seconds'] * 1e3:.2f}",
+            f"{r['tflops']:.0f}",
+            share,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

@@ -51,7 +51,6 @@ from longspan.bench import oracle
 from longspan.bench.setting import Call, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
-from longspan.eval.environment import version
 from longspan.ops.kernels import _cudnn_plan
 
 WIDTHS = (128, 64, 96)
@@ -282,20 +281,7 @@ def measured(log: Log, command: str) -> dict[str, Any]:
             },
         )
         case["tflops"][row["kernel"]] = round(row["tflops"], 1)
-    return {
-        "what": "TFLOP/s of each kernel on visible pairs (4 D per pair and head, 14 D with "
-        "backward) at N 32768, bfloat16",
-        "gpus": {
-            torch.cuda.get_device_name(): {
-                "command": command,
-                "torch": torch.__version__,
-                "nvidia-cudnn-frontend": version("nvidia-cudnn-frontend"),
-                "flash-attn-4": version("flash-attn-4"),
-                # One kernel alone says nothing about the others.
-                "cases": [case for case in cases.values() if len(case["tflops"]) > 1],
-            }
-        },
-    }
+    return gpu_race.rates_table(list(cases.values()), command)
 
 
 def main() -> None:

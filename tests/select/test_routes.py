@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.ops import block_sparse
 from tests.select import oracles
 from tests.select.test_prefill import H, K, mask_of, tensors
 
@@ -77,34 +78,10 @@ def test_ranges_hold_the_selected_blocks(text, n, m):
     assert (seen.hi_GNm[..., :-1] < seen.lo_GNm[..., 1:])[some[..., 1:]].all()
 
 
-def block_sparse(q, k, v, index, **given):
-    """``cudnn.block_sparse_attention_forward`` by its documentation, slowly."""
-    assert given.pop("allow_empty_block_nums")
-    count, size = given.pop("q2k_block_nums"), given.pop("sparse_block_size")
-    scale = given.pop("softmax_scale")
-    assert not given
-    assert index.dtype == count.dtype == torch.int32
-    batch, heads, rows = count.shape
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_full(q.shape[:3], -torch.inf)
-    for b in range(batch):
-        for h in range(heads):
-            for a in range(rows):
-                blocks = index[b, h, a, : count[b, h, a]].tolist()
-                if not blocks:
-                    continue
-                keys = torch.cat([torch.arange(x * size, (x + 1) * size) for x in blocks])
-                own, group = slice(a * size, (a + 1) * size), h // (heads // k.shape[1])
-                logits = q[b, h, own] @ k[b, group, keys].mT * scale
-                lse[b, h, own] = logits.logsumexp(-1)
-                out[b, h, own] = logits.softmax(-1) @ v[b, group, keys]
-    return {"o_tensor": out, "lse_tensor": lse}
-
-
 @pytest.fixture
 def hopper(monkeypatch):
     """A machine that takes every prompt on the fastest route."""
-    module = SimpleNamespace(block_sparse_attention_forward=block_sparse)
+    module = SimpleNamespace(block_sparse_attention_forward=block_sparse.forward)
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(block_sparse_attention=module))
     monkeypatch.setitem(sys.modules, "cudnn.block_sparse_attention", module)
     run = cudnn_blocks.cudnn_blocks
@@ -117,10 +94,11 @@ def hopper(monkeypatch):
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 700)])
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [*TEXTS, "block_topk(3, block=64) + sinks(4)"])
 def test_whole_blocks_own_block_and_columns_are_the_selection(text, n, m):
     q, k, v = tensors(n, m, batch=2)
     found = select(q, k, v, text)
+    assert found.layout.prompt.size == (64 if "64" in text else 128)
     mask = mask_of(found, n)
     out, lse = found.attend("cudnn_blocks")
     for b in range(2):

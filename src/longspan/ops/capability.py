@@ -85,6 +85,12 @@ KERNELS = (
         note="FlexAttention with the kernels of FlashAttention-4",
         lse_gradient=False,
     ),
+    Capability(
+        name="cudnn_blocks",
+        devices=("cuda",),
+        note="cuDNN's block-sparse attention over whole blocks of 64, for Hopper",
+        lse_gradient=False,
+    ),
     Capability(name="tiled", devices=(), note="batched tiles in plain PyTorch"),
     Capability(name="reference", devices=(), note="dense masked softmax, the oracle"),
 )

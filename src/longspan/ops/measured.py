@@ -1,8 +1,9 @@
 """Which CUDA kernel is fastest, by measurement: a small table for each GPU model.
 
 ``measured.json`` holds for each model the rates of all kernels on a few patterns and the command
-that measured them (``benchmarks/gpu_routes.py``). A pass is compared with the nearest case: same
-direction, then width, keys per query, and whether heads differ. A model that nobody measured, and
+that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py`` for scattered
+blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
+128 it fills, width, keys per query, and whether heads differ. A model that nobody measured, and
 short inputs, where making a plan costs more than the kernel, keep the order of the kernels.
 """
 
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from longspan.ops.ranges import KeyRanges
+from longspan.ops.whole_blocks import fill
 
 # Query rows from which the table holds; below it the host, not the GPU, sets the time.
 LEAST_QUERIES = 2048
 
-_shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool]] = WeakKeyDictionary()
+_shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +58,26 @@ def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
 @functools.cache
 def table() -> dict[str, Any]:
     """Cases by GPU model."""
+    return stored()["gpus"]
+
+
+def stored() -> dict[str, Any]:
+    """The whole file."""
     file = resources.files("longspan.ops").joinpath("measured.json")
-    return json.loads(file.read_text(encoding="utf-8"))["gpus"]
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def shape_of(ranges: KeyRanges) -> tuple[float, bool]:
-    """Mean keys of a query, and whether heads differ; kept as long as the ranges live."""
+def shape_of(ranges: KeyRanges) -> tuple[float, bool, float]:
+    """Mean keys of a query, whether heads differ, and how much of the tiles the pairs fill.
+
+    Kept as long as the ranges live.
+    """
     if ranges not in _shapes:
         group_BH = ranges.group_BH
         keys_G = (ranges.hi_GNm - ranges.lo_GNm).sum((1, 2), dtype=torch.int64)
         keys = keys_G[group_BH].double().mean() / ranges.queries
-        _shapes[ranges] = float(keys), bool((group_BH != group_BH[:, :1]).any())
+        apart = bool((group_BH != group_BH[:, :1]).any())
+        _shapes[ranges] = float(keys), apart, fill(ranges)
     return _shapes[ranges]
 
 
@@ -76,6 +87,7 @@ def nearest(
     width: int,
     keys: float,
     apart: bool,
+    filled: float,
     backward: bool,
 ) -> Rates | None:
     """The nearest of some measured cases; sizes are compared by their ratio."""
@@ -83,7 +95,8 @@ def nearest(
     def distance(case: Mapping[str, Any]) -> float:
         wide = abs(math.log2(case["width"] / width))
         long = abs(math.log2(case["keys"] / max(keys, 1.0)))
-        return 2 * wide + long + (case["apart"] != apart)
+        dense = abs(math.log2(case.get("fill", 1.0) / max(filled, 1e-3)))
+        return 2 * wide + 2 * dense + long + (case["apart"] != apart)
 
     same = [case for case in cases if case["backward"] == backward]
     if not same:

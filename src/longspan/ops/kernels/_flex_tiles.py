@@ -140,6 +140,12 @@ def tile_lists(ranges: KeyRanges) -> TileLists:
     return TileLists(*(x[counts.group_ZY].contiguous() for x in by_group))
 
 
+def touched_tiles(ranges: KeyRanges, tile: int) -> Tensor:
+    """int64 [G]: how many tiles of ``tile`` rows and keys some range of the group touches."""
+    parts = [(partial | full).sum((1, 2)) for _, partial, full in _tiles(ranges, tile)]
+    return torch.cat(parts)
+
+
 def _pad(length: int) -> int:
     # A dimension of 1 is compiled in as a constant; 2 may become a symbol.
     return max(length, 2)

@@ -134,7 +134,7 @@ def cudnn(
     batch, heads, _, width = q_BHND.shape
     fixed = torch.are_deterministic_algorithms_enabled()
     kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward, fixed)
-    q_BNHD, k_BMKD, v_BMKD = (_aligned(x.transpose(1, 2)) for x in (q_BHND, k_BKMD, v_BKMD))
+    q_BNHD, k_BMKD, v_BMKD = (aligned(x.transpose(1, 2)) for x in (q_BHND, k_BKMD, v_BKMD))
 
     def make(ends_HeN: Tensor) -> Any:
         if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
@@ -166,9 +166,9 @@ def cudnn(
     return out_BHND, lse_BHN
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor, step: int = 0) -> Tensor:
     """The tensor as the kernels load it: 16 bytes at a time, 128 where rows are widest."""
-    step = 128 if x.shape[-1] == 256 else 16
+    step = step or (128 if x.shape[-1] == 256 else 16)
     units = step // x.element_size()
     fits = x.stride(-1) == 1 and x.data_ptr() % step == 0
     if fits and all(stride and stride % units == 0 for stride in x.stride()[:-1]):
@@ -189,6 +189,6 @@ class _AlignedGradients(torch.autograd.Function):
         ctx: Any, dout_BNHD: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         return (
-            None if dout_BNHD is None else _aligned(dout_BNHD),
-            None if dlse_BHN is None else _aligned(dlse_BHN),
+            None if dout_BNHD is None else aligned(dout_BNHD),
+            None if dlse_BHN is None else aligned(dlse_BHN),
         )
