@@ -1,6 +1,6 @@
 """The CUDA routes (cudnn, flex_flash, flex) on one GPU: right first, then how fast.
 
-    PYTHONPATH=src python benchmarks/gpu_routes.py --out FOLDER [--seconds 450]
+    PYTHONPATH=src python benchmarks/gpu_routes.py --out FOLDER [--seconds 450] [--only length]
 
 1. Every kernel at widths 64, 96 and 128 against float32: out, log-sum-exp and all gradients, for
    odd lengths, batches, grouped queries, packed documents, several passes. In processes side by
@@ -8,11 +8,14 @@
 2. N 32768, bfloat16, batch 1, 32 heads over 8 key heads: forward, and forward + backward, of each
    kernel that was right, in turns with dense causal attention. Results at full length are compared
    with each other, and some rows with float32.
-3. N 131072, then N 1,048,576 forward with its peak memory, then more patterns.
+3. N 131072, then more patterns.
+4. Length: forward at N 131072 and 1,048,576 with peak memory, some rows against float32; alone
+   with ``--only length`` (``--seconds 85``).
 
 A kernel that is wrong is not timed. Every finished record is a line of FOLDER/routes.jsonl; what
 fails is a line too, with its error. FOLDER/measured.json is the table that ``auto`` goes by: copy
-it to src/longspan/ops/measured.json. FOLDER/routes.md is for people.
+it to src/longspan/ops/measured.json. FOLDER/routes.md is for people. Records of an ``--earlier``
+run stand in front, and those of its cases that this one did not do again stay in the tables.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +41,9 @@ from gpu_harness import (
     HEADS,
     KERNELS,
     LIBRARIES,
+    RESULTS,
     Log,
+    Work,
     do,
     failed,
     free,
@@ -76,7 +81,14 @@ MORE = (
     "neighborhood(2048)",
     "random_blocks(128, 16)",
 )
-LONG = ("scca.flow(1024)", "ssa(1024, 64)", "longnet([2048, 32768, 524288], [1, 16, 256])")
+LONGNET = "longnet([2048, 32768, 524288], [1, 16, 256])"
+SHORT_N, LONG_N = 1 << 17, 1 << 20
+# What grows eightfold: the same pattern, or SSA with as many strided keys for a query.
+GROWTH = (
+    ("scca.flow(1024)", "scca.flow(1024)"),
+    ("ssa(1024, 64)", "ssa(1024, 512)"),
+    (LONGNET, LONGNET),
+)
 
 
 def fresh(plan: ls.Plan) -> ls.Plan:
@@ -251,12 +263,57 @@ def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
             tflops=4 * width * plan.pairs / summary(seconds)["seconds"] / 1e12,
             peak_of_qkvo=torch.cuda.max_memory_allocated() / own,
             peak_of_qkvo_with_plan=peak_first / own,
+            held_of_qkvo=(torch.cuda.memory_allocated() - sum(x.nbytes for x in inputs)) / own,
+            passes=len(plan.passes),
+            pairs=plan.pairs,
             plan_seconds=planned,
             first_seconds=first,
         )
     except Exception as error:
         log.add(**about, **failed(error))
     free()
+
+
+def growth(log: Log) -> str:
+    """Time and memory against length, as a table."""
+    rows = {(r["pattern"], r["n"]): r for r in log.timed() if r["kind"] == "long"}
+    lines = [
+        "",
+        "## Length",
+        "",
+        "Forward of one layer, 32 heads over 8 key heads, width 128. *Linear*: time over eight "
+        "times that at 131,072 rows; *pair*: time of each query-key pair over that there. *Peak*: "
+        "memory over that of q, k, v and out; *held*: what of it stays between calls (ranges, "
+        "plan, tables).",
+        "",
+        "| pattern | N | ms | TFLOP/s | linear | pair | peak | held | plan, s |",
+        "|" + "---|" * 9,
+    ]
+    for short, long in GROWTH:
+        first = rows.get((short, SHORT_N))
+        for text, n in ((short, SHORT_N), (long, LONG_N)):
+            row = rows.get((text, n))
+            if row is None:
+                continue
+            linear = pair = ""
+            if n > SHORT_N and first is not None and "pairs" in first:
+                ratio = row["seconds"] / first["seconds"]
+                linear = f"{ratio * SHORT_N / n:.2f}"
+                pair = f"{ratio * first['pairs'] / row['pairs']:.2f}"
+            held = f"{row['held_of_qkvo']:.2f}" if "held_of_qkvo" in row else ""
+            cells = (
+                text,
+                f"{n:,}",
+                f"{row['seconds'] * 1e3:.2f}",
+                f"{row['tflops']:.0f}",
+                linear,
+                pair,
+                f"{row['peak_of_qkvo']:.2f}",
+                held,
+                f"{row['plan_seconds']:.1f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def measured(log: Log, command: str) -> dict[str, Any]:
@@ -289,6 +346,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=450)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--only", choices=("length",), help="this part alone, without its checks")
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        default=RESULTS / "routes-h200.jsonl",
+        help="records whose other cases stay in the tables",
+    )
     parser.add_argument("--match", nargs="+", help="only cases whose name holds one of these")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -305,21 +369,27 @@ def main() -> None:
     def left() -> float:
         return options.seconds - (time.monotonic() - begin)
 
-    log = Log(options.out / "routes.jsonl")
+    log = Log(options.out / "routes.jsonl", options.earlier)
     log.machine()
-    checks(log, 0.45 * options.seconds, options.kernels)
-    found = verdicts(log)
-    log.add(kind="verdicts", **{f"{k} {w}": v or "right" for (k, w), v in found.items()})
+    found: dict[tuple[str, int], str] = {}
+    if options.only is None:
+        checks(log, 0.45 * options.seconds, options.kernels)
+        found = verdicts(log)
+        log.add(kind="verdicts", **{f"{k} {w}": v or "right" for (k, w), v in found.items()})
 
     def right(width: int, among: tuple[str, ...] = KERNELS) -> tuple[str, ...]:
         return tuple(k for k in among if k in options.kernels and not found[k, width])
 
-    work: list[tuple[str, float, Callable[[], None]]] = [
+    length: list[Work] = [
+        (f"length {text} {n}", needed, lambda text=text, n=n: long(text, log, n=n))
+        for short, far in GROWTH
+        for text, n, needed in ((short, SHORT_N, 5), (far, LONG_N, 25))
+    ]
+    work: list[Work] = [
         *(
             (f"core {t} 128", 8, lambda t=t: compare(t, 32768, 128, right(128), log, rounds=15))
             for t in CORE
         ),
-        *((f"long {t}", 45, lambda t=t: long(t, log, n=1 << 20)) for t in LONG[:1]),
         *(
             (
                 f"more {t} 128",
@@ -340,15 +410,17 @@ def main() -> None:
             (f"core {t} 64", 8, lambda t=t: compare(t, 32768, 64, right(64), log, rounds=9))
             for t in CORE
         ),
-        *((f"linear {t}", 10, lambda t=t: long(t, log, n=1 << 17)) for t in LONG),
-        *((f"long {t}", 50, lambda t=t: long(t, log, n=1 << 20)) for t in LONG[1:]),
+        *length,
     ]
+    if options.only is not None:
+        work = length
     command = f"python benchmarks/gpu_routes.py --seconds {options.seconds:.0f}"
 
     def tables() -> None:
-        table = json.dumps(measured(log, command), indent=2) + "\n"
-        (options.out / "measured.json").write_text(table, encoding="utf-8")
-        text = gpu_race.as_markdown(log, "CUDA routes on one GPU")
+        if options.only is None:
+            table = json.dumps(measured(log, command), indent=2) + "\n"
+            (options.out / "measured.json").write_text(table, encoding="utf-8")
+        text = gpu_race.as_markdown(log, "CUDA routes on one GPU") + growth(log)
         (options.out / "routes.md").write_text(text, encoding="utf-8")
 
     if options.match:

@@ -32,14 +32,14 @@ def test_the_same_pairs(text, n):
 
 
 def test_a_sink_costs_no_tile_of_its_own():
-    with_sink = ls.plan(ls.parse("window(512) | strided(16) | sink(4)"), 16384, 4)
-    without = ls.plan(ls.parse("window(512) | strided(16)"), 16384, 4)
+    with_sink = ls.plan(ls.parse("window(512) | strided(16) | sink(4)"), 16384, 16)
+    without = ls.plan(ls.parse("window(512) | strided(16)"), 16384, 16)
     (one,) = with_sink.passes
     assert one.lo.shape[3] == 2
     assert with_sink.tiles(128) < 1.02 * without.tiles(128)
     # Each class of heads has its own copy, and places in between hold no key.
     order = one.key_order[0]
-    assert [(order == row).sum() for row in range(4)] == [2 + 4] * 4
+    assert [(order == row).sum() for row in range(4)] == [2 + 16] * 4
     assert (order < 0).any()
     assert led(one) is one
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,14 +96,9 @@ def row_error(
 
     Collects the keys of each row from the ranges of all passes, and computes them in float32.
     """
-    places = [[_places(part, c, plan.n) for c in range(part.lo.shape[1])] for part in plan.passes]
 
     def keys(head: int, row: int) -> Tensor:
-        found = [
-            key
-            for part, place in zip(plan.passes, places, strict=True)
-            for key in _keys(part, place[part.head_class[head]].get(row), head, plan.keys)
-        ]
+        found = [key for part in plan.passes for key in _keys(part, head, row, plan.keys)]
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
 
     return row_error_over(keys, inputs, out_BHND, rows)
@@ -128,14 +124,16 @@ def row_error_over(
     return relative(torch.stack(given), torch.stack(expected))
 
 
-def _places(part: Pass, head_class: int, n: int) -> dict[int, int]:
-    return {int(row): place for place, row in enumerate(part.rows(0, head_class, n))}
-
-
-def _keys(part: Pass, place: int | None, head: int, keys: int) -> list[Tensor]:
-    if place is None:
-        return []
+def _keys(part: Pass, head: int, row: int, keys: int) -> list[Tensor]:
+    """Key rows that a query row sees in a pass, range by range."""
     own = part.head_class[head]
+    place = row
+    if part.query_order is not None:
+        table = part.query_order[0]
+        found = np.flatnonzero(table[own % len(table)] == row)
+        if len(found) == 0:
+            return []
+        place = int(found[0])
     order = part.keys(0, keys)
     ranges = zip(part.lo[0, own, place], part.hi[0, own, place], strict=True)
     return [torch.from_numpy(order[a:b].copy()) for a, b in ranges if a < b]

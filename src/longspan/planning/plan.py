@@ -18,6 +18,7 @@ from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
 from longspan.planning.layout import layouts
 from longspan.planning.passes import Pass
+from longspan.planning.trim import trimmed
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,4 +145,4 @@ def plan(
     else:
         together = orders if isinstance(orders, int) else None
     passes = passes_of(own, rows, heads, together, join=orders != "apart")
-    return Plan(own, n, keys, heads, len(rows), passes)
+    return Plan(own, n, keys, heads, len(rows), tuple(map(trimmed, passes)))
