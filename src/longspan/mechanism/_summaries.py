@@ -120,11 +120,10 @@ class Summaries:
         pooled = pooled if state is None else torch.cat([state.open_pooled, pooled], dim=2)
         told = self._told(k, pooled, valid, state)
         known = state is None or valid is None
-        if not told.key.shape[2]:
-            far = []
-        elif self.causal and known:
-            far = [(self._before(turned, told, place[..., new], own), size)]
-        else:
+        far: list[tuple[Part, float | Tensor]] = []
+        if told.key.shape[2] and self.causal and known:
+            far.append((self._before(turned, told, place[..., new], own), size))
+        elif told.key.shape[2]:
             far = self._far(turned, told, place[..., new], own)
         after = None
         if keep:

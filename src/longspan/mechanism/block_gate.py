@@ -148,7 +148,8 @@ class BlockGate(PastLayer):
     ) -> Tensor:
         (turned, q), (k, v, plain) = asked, kept
         with torch.no_grad():
-            chosen = self._chosen(*self._scored(q, plain, place), place)
+            asking, told = self._scored(q, plain, place)
+            chosen = self._chosen(asking, told, place)
         begin = own_block(place, self.block, 1 if len(place) == 1 else len(q)) * self.block
         near, scale = (begin, place + 1), self.head_dim**-0.5
         return over_blocks(turned, k, v, [near], chosen, self.block, scale, self.impl)
