@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,8 +181,27 @@ def test_a_comparison(found):
 
 def test_what_is_recorded_is_not_measured_again(found, monkeypatch):
     asked, records, rows = found
-    monkeypatch.setattr(compare, "_Bench", None)
+    monkeypatch.setattr(compare, "Counts", None)
     assert run(asked, records) == rows
+
+
+@pytest.mark.parametrize("python", [None, "false"])
+def test_a_second_process_counts_the_same(found, monkeypatch, python):
+    asked, _, rows = found
+    asked, before = replace(asked, entries=asked.entries[:1]), deepcopy(rows[0])
+    monkeypatch.setattr(compare, "_MANY", 1)
+    monkeypatch.setattr(compare.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    if python is None:
+        # Nothing is counted here.
+        monkeypatch.setattr(compare, "Counts", None)
+    else:
+        # The process ends without a word: this one counts.
+        monkeypatch.setattr(compare.sys, "executable", python)
+    (again,) = run(asked, Records(None, asked.settings()))
+    for row in (*again["lengths"], *before["lengths"]):
+        for way in ("forward", "forward+backward"):
+            assert row.pop(way)
+    assert again == before
 
 
 def test_tables_agree_everywhere(found):
@@ -233,7 +254,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     told = json.loads(call(*asked, "--json"))
     assert told["records"][0]["entry"] == "window(8) | sink(2)"
     assert told["settings"]["lengths"] == [32, 64]
-    monkeypatch.setattr(compare, "_Bench", None)
+    monkeypatch.setattr(compare, "Counts", None)
     files = [tmp_path / "a.md", tmp_path / "a.html"]
     shown = call(*asked, "--markdown", files[0], "--html", files[1])
     assert "Coverage" in shown

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,21 +69,24 @@ class _Live(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for given in _tensors((*args, *kwargs.values())):
-            # What was there before the call does not count: it is known, at no cost.
-            self._meet(given, cost=False)
         out = func(*args, **kwargs)
-        for made in _tensors(out if isinstance(out, tuple | list) else (out,)):
-            self._meet(made, cost=True)
-        self.most = max(self.most, self.now)
+        if not _writes_or_views(func):
+            own: set[int] | None = None
+            for made in _tensors(out if isinstance(out, tuple | list) else (out,)):
+                storage = made.untyped_storage()
+                if storage._cdata in self._known:
+                    continue
+                if own is None:
+                    given = _tensors((*args, *kwargs.values()))
+                    own = {one.untyped_storage()._cdata for one in given}
+                # What was there before the call does not count.
+                if storage._cdata not in own:
+                    self._meet(storage)
+            self.most = max(self.most, self.now)
         return out
 
-    def _meet(self, value: Tensor, *, cost: bool) -> None:
-        storage = value.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if cost else 0
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
         self.now += size
 
         def gone(_: Any) -> None:
@@ -90,6 +94,13 @@ class _Live(TorchDispatchMode):
             self.now -= size
 
         self._known[key] = weakref.ref(storage, gone)
+
+
+@cache
+def _writes_or_views(func: Any) -> bool:
+    """Whether all that an operation returns is memory of its arguments."""
+    returns = func._schema.returns
+    return bool(returns) and all(one.alias_info is not None for one in returns)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
