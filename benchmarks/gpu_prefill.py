@@ -1,6 +1,6 @@
 """Sparse prefill on one GPU: right first, then end-to-end attention time against dense SDPA.
 
-    PYTHONPATH=src python benchmarks/gpu_prefill.py --out FOLDER [--seconds 400] [--lengths 32768]
+    PYTHONPATH=src python benchmarks/gpu_prefill.py --out FOLDER [--budget-s 400] [--lengths 32768]
 
 1. Each kind of method at 1,500 to 4,096 tokens, bfloat16 on CUDA, by every route (``--impls``)
    against dense attention under the executed mask in float32: outputs and log-sum-exps, odd
@@ -8,7 +8,10 @@
    timed by it.
 2. Batch 1, 32 heads over 8 key heads, width 128, bfloat16, at 16,384 to 524,288 tokens: cuDNN's
    dense causal SDPA, and each method, estimation, lists and attention together; then each stage
-   for itself, with a wait before and after it. Measured density and recall of attention mass.
+   for itself, with a wait before and after it (above 131,072 tokens the estimate alone). Measured
+   density and recall of attention mass.
+3. How many graphs were compiled for the columns of all these lengths: one for each number of
+   columns, heads and width.
 
 Stages are those of the route:
 
@@ -43,16 +46,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longspan.eval.environment import environment
 from longspan.ops import merge
 from longspan.select import Selected, parse, recall, sample, select
+from longspan.select import columns as column_pass
 from longspan.select import cudnn_blocks as whole_blocks
 from longspan.select import ranges as as_ranges
 from longspan.select import tiles as as_tiles
-from longspan.select.columns import columns
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 LENGTHS = (16384, 32768, 65536, 131072, 524288)
 IMPLS = ("cudnn_blocks", "ranges")
 # Ranges of every row take two numbers for each run of blocks.
 LONGEST_RANGES = 65536
+# Above, a single run takes seconds.
+LONG = 131072
 METHODS = (
     "vertical_slash(1000, 6096)",
     "vertical_slash(512, 2048)",
@@ -205,8 +210,8 @@ def stages(found: Selected, impl: str) -> dict[str, Callable[[], Any]]:
         steps["plan and kernel"] = lambda: as_ranges.over(prompt, v, replace(seen))
         steps["kernel"] = lambda: as_ranges.over(prompt, v, seen)
     if selection.columns is not None:
-        parts.append(columns(prompt, v, selection))
-        steps["columns"] = lambda: columns(prompt, v, selection)
+        parts.append(column_pass.columns(prompt, v, selection))
+        steps["columns"] = lambda: column_pass.columns(prompt, v, selection)
     if len(parts) > 1:
         steps["merge"] = lambda: merge(parts)
     return steps
@@ -217,7 +222,8 @@ def timed(n: int, methods: dict[str, list[str]], device: str, log: Log, stop: fl
     heads, key_heads = (HEADS, KEY_HEADS) if device == "cuda" else (4, 2)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = sample(n, heads, key_heads, WIDTH, dtype=dtype, device=device)
-    times = seconds(lambda: dense(q, k, v), device, most=15.0)
+    long = n > LONG
+    times = seconds(lambda: dense(q, k, v), device, most=15.0, rounds=2 if long else 5)
     whole = statistics.median(times)
     pairs = heads * n * (n + 1) / 2
     rate = 4 * WIDTH * pairs / whole / 1e12
@@ -235,11 +241,14 @@ def timed(n: int, methods: dict[str, list[str]], device: str, log: Log, stop: fl
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 own = seconds(
-                    lambda m=method, i=impl: select(q, k, v, m).attend(i), device, most=8.0
+                    lambda m=method, i=impl: select(q, k, v, m).attend(i),
+                    device,
+                    most=3.0 if long else 8.0,
                 )
                 peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
                 found = select(q, k, v, method)
-                steps = {"estimate": lambda m=method: select(q, k, v, m), **stages(found, impl)}
+                more = {} if long else stages(found, impl)
+                steps = {"estimate": lambda m=method: select(q, k, v, m), **more}
                 alone = {
                     name: 1e3 * statistics.median(seconds(run, device, most=1.0, rounds=3))
                     for name, run in steps.items()
@@ -267,6 +276,15 @@ def timed(n: int, methods: dict[str, list[str]], device: str, log: Log, stop: fl
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def graphs_of_columns() -> dict[str, int]:
+    """Functions made for columns, and graphs compiled for all of them."""
+    made = column_pass._fused.values()
+    # What torch.compile returns keeps the function; its cache entries are its graphs.
+    codes = [getattr(made_, "_torchdynamo_orig_callable", made_).__code__ for made_ in made]
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    return {"functions": len(codes), "graphs": sum(len(entries(code)) for code in codes)}
 
 
 def report(log: Log) -> str:
@@ -306,13 +324,22 @@ def report(log: Log) -> str:
     wrong = [f"{r['method']}, {r['impl']}, {r['case']}" for r in checks if not r["good"]]
     lines += ["", f"{len(checks) - len(wrong)} of {len(checks)} checks passed."]
     lines += [f"- failed: {name}" for name in wrong]
+    counted = [row["columns"] for row in log.rows if row["kind"] == "graphs"]
+    if counted and counted[-1]["functions"]:
+        lines += [
+            "",
+            f"Columns of all lengths: {counted[-1]['graphs']} graphs compiled, for "
+            f"{counted[-1]['functions']} numbers of columns and shapes of heads.",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument(
+        "--budget-s", type=float, default=400.0, help="no new measurement begins after so long"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--lengths", type=int, nargs="*")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
@@ -320,7 +347,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device; --device cpu rehearses.")
-    stop = time.perf_counter() + args.seconds
+    begin = time.perf_counter()
+    stop = begin + args.budget_s
     lengths = args.lengths or (LENGTHS if args.device == "cuda" else (2048,))
     impls = args.impls or (IMPLS if args.device == "cuda" else ("ranges",))
     log = Log(args.out / "prefill.jsonl")
@@ -333,15 +361,18 @@ def main() -> None:
             if check(method, impl, args.device, log)
             for term in parse(method).terms
         }
+        print(f"checked after {time.perf_counter() - begin:.0f} s", flush=True)
         good = {
             method: [i for i in impls if all((t.name, i) in right for t in parse(method).terms)]
             for method in args.methods
         }
         for n in lengths:
+            print(f"{n:,} tokens, {stop - time.perf_counter():.0f} s left", flush=True)
             try:
                 timed(n, good, args.device, log, stop)
             except Exception as error:
                 log.add(kind="length", n=n, **failed(error))
+            log.add(kind="graphs", columns=graphs_of_columns(), n=n)
             (args.out / "prefill.md").write_text(report(log), encoding="utf-8")
             if time.perf_counter() > stop:
                 break

@@ -22,6 +22,7 @@ POLICIES = [
     "recent(3) + keydiff(6)",
     "recent(0.3) + sinks(0) + keynorm(0.2)",
     "sinks(2) + recent(4) + expected_attention(6)",
+    "sinks(1) + recent(3) + embeddingnorm(6)",
     "recent(7)",
     "duo([[0.1, 0.9], [0.8, 0.2]], sinks=2, recent=5)",
     "sinks(2) + recent(4) + heavy(5) + keydiff(2)",

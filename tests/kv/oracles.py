@@ -32,6 +32,7 @@ def view(batch=2, heads=4, groups=2, n=23, width=8, queries=12, seed=0, holes=Tr
         scale=width**-0.5,
         queries=q,
         query_positions=at,
+        norms=torch.rand(batch, 1, n, generator=draw, dtype=torch.float64).expand(-1, groups, -1),
         sums=torch.rand(batch, groups, n, generator=draw, dtype=torch.float64),
         **more,
     )

@@ -201,6 +201,18 @@ def test_keynorm():
     assert kept("keynorm(6)+sinks(1)+recent(2)", seen) == expected
 
 
+@pytest.mark.parametrize(("text", "sign"), [("", 1), (", false", -1)])
+def test_embeddingnorm(text, sign):
+    seen = view()
+    expected = choose(
+        seen,
+        lambda b, g, p: sign * float(seen.norms[b, g, tokens(seen, b, g)[p]]),
+        lambda b, g: 6,
+        guard(seen, 1, 2),
+    )
+    assert kept(f"embeddingnorm(6{text})+sinks(1)+recent(2)", seen) == expected
+
+
 def rope(x, places):
     """Half-split rotation of x [B, H, N, D] by places [B, N]."""
     half = x.shape[-1] // 2
@@ -266,6 +278,7 @@ SCORERS = [
     "adakv({})",
     "keydiff({})",
     "keynorm({})",
+    "embeddingnorm({})",
 ]
 
 
@@ -295,7 +308,8 @@ def test_rows_do_not_know_of_each_other(text):
     keep = kv.parse(text.format(0.1)).keep(seen)
     for b in range(3):
         names = ("keys", "values", "positions", "seen", "queries", "query_positions", "sums")
-        alone = replace(seen, **{name: getattr(seen, name)[b : b + 1] for name in names})
+        own = {name: getattr(seen, name)[b : b + 1] for name in (*names, "norms")}
+        alone = replace(seen, **own)
         assert (kv.parse(text.format(0.1)).keep(alone)[0] == keep[b]).all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longspan.select import columns as column_pass
 from longspan.select.attention import ROUTES, prefill, select
 from longspan.select.measure import sample
 
@@ -58,6 +59,21 @@ def test_a_route_computes_what_was_selected(impl, text, shape):
     seen = torch.isfinite(total)
     assert torch.equal(torch.isfinite(lse), seen)
     assert float((lse - total)[seen].abs().max()) < 2e-3
+
+
+@torch.no_grad()
+def test_prompts_of_all_lengths_share_a_graph_of_columns(monkeypatch):
+    monkeypatch.setattr(column_pass, "_fused", {})
+    for n in (700, 512, 901, 1024, 1300):
+        q, k, v = prompt(n, n, torch.bfloat16)
+        found = select(q, k, v, "block_topk(1) + every(40)")
+        out, lse = found.attend("ranges")
+        right, total = expected(found)
+        assert float((out.float() - right).norm() / right.norm()) < 1e-2
+        assert float((lse - total).abs().max()) < 2e-3
+    (only,) = column_pass._fused.values()
+    code = getattr(only, "_torchdynamo_orig_callable").__code__  # noqa: B009
+    assert len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)) == 1
 
 
 def test_gradients_go_through_ranges():

@@ -130,6 +130,54 @@ def test_vertical_slash_is_the_papers_mask_rounded_to_blocks(n, m):
     assert not (found & ~near).any()
 
 
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (37, 100)])
+@pytest.mark.parametrize(("text", "sign"), [("", -1), (", large=false", 1)])
+def test_embeddings_of_a_norm_are_columns_of_all_heads(n, m, text, sign):
+    q, k, v = tensors(n, m, batch=2)
+    embeddings = oracles.random(5, 2, m, 3)
+    norms = embeddings.norm(dim=-1)
+    found = select(q, k, v, f"block_topk(3, block=16) + embeddingnorm(7{text})", norms=norms)
+    own = mask_of(select(q, k, v, "block_topk(3, block=16)"), n)
+    for b in range(2):
+        ranked = sorted(range(m), key=lambda j: sign * math.dist([0, 0, 0], embeddings[b, j]))
+        wanted = torch.zeros(m, dtype=torch.bool)
+        wanted[ranked[:7]] = True
+        seen = own[b] | (wanted & oracles.causal(n, m))
+        assert torch.equal(mask_of(found, n)[b], seen)
+        out, lse = oracles.attend(q[b], k[b], v[b], seen)
+        torch.testing.assert_close(found.attend()[0][b], out, atol=1e-10, rtol=0)
+        torch.testing.assert_close(found.attend()[1][b], lse, atol=1e-10, rtol=0)
+    # A budget for everything is dense, whatever the norms are.
+    dense = prefill(q, k, v, "embeddingnorm(1.0)", norms=norms)
+    wanted, _ = oracles.attend(q[0], k[0], v[0], oracles.causal(n, m))
+    torch.testing.assert_close(dense[0], wanted, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_norms_of_padding_do_not_count(side):
+    n, gap, text = 75, 20, "sinks(1) + embeddingnorm(0.2)"
+    q, k, v = tensors(n + gap, n + gap, batch=2)
+    norms = oracles.random(6, 2, n + gap).abs()
+    token = torch.ones(2, n + gap, dtype=torch.bool)
+    hole = {"left": slice(0, gap), "right": slice(n, None), "middle": slice(30, 30 + gap)}[side]
+    token[1, hole] = False
+    norms[1, hole] = 99.0
+    out = prefill(q, k, v, text, mask=token, norms=norms)
+    kept = token[1]
+    parts = (q[1:, :, kept], k[1:, :, kept], v[1:, :, kept])
+    alone = prefill(*parts, text, norms=norms[1:, kept])
+    torch.testing.assert_close(out[1:, :, kept], alone, atol=1e-10, rtol=0)
+    assert not out[1, :, ~kept].any()
+
+
+def test_norms_that_are_missing_or_misshapen_are_asked_for():
+    q, k, v = tensors(20, 20)
+    with pytest.raises(InputError, match="needs the norms of the embeddings"):
+        prefill(q, k, v, "embeddingnorm(3)")
+    with pytest.raises(InputError, match=r"norms must be \[batch, keys\] \[1, 20\]"):
+        prefill(q, k, v, "embeddingnorm(3)", norms=torch.ones(20))
+
+
 @pytest.mark.parametrize(("n", "m"), SHAPES)
 @pytest.mark.parametrize("text", METHODS)
 def test_output_is_dense_attention_under_the_executed_mask(text, n, m):
@@ -318,8 +366,8 @@ def test_texts_come_back():
     for text in METHODS:
         assert parse(str(parse(text))) == parse(text)
     for term in TERMS:
-        required = {"sinks": 4, "recent": 4, "tail": 4, "every": 4, "keynorm": 4}.get(term.name)
-        made = term() if required is None else term(required)
+        needs = term.name in ("sinks", "recent", "tail", "every", "keynorm", "embeddingnorm")
+        made = term(4) if needs else term()
         assert parse(str(made)).terms == (made,)
     assert (
         str(parse("block_topk( coverage(0.90) ) | sinks(4)"))
@@ -339,6 +387,9 @@ def test_texts_come_back():
         ("xattention(0.9, stride=7)", "divide the block"),
         ("flex_prefill(0.9, -1)", "tau"),
         ("vertical_slash(-1)", "columns"),
+        ("keynorm(coverage(0.5))", "attention mass"),
+        ("embeddingnorm(coverage(0.5))", "attention mass"),
+        ("embeddingnorm(3, large=no)", "true or false, got 'no'"),
         ("coverage(0.9)", "budget, not a prefill method"),
         ("(" * 4000, "nested too deeply"),
         ("block_topk(3, block=64) + xattention(0.9)", "share a block size"),
@@ -397,16 +448,40 @@ def test_bounds_are_above_every_product():
     assert (bound >= highest - 1e-12)[..., (prompt.back >= 0)[0]].all()
 
 
-def test_a_probe_conserves_its_mass():
-    q, k, v = tensors(40, 100, batch=2)
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize(("n", "m"), [(40, 100), (96, 96), (100, 100), (17, 17), (1, 50)])
+def test_a_probe_is_the_attention_of_the_last_rows(n, m, rows):
+    q, k, v = tensors(n, m, batch=2)
     prompt = select(q, k, v, "block_topk(1, block=16)").layout.prompt
-    found = probe(prompt, 64)
-    assert found.rows.tolist() == [40, 40]
+    found = probe(prompt, rows)
+    probed = min(n, rows)
+    assert found.rows.tolist() == [probed, probed]
     for mass in (found.columns, found.offsets):
-        torch.testing.assert_close(mass.sum(-1), torch.full((2, H), 40.0, dtype=oracles.F64))
-    columns, offsets = oracles.probe(q[1, 3], oracles.rep(k[1], H)[3], 64)
-    torch.testing.assert_close(found.columns[1, 3, :100], columns)
-    torch.testing.assert_close(found.offsets[1, 3, :100], offsets)
+        whole = torch.full((2, H), float(probed), dtype=oracles.F64)
+        torch.testing.assert_close(mass.sum(-1), whole)
+    for b in range(2):
+        for h in range(H):
+            columns, offsets = oracles.probe(q[b, h], oracles.rep(k[b], H)[h], rows)
+            torch.testing.assert_close(found.columns[b, h, :m], columns)
+            torch.testing.assert_close(found.offsets[b, h, :m], offsets)
+
+
+def test_a_probe_knows_padded_rows_apart():
+    n, gap = 75, 20
+    q, k, v = tensors(n + gap, n + gap, batch=2)
+    place = torch.arange(n + gap) - torch.tensor([[0], [gap]])
+    place = place.clamp(min=-1)
+    k[1, :, :n], k[1, :, n:] = k[1, :, gap:].clone(), 0.0
+    prompt = select(q, k, v, "block_topk(1, block=16)", place=place).layout.prompt
+    found = probe(prompt, 64)
+    for b, (rows, keys) in enumerate(((q[0], k[0]), (q[1, :, gap:], k[1, :, :n]))):
+        for h in range(H):
+            columns, offsets = oracles.probe(rows[h], oracles.rep(keys, H)[h], 64)
+            count = keys.shape[1]
+            torch.testing.assert_close(found.columns[b, h, :count], columns)
+            torch.testing.assert_close(found.offsets[b, h, :count], offsets)
+            assert not found.columns[b, h, count:].any()
+            assert not found.offsets[b, h, count:].any()
 
 
 def test_the_switch_is_a_distance_between_distributions():

@@ -6,6 +6,7 @@ The kernels of a GPU are stood in for by their definitions here; ``test_gpu`` ru
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,35 @@ def test_columns_of_the_second_pass_complete_the_first(monkeypatch):
     heads = k.repeat_interleave(H // K, 1)
     own = heads.gather(2, wide.clamp(min=0)[..., None].expand(-1, -1, -1, k.shape[3]))
     assert torch.equal(seen["keys"][wide >= 0], own[wide >= 0])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("layout", ["heads first", "rows first"])
+def test_prompts_of_all_lengths_share_a_graph_of_columns(layout, monkeypatch):
+    """Compiled and run without a code generator: graphs are counted, results are compared."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(column_pass, "_backend", count)
+    monkeypatch.setattr(column_pass, "_fused", {})
+    for n in (900, 512, 300, 640, 1024, 513):
+        q, k, v = (x.float() for x in tensors(n, n))
+        if layout == "rows first":
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        found = select(q, k, v, "block_topk(1) + every(40)")
+        wide = column_pass._sorted(found.layout.prompt, found.selection, TILE)
+        chosen = replace(found.selection, columns=wide)
+        with torch.no_grad():
+            out, lse = column_pass._walked(found.layout.prompt, found.v, chosen)
+            wanted, total = column_pass._row_by_row(found.layout.prompt, found.v, chosen)
+        some = torch.isfinite(total)
+        torch.testing.assert_close(out[some], wanted[some], atol=2e-5, rtol=0)
+        torch.testing.assert_close(lse[some], total[some], atol=2e-5, rtol=0)
+    # Rows first stay so only where the prompt is whole blocks and nothing had to be moved.
+    assert len(graphs) == (2 if layout == "rows first" else 1)
 
 
 def test_routes_that_need_a_gpu_say_so():

@@ -25,6 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, NewRows, mark
+from longspan.hf.embedded import EmbeddingNorms
 from longspan.hf.register import registered
 from longspan.hf.rows import Rows
 from longspan.kv.policy import Policy
@@ -53,6 +54,7 @@ class KeptLayer(CacheLayerMixin):
         layers: int,
         packed: bool = False,
         turn: Turn | None = None,
+        norms: EmbeddingNorms | None = None,
     ) -> None:
         """A new layer.
 
@@ -63,10 +65,12 @@ class KeptLayer(CacheLayerMixin):
             layers: how many take part.
             packed: read kept keys as if they lay side by side before the newest token.
             turn: rotates by so many positions more; needed for ``packed`` and for moments.
+            norms: of the model's embeddings, if the policy needs them.
         """
         self.policy = policy
         self.layer, self.layers = layer, layers
         self.packed, self.turn = packed, turn
+        self.norms = norms
         self._config = weakref.ref(config)
         self._quest = next((part for part in policy.parts if isinstance(part, Quest)), None)
         self.reset()
@@ -207,6 +211,7 @@ class KeptLayer(CacheLayerMixin):
                 ("the last queries", policy.observes, self.policy.observes),
                 ("attention received", policy.needs_sums, self.policy.needs_sums),
                 ("mean queries", policy.needs_moments, self.policy.needs_moments),
+                ("norms of embeddings", policy.needs_norms, self.policy.needs_norms),
             )
             if needed > noted
         ]
@@ -222,8 +227,10 @@ class KeptLayer(CacheLayerMixin):
             layers=self.layers,
             packed=self.packed,
             turn=self.turn,
+            norms=self.norms,
         )
-        new.store = self.store.copy(() if policy.needs_sums else ("sums",))
+        needed = {"sums": policy.needs_sums, "norms": policy.needs_norms}
+        new.store = self.store.copy([name for name, used in needed.items() if not used])
         new.is_initialized, new.seen = True, self.seen
         new._scale, new._real = self._scale, self._real
         if policy.observes:
@@ -244,7 +251,10 @@ class KeptLayer(CacheLayerMixin):
         assert self._real is not None
         positions = self.positions
         assert positions is not None
-        sums = self.store.padded("sums") if "sums" in self.store.buffers else None
+        sums, norms = (
+            self.store.padded(name) if name in self.store.buffers else None
+            for name in ("sums", "norms")
+        )
         return View(
             keys=self._as_read(self.store.padded("keys")),
             values=self.store.padded("values"),
@@ -257,6 +267,7 @@ class KeptLayer(CacheLayerMixin):
             query_positions=self._query_at,
             sums=sums,
             moments=self._moments,
+            norms=norms,
             turn=self.turn,
         )
 
@@ -348,6 +359,10 @@ class KeptLayer(CacheLayerMixin):
         rows = {"keys": key, "values": value, "positions": place}
         if self.policy.needs_sums:
             rows["sums"] = torch.zeros(batch, heads, new, device=key.device)
+        if self.policy.needs_norms:
+            assert self.norms is not None
+            found = self.norms.newest(batch, new).to(key.device)
+            rows["norms"] = found[:, None].expand(-1, heads, -1)
         if self.store is None:
             like = {
                 name: row if name in ("keys", "values") else row[0, 0, 0]

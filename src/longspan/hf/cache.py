@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_layer import KeptLayer
+from longspan.hf.embedded import embedding_norms
 from longspan.hf.register import described, registered
 from longspan.hf.rotation import turner
 from longspan.hf.switch import apply
@@ -153,6 +154,7 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             f"The model computes {described(config._attn_implementation)}, which keeps keys in "
             "its own way; a cache with a policy needs a pattern: longspan.hf.remove(model) first."
         )
+    norms = embedding_norms(base) if wanted.needs_norms else None
     for place, index in enumerate(chosen):
         layers[index] = KeptLayer(
             wanted,
@@ -161,6 +163,7 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             layers=len(chosen),
             packed=packed,
             turn=turn,
+            norms=norms,
         )
     return KVCache(layers, wanted)
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from longspan.errors import InputError
+from longspan.hf.embedded import embedding_norms, norms_for
 from longspan.hf.register import Estimated
 from longspan.hf.routes import routed
 from longspan.hf.rows import Rows
@@ -91,13 +93,17 @@ class Prefilled(Estimated):
     ) -> tuple[Tensor, Tensor]:
         """Attention over what the method selects: out [B, H, N, Dv] and lse [B, H, N]."""
         if rows.segments is None:
-            place = None
+            place = token = None
             # A static cache holds room for what is to come.
             stop = rows.query_start - rows.key_start + rows.queries
             key, value = key[:, :, :stop], value[:, :, :stop]
         else:
             place, token = _places(rows, query.device)
             key, value = tokens_first(token, key, value)
+        norms = None
+        if self.method.needs_norms:
+            norms = _norms(module, rows, key)
+            norms = norms if token is None else tokens_first(token, norms)[0]
         layer = getattr(module, "layer_idx", None) or 0
         layers = getattr(getattr(module, "config", None), "num_hidden_layers", layer + 1)
         found = select(
@@ -107,6 +113,7 @@ class Prefilled(Estimated):
             self.method,
             place=place,
             scale=scaling,
+            norms=None if norms is None else norms[:, 0, :, 0],
             layer=layer,
             layers=layers,
         )
@@ -216,6 +223,8 @@ def prefill(
     base = base_model(model)
     wanted = Prefilled(method=method(what), dense_below=dense_below)
     put_in = put(base, wanted, impl)
+    if wanted.method.needs_norms:
+        embedding_norms(base)
     log: list[LayerPrefill] | None = [] if report else None
     for _, module in routed(base):
         if log is not None:
@@ -223,6 +232,13 @@ def prefill(
         elif hasattr(module, _LOG):
             delattr(module, _LOG)
     return SparsePrefill(**{**vars(put_in), "log": log})
+
+
+def _norms(module: nn.Module, rows: Rows, key: Tensor) -> Tensor:
+    """Norms of the embeddings of all key rows [B, 1, M, 1], 0 in room for what is to come."""
+    tokens = rows.query_start - rows.key_start + rows.queries
+    found = norms_for(module).all(len(key), tokens).to(key.device)
+    return pad(found, (0, key.shape[2] - tokens))[:, None, :, None]
 
 
 def _places(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longspan import mechanism
 from longspan.errors import InputError, PatternError, Refusal
 from longspan.hf.dual_chunk import settle, why_not
+from longspan.hf.embedded import forget_norms
 from longspan.hf.entries import Entries, Entry
 from longspan.hf.mechanisms import Method, method, swap, swapped, why_not_swap
 from longspan.hf.rope import set_rope
@@ -196,6 +197,7 @@ def remove(model: Any) -> None:
     if base.config.get_text_config()._attn_implementation != before:
         base.set_attn_implementation(before)
     settle(base)
+    forget_norms(base)
     Entries(before).keep(base)
 
 

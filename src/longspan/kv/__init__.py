@@ -11,7 +11,7 @@ from typing import Any
 from longspan.kv.adakv import AdaKV
 from longspan.kv.expected import ExpectedAttention
 from longspan.kv.heavy import Heavy
-from longspan.kv.keys import KeyDiff, KeyNorm
+from longspan.kv.keys import EmbeddingNorm, KeyDiff, KeyNorm
 from longspan.kv.policy import (
     Part,
     Policy,
@@ -35,6 +35,7 @@ __all__ = [
     "AdaKV",
     "Coverage",
     "Duo",
+    "EmbeddingNorm",
     "ExpectedAttention",
     "Heavy",
     "KeyDiff",

@@ -44,7 +44,15 @@ class AdaKV(Scorer):
         object.__setattr__(self, "budget", inner)
         if not 0 <= self.floor <= 1:
             raise PolicyError(f"adakv: expected a floor from 0 to 1, got {self.floor!r}")
-        for need in ("observes", "needs_sums", "needs_moments", "once", "skips", "streaming"):
+        for need in (
+            "observes",
+            "needs_sums",
+            "needs_moments",
+            "needs_norms",
+            "once",
+            "skips",
+            "streaming",
+        ):
             object.__setattr__(self, need, getattr(inner, need, True))
 
     def score(self, view: View) -> Tensor:

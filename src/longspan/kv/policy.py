@@ -47,6 +47,7 @@ class Part(Summand):
         observes: how many of the last queries it needs to see.
         needs_sums: whether it needs the attention that each key received.
         needs_moments: whether it needs mean and covariance of the queries.
+        needs_norms: whether it needs the lengths of the tokens' embeddings.
         once: whether it acts after a prompt, unless told when.
         skips: first tokens whose queries are left out of the moments.
     """
@@ -54,6 +55,7 @@ class Part(Summand):
     observes: ClassVar[int] = 0
     needs_sums: ClassVar[bool] = False
     needs_moments: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = False
     once: ClassVar[bool] = False
     skips: ClassVar[int] = 0
 
@@ -204,6 +206,11 @@ class Policy:
     def needs_moments(self) -> bool:
         """Whether mean and covariance of the queries are needed."""
         return any(part.needs_moments for part in self.parts)
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the lengths of the tokens' embeddings are needed."""
+        return any(part.needs_norms for part in self.parts)
 
     def check(self, layers: int, heads: int) -> None:
         """Raise ``PolicyError`` if it does not fit a model's layers and key heads."""

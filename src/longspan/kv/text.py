@@ -16,7 +16,7 @@ from typing import Any
 from longspan.kv.adakv import AdaKV
 from longspan.kv.expected import ExpectedAttention
 from longspan.kv.heavy import Heavy
-from longspan.kv.keys import KeyDiff, KeyNorm
+from longspan.kv.keys import EmbeddingNorm, KeyDiff, KeyNorm
 from longspan.kv.policy import POLICIES, Part, Policy, after_prefill, each_step, every, everything
 from longspan.kv.protect import Duo, Recent, Sinks
 from longspan.kv.quest import Quest
@@ -26,6 +26,7 @@ from longspan.kv.tova import TOVA
 PARTS: tuple[type[Part], ...] = (
     AdaKV,
     Duo,
+    EmbeddingNorm,
     ExpectedAttention,
     Heavy,
     KeyDiff,

@@ -54,6 +54,7 @@ class View:
         query_positions: int64 [B, W], -1 for padding.
         sums: attention received so far [B, G, C], summed over the query heads of a group.
         moments: of the queries.
+        norms: lengths of the tokens' embeddings [B, G, C]; None if no part asked for them.
         turn: (x [B, H, N, D], places [B, N]) rotated by so many positions more.
     """
 
@@ -68,6 +69,7 @@ class View:
     query_positions: Tensor | None = None
     sums: Tensor | None = None
     moments: Moments | None = None
+    norms: Tensor | None = None
     turn: Turn | None = None
 
     @property

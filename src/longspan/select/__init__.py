@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "BlockTopK": "block_topk",
     "Coverage": "budgets",
+    "EmbeddingNorm": "fixed",
     "Every": "fixed",
     "FlexPrefill": "flex_prefill",
     "KeyNorm": "fixed",
@@ -38,6 +39,7 @@ _HOME = {
 __all__ = [
     "BlockTopK",
     "Coverage",
+    "EmbeddingNorm",
     "Every",
     "FlexPrefill",
     "KeyNorm",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
     from longspan.select.attention import Selected, prefill, select
     from longspan.select.block_topk import BlockTopK
     from longspan.select.budgets import Coverage, Ratio, Tokens
-    from longspan.select.fixed import Every, KeyNorm, Recent, Sinks, Tail
+    from longspan.select.fixed import EmbeddingNorm, Every, KeyNorm, Recent, Sinks, Tail
     from longspan.select.flex_prefill import FlexPrefill
     from longspan.select.measure import break_even, recall, sample
     from longspan.select.method import Method, Term

@@ -81,6 +81,7 @@ def prefill(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
+    norms: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Any:
@@ -93,6 +94,7 @@ def prefill(
         method: a method, a term or text such as ``"vertical_slash(1000, 6096)"``.
         mask: True at tokens, False at padding [B, M].
         scale: factor on the logits; default ``D ** -0.5``.
+        norms: lengths of the embeddings of the keys [B, M], for ``embeddingnorm`` alone.
         return_lse: also return the log-sum-exp over the selected keys.
         impl: ``cudnn_blocks`` (Hopper, forward only), ``tiles`` (CUDA, forward only), ``ranges``
             (any device, with gradients) or ``auto``. No gradient passes through the selection.
@@ -102,12 +104,16 @@ def prefill(
         [B, H, N], -inf there.
 
     Raises:
-        InputError: if shapes do not fit.
+        InputError: if shapes do not fit, or the method needs norms that were not given.
         PolicyError: if the method does not parse.
         Refusal: if a named kernel cannot do it.
     """
     _check(q, k, v)
     place = None
+    if norms is not None and norms.shape != (k.shape[0], k.shape[2]):
+        raise InputError(
+            f"norms must be [batch, keys] {[k.shape[0], k.shape[2]]}, got {list(norms.shape)}"
+        )
     if mask is not None:
         if mask.shape != (k.shape[0], k.shape[2]):
             raise InputError(
@@ -116,7 +122,9 @@ def prefill(
         token = mask.to(torch.bool)
         place = places(q.shape[2], token, k.shape[2], q.device)
         k, v = tokens_first(token, k, v)
-    out, lse = select(q, k, v, method, place=place, scale=scale).attend(impl)
+        if norms is not None:
+            norms = tokens_first(token, norms[:, None, :, None])[0][:, 0, :, 0]
+    out, lse = select(q, k, v, method, place=place, scale=scale, norms=norms).attend(impl)
     return (out, lse) if return_lse else out
 
 
@@ -133,6 +141,7 @@ def select(
     *,
     place: Tensor | None = None,
     scale: float | None = None,
+    norms: Tensor | None = None,
     **layer: int,
 ) -> Selected:
     """Let a method choose for a prompt; see ``prefill``.
@@ -145,9 +154,10 @@ def select(
         place: position of each query among the keys, int64 [B, N], -1 at padding; None: the
             queries are the last rows.
         scale: factor on the logits; default ``D ** -0.5``.
+        norms: lengths of the embeddings of the keys [B, M], tokens first.
         layer: ``layer`` and ``layers``, for budgets that differ between layers.
     """
     wanted = method(chosen)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    layout = lay(q, k, place, wanted.block, factor, **layer)
+    layout = lay(q, k, place, wanted.block, factor, norms, **layer)
     return Selected(layout=layout, v=whole(v, wanted.block), selection=_selection(wanted, layout))

@@ -3,9 +3,10 @@
 A row sees a column that lies before its own block and in no chosen one, so that no pair counts
 twice. That is the same for all rows of a block: one table of Q C marks instead of a mask.
 
-On CUDA FlexAttention walks the tiles of columns, with the table where a tile is not seen whole;
-its graphs hold the lengths. Elsewhere, and where gradients are needed, a block of queries at a
-time. O(N C D) time.
+On CUDA FlexAttention walks the tiles of columns, with the table where a tile is not seen whole.
+Its graphs hold the number of columns, which is a power of two of tiles, and know of the prompt
+only that it is whole blocks: one graph serves all lengths. Elsewhere, and where gradients are
+needed, a block of queries at a time. O(N C D) time.
 
 Axes: B batch, H query heads, K key heads, R rows in Q blocks of S, C columns, D head width.
 """
@@ -23,6 +24,7 @@ from torch.nn.functional import pad
 
 from longspan.ops.capability import needs_grad
 from longspan.ops.kernels._flex_tiles import TILE
+from longspan.ops.kernels.flex import _dense
 from longspan.select.lists import listed, tile_lists
 from longspan.select.prompt import Prompt
 from longspan.select.selection import Selection
@@ -30,6 +32,8 @@ from longspan.select.selection import Selection
 _Attend = Callable[..., tuple[Tensor, Tensor]]
 
 _fused: dict[tuple[Any, ...], _Attend] = {}
+# What graphs are handed to.
+_backend: Any = "inductor"
 
 
 def columns(prompt: Prompt, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
@@ -111,11 +115,22 @@ def _walked(prompt: Prompt, v: Tensor, selection: Selection) -> tuple[Tensor, Te
     # Graphs hold the width of lists: as wide as they may become.
     lists = tile_lists(count, listed(tiles.any(-1) & ~full), listed(full), width=max(2, count))
     attend = _compiled(prompt, values.shape, values.dtype)
-    return attend(prompt.q, keys, values, shown, *lists)
+    # Blocks by blocks: that the rows are whole tiles then shows in the shape, for any number.
+    rows = _dense(prompt.q).unflatten(2, (-1, TILE))
+    # Marks stay on a tensor, so they go on what is made here.
+    for x in (rows, shown, *lists[:4]):
+        torch._dynamo.maybe_mark_dynamic(x, 2)
+    return attend(rows, keys, values, shown, *lists)
 
 
 def _compiled(prompt: Prompt, values: torch.Size, dtype: torch.dtype) -> _Attend:
-    name = (prompt.q.shape, values, dtype, prompt.q.device, prompt.scale, prompt.q.stride())
+    """The function for all prompts like this one, whatever their lengths."""
+    q = prompt.q
+    batch, heads, rows, width = q.shape
+    order = tuple(sorted(range(4), key=q.stride, reverse=True))
+    # A dimension of 1 is compiled in.
+    one = rows == TILE
+    name = (batch, heads, one, width, order, values, dtype, q.device, prompt.scale)
     if name not in _fused:
         _fused[name] = _compile(prompt.scale, f"columns_{len(_fused)}")
     return _fused[name]
@@ -123,8 +138,10 @@ def _compiled(prompt: Prompt, values: torch.Size, dtype: torch.dtype) -> _Attend
 
 def _compile(scale: float, name: str) -> _Attend:
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, shown: Tensor, *lists: Tensor
+        rows: Tensor, k: Tensor, v: Tensor, shown: Tensor, *lists: Tensor
     ) -> tuple[Tensor, Tensor]:
+        q = rows.flatten(2, 3)
+
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return shown[batch, head, query // TILE, key]
 
@@ -137,11 +154,12 @@ def _compile(scale: float, name: str) -> _Attend:
             v,
             block_mask=mask,
             scale=scale,
+            kernel_options={"BACKEND": "TRITON"},
             return_aux=AuxRequest(lse=True),
         )
         assert aux.lse is not None
         return out, aux.lse
 
-    # Dynamo keeps at most eight graphs per code object: each shape gets its own.
+    # Dynamo keeps at most eight graphs per code object: each kind of prompt gets its own.
     attend.__code__ = attend.__code__.replace(co_name=name)
-    return torch.compile(attend, backend="inductor", fullgraph=True, dynamic=False)
+    return torch.compile(attend, backend=_backend, fullgraph=True)

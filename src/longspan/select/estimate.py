@@ -4,8 +4,10 @@
     probe         attention of the last queries (64 in MInference, Jiang et al. 2024, arXiv
                   2407.02490), summed down each column and along each diagonal
 
-The probe is exact attention of a few rows: O(64 M D) time, a few heads at a time. It belongs to
-later tokens than most rows it speaks for.
+The probe is exact attention of a few rows: O(64 M D) time, a few heads at a time. Its weights are
+64 times as large as what comes of them, so time is how often they are read and written: once by
+the product, twice by the softmax, and once for each of the two sums. It belongs to later tokens
+than most rows it speaks for.
 
 Axes: B batch, H query heads, M keys, P probed rows, D width.
 """
@@ -62,25 +64,30 @@ def last_rows(prompt: Prompt, rows: int) -> tuple[Tensor, Tensor]:
     return prompt.q.gather(2, index), at
 
 
-def weights(q: Tensor, at: Tensor, prompt: Prompt) -> Tensor:
+def weights(
+    q: Tensor, at: Tensor, prompt: Prompt, *, seen: int = 0, stands: bool = False
+) -> Tensor:
     """Causal attention weights of some rows over all keys.
 
     Args:
         q: [B, H, P, D].
         at: their positions, int64 [B, P]; rows at -1 get no weights.
         prompt: whose keys.
+        seen: keys that all rows see, if that is known; they are not masked again.
+        stands: whether no row is at -1, if that is known.
 
     Returns:
         [B, H, P, M] in float32 at least.
     """
     batch, heads, rows, width = q.shape
     groups = prompt.k.shape[1]
-    logits = q.to(prompt.work).reshape(batch, groups, -1, width) @ prompt.k.to(prompt.work).mT
-    logits = logits.view(batch, heads, rows, -1) * prompt.scale
-    key = torch.arange(prompt.k.shape[2], device=q.device)
-    hidden = (key > at[..., None])[:, None]
-    empty = (at < 0)[:, None, :, None]
-    return logits.masked_fill(hidden & ~empty, -torch.inf).softmax(-1).masked_fill(empty, 0.0)
+    scaled = q.to(prompt.work).reshape(batch, groups, -1, width) * prompt.scale
+    logits = (scaled @ prompt.k.to(prompt.work).mT).view(batch, heads, rows, -1)
+    key = torch.arange(seen, prompt.k.shape[2], device=q.device)
+    hidden, empty = (key > at[..., None])[:, None], (at < 0)[:, None, :, None]
+    logits[..., seen:].masked_fill_(hidden & ~empty, -torch.inf)
+    weight = logits.softmax(-1)
+    return weight if stands else weight.masked_fill_(empty, 0.0)
 
 
 def head_slices(prompt: Prompt, per_head: int) -> Iterator[Prompt]:
@@ -99,8 +106,25 @@ def head_slices(prompt: Prompt, per_head: int) -> Iterator[Prompt]:
 
 def _masses(prompt: Prompt, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     q, at = last_rows(prompt, rows)
-    weight = weights(q, at, prompt)
-    key = at[..., None] - torch.arange(weight.shape[-1], device=q.device)
-    along = weight.gather(-1, key.clamp(min=0)[:, None].expand_as(weight))
-    along = along.masked_fill((key < 0)[:, None], 0.0)
-    return weight.sum(2), along.sum(2), (at >= 0).sum(1)
+    rows = q.shape[2]
+    all_stand = prompt.span is not None and prompt.span[1] - prompt.span[0] >= rows
+    seen = prompt.span[1] - rows if prompt.span is not None and all_stand else 0
+    weight = weights(q, at, prompt, seen=seen, stands=all_stand)
+    return weight.sum(2), _along(weight, prompt), (at >= 0).sum(1)
+
+
+def _along(weight: Tensor, prompt: Prompt) -> Tensor:
+    """Sums of the weights of the last rows [B, H, P, M] along diagonals, by distance [B, H, M]."""
+    batch, heads, rows, keys = weight.shape
+    # By the key that the last row has at the same distance. Read with one step more for each row,
+    # a diagonal lies in a column; what comes before the first key is the end of the row above,
+    # which causality leaves 0, but in the first row.
+    total = weight.new_zeros(batch, heads, keys)
+    total[..., rows - 1 :] += weight[:, :, 0, : keys - rows + 1]
+    step = (heads * rows * keys, rows * keys, keys + 1, 1)
+    below = weight.as_strided((batch, heads, rows - 1, keys), step, keys + 2 - rows)
+    total += below.sum(2)
+    last = prompt.length - 1
+    distance = torch.arange(keys, device=weight.device)
+    key = (last[:, None] - distance)[:, None].expand_as(total)
+    return total.gather(-1, key.clamp(min=0)).masked_fill_(key < 0, 0.0)

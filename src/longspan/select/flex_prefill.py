@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PolicyError
-from longspan.select.choose import best, cover
+from longspan.select.choose import cover
 from longspan.select.estimate import last_rows, probe
 from longspan.select.method import BLOCK, Term, read_mass
 from longspan.select.pooled import block_means, means
@@ -74,19 +74,24 @@ class FlexPrefill(Term):
 
     def _touched(self, prompt: Prompt, columns: Tensor, offsets: Tensor, share: Tensor) -> Tensor:
         """Blocks of the columns and offsets that hold a share [B, H] of their mass."""
-        column, kept = best(columns, self._count(columns, share, prompt.length))
-        offset, used = best(offsets, self._count(offsets, share, prompt.length))
+        column, kept = self._best(columns, share, prompt.length)
+        offset, used = self._best(offsets, share, prompt.length)
         block = column.div(prompt.size, rounding_mode="floor").masked_fill(~kept, prompt.blocks)
         seen = kept.new_zeros(*kept.shape[:2], prompt.blocks + 1).scatter(-1, block, True)
         vertical = seen[:, :, None, :-1] & (prompt.back >= 0)[:, None]
         return vertical | along(prompt, offset, used)
 
-    def _count(self, mass: Tensor, share: Tensor, length: Tensor) -> Tensor:
-        """One more than what holds the share at most: the paper's number, int64 [B, H]."""
-        ranked = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
-        within = ranked <= share[..., None] * ranked[..., -1:]
-        count = (1 + within.sum(-1)).clamp(min=self.least)
-        return torch.minimum(count, length[:, None])
+    def _best(self, mass: Tensor, share: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """All places from the heaviest on [B, H, M], and which of them count.
+
+        One more than what holds the share at most: the paper's number.
+        """
+        ranked, place = mass.sort(dim=-1, descending=True)
+        held = ranked.double().cumsum(-1)
+        count = 1 + (held <= share[..., None] * held[..., -1:]).sum(-1)
+        count = torch.minimum(count.clamp(min=self.least), length[:, None])
+        rank = torch.arange(mass.shape[-1], device=mass.device)
+        return place, rank < count[..., None]
 
     def _pooled(self, prompt: Prompt) -> Tensor:
         """The blocks of most mass of the whole pooled matrix, bool [B, H, Q, T]."""

@@ -34,8 +34,10 @@ class Term(Summand):
     Attributes:
         depends: on which later tokens of the prompt the selection of a row depends, in words;
             empty if on none.
+        needs_norms: whether it goes by the lengths of the tokens' embeddings.
     """
 
+    needs_norms: ClassVar[bool] = False
     depends: ClassVar[str] = ""
 
     def select(self, prompt: Prompt) -> Selection:
@@ -72,6 +74,11 @@ class Method:
     def depends(self) -> str:
         """On which later tokens of the prompt the selection of a row depends, in words."""
         return "; ".join(dict.fromkeys(t.depends for t in self.terms if t.depends))
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the lengths of the tokens' embeddings must be known."""
+        return any(term.needs_norms for term in self.terms)
 
     def select(self, prompt: Prompt) -> Selection:
         """Own blocks and what every term adds."""

@@ -100,24 +100,43 @@ def _masses(prompt: Prompt, stride: int, norm: float) -> Tensor:
     batch, heads, rows, _ = prompt.q.shape
     groups, size, device = prompt.k.shape[1], prompt.size, prompt.q.device
     k = prompt.k.unflatten(2, (-1, stride)).flatten(3)
-    q = prompt.q.unflatten(2, (-1, stride)).flip(3).flatten(3)
+    # Cells are many more than their queries: those are scaled.
+    q = (prompt.q * (prompt.scale / (stride * norm))).to(k.dtype)
+    q = q.unflatten(2, (-1, stride)).flip(3).flatten(3)
     place = prompt.at.unflatten(1, (-1, stride)).amax(2).div(stride, rounding_mode="floor")
     cell = torch.arange(k.shape[2], device=device)
     per_block = size // stride
-    factor = prompt.scale / (stride * norm)
-    reach = (prompt.own.amax(0) + 1).clamp(max=prompt.blocks).tolist()
+    own, empties = _known_rows(prompt)
     out = torch.zeros(batch, heads, rows // size, prompt.blocks, dtype=prompt.work, device=device)
     # A few blocks of queries at a time see no further than the last of them.
     step = max(1, (1 << 26) // (batch * heads * per_block * k.shape[2]))
     for start in range(0, rows // size, step):
         stop = min(start + step, rows // size)
-        seen = int(reach[stop - 1]) * per_block
+        # Cells before the first of these blocks are seen by all of their rows.
+        known = max(0, min(first for first, _ in own[start:stop])) * per_block
+        seen = min(prompt.blocks, max(last for _, last in own[start:stop]) + 1) * per_block
         part = slice(start * per_block, stop * per_block)
-        own = q[:, :, part].reshape(batch, groups, -1, q.shape[3])
-        logits = (own @ k[:, :, :seen].mT).to(prompt.work).view(batch, heads, -1, seen) * factor
+        some = q[:, :, part].reshape(batch, groups, -1, q.shape[3])
+        logits = (some @ k[:, :, :seen].mT).view(batch, heads, -1, seen)
         at = place[:, None, part, None]
         empty = at < 0
-        weight = logits.masked_fill((cell[:seen] > at) & ~empty, -torch.inf).softmax(-1)
-        weight = weight.masked_fill(empty, 0.0).unflatten(2, (-1, per_block)).sum(3)
+        logits[..., known:].masked_fill_((cell[known:seen] > at) & ~empty, -torch.inf)
+        weight = logits.softmax(-1, dtype=prompt.work)
+        if not empties.isdisjoint(range(start, stop)):
+            weight.masked_fill_(empty, 0.0)
+        weight = weight.unflatten(2, (-1, per_block)).sum(3)
         out[:, :, start:stop, : seen // per_block] = weight.unflatten(3, (-1, per_block)).sum(4)
     return out
+
+
+def _known_rows(prompt: Prompt) -> tuple[list[tuple[int, int]], set[int]]:
+    """First and last block over the batch for each block of queries, and which may hold room.
+
+    Without a question to the device where the prompt knows.
+    """
+    count = prompt.q.shape[2] // prompt.size
+    if prompt.span is None:
+        first, last = prompt.own.amin(0).tolist(), prompt.own.amax(0).tolist()
+        return list(zip(first, last, strict=True)), set(range(count))
+    begin = prompt.span[0] // prompt.size
+    return [(begin + a, begin + a) for a in range(count)], {0, count - 1}

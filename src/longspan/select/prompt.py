@@ -34,6 +34,8 @@ class Prompt:
             the batch and nothing is padding; None if only the device knows.
         layer: number of the layer.
         layers: how many layers share a budget.
+        norms: length of each token's embedding, float [B, T S], anything behind the last token;
+            None if nobody said.
     """
 
     q: Tensor
@@ -46,6 +48,7 @@ class Prompt:
     span: tuple[int, int] | None = None
     layer: int = 0
     layers: int = 1
+    norms: Tensor | None = None
 
     @property
     def own(self) -> Tensor:
@@ -116,7 +119,13 @@ class Layout:
 
 
 def lay(
-    q: Tensor, k: Tensor, place: Tensor | None, size: int, scale: float, **layer: int
+    q: Tensor,
+    k: Tensor,
+    place: Tensor | None,
+    size: int,
+    scale: float,
+    norms: Tensor | None = None,
+    **layer: int,
 ) -> Layout:
     """Lay queries and keys out in blocks.
 
@@ -127,6 +136,7 @@ def lay(
             token. None: the queries are the last rows.
         size: tokens of a block.
         scale: factor on the logits.
+        norms: of the embeddings of the keys [B, M].
         layer: ``layer`` and ``layers`` of the prompt.
     """
     batch, heads, n, width = q.shape
@@ -163,6 +173,7 @@ def lay(
         size=size,
         scale=scale,
         span=span,
+        norms=None if norms is None else pad(norms, (0, -k.shape[2] % size)),
         **layer,
     )
     return Layout(prompt=prompt, row=row, front=front, queries=n)

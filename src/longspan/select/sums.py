@@ -156,6 +156,13 @@ def check_whole(name: str, least: int, /, **values: Any) -> None:
             raise PolicyError(f"{name}: {key} must be a whole number from {least}, got {value!r}")
 
 
+def check_bool(name: str, /, **values: Any) -> None:
+    """Raise ``PolicyError`` unless all are true or false."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name}: {key} must be true or false, got {value!r}")
+
+
 def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()

@@ -11,7 +11,7 @@ lists columns and offsets, here they are budgets.
 from __future__ import annotations
 
 from longspan.select.block_topk import BlockTopK
-from longspan.select.fixed import Every, KeyNorm, Recent, Sinks, Tail
+from longspan.select.fixed import EmbeddingNorm, Every, KeyNorm, Recent, Sinks, Tail
 from longspan.select.flex_prefill import FlexPrefill
 from longspan.select.method import METHODS, Method, Term
 from longspan.select.vertical_slash import VerticalSlash
@@ -19,6 +19,7 @@ from longspan.select.xattention import XAttention
 
 TERMS: tuple[type[Term], ...] = (
     BlockTopK,
+    EmbeddingNorm,
     Every,
     FlexPrefill,
     KeyNorm,

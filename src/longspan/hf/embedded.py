@@ -1,0 +1,152 @@
+"""Norms of what a model's input embedding gives, noted while it runs.
+
+Attention functions and caches see queries and keys alone. A model with these hooks also says how
+long the embedding of each token is, without being known: every transformers model names its input
+embedding. Tokens of earlier calls are remembered with the cache that went along, so that a chunk
+of a prompt knows the norms of the chunks before it.
+
+Axes: B batch, N new rows, M rows with those before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import Refusal
+from longspan.hf.routes import routed
+from longspan.select.estimate import norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# On models and their attention modules; and the hooks of a model.
+_NAME, _HOOKS = "_longspan_embedding_norms", "_longspan_embedding_hooks"
+
+
+class EmbeddingNorms:
+    """What a model's embedding gave last; one for each model, made by ``embedding_norms``.
+
+    Beams that change rows between two chunks of a prompt are not followed: the second chunk then
+    chooses by the norms of the row that was there.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known."""
+        self._newest: Tensor | None = None
+        self._cache: Any = None
+        self._known: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+
+    def newest(self, batch: int, rows: int) -> Tensor:
+        """Norms of the rows of the present call, float32 [B, N].
+
+        Raises:
+            Refusal: if the model did not embed such rows.
+        """
+        if self._newest is None or self._newest.shape != (batch, rows):
+            raise Refusal(
+                f"The norms of the embeddings of {batch} x {rows} rows are not known: call the "
+                "model itself, with input_ids or inputs_embeds, and make caches and prefill "
+                "methods with embeddingnorm(...) anew after longspan.hf.remove(model)."
+            )
+        return self._newest
+
+    def all(self, batch: int, rows: int) -> Tensor:
+        """Norms of those before the present call too, float32 [B, M].
+
+        Raises:
+            Refusal: if they are not known.
+        """
+        own = self._newest
+        if own is not None and own.shape == (batch, rows):
+            return own
+        before = self._known.get(self._cache, []) if self._cache is not None else []
+        parts = [*before, *([] if own is None else [own])]
+        widths = sum(part.shape[1] for part in parts)
+        if widths != rows or any(len(part) != batch for part in parts):
+            raise Refusal(
+                f"Of {rows} rows, the norms of {widths} embeddings are known: embeddingnorm(...) "
+                "needs the prompt as a whole, or in chunks with one cache, all read while the "
+                "method is applied."
+            )
+        return torch.cat([part.to(parts[-1].device) for part in parts], 1)
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: forget the last call."""
+        given = kwargs.get("inputs_embeds")
+        self._newest = None if given is None else norm(given.detach())
+        self._cache = kwargs.get("past_key_values")
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        """After the embedding."""
+        self._newest = norm(out.detach())
+
+    def end(self, _: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """After the model: remember with the cache."""
+        cache = getattr(out, "past_key_values", None)
+        if cache is None or self._newest is None:
+            return
+        parts = self._known.setdefault(cache, [])
+        if cache.get_seq_length() <= self._newest.shape[1]:
+            # A cache that was emptied.
+            parts.clear()
+        parts.append(self._newest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingNorms:
+        # A copied cache goes on in the model of the first.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What was noted is of this run.
+        return EmbeddingNorms, ()
+
+
+def embedding_norms(base: PreTrainedModel) -> EmbeddingNorms:
+    """The norms that a model notes; from the first call of this function on it does."""
+    if _NAME in base.__dict__:
+        return base.__dict__[_NAME]
+    found = EmbeddingNorms()
+    hooks = (
+        base.register_forward_pre_hook(found.begin, with_kwargs=True),
+        base.get_input_embeddings().register_forward_hook(found.note),
+        base.register_forward_hook(found.end, with_kwargs=True),
+    )
+    for _, module in routed(base):
+        setattr(module, _NAME, found)
+    setattr(base, _NAME, found)
+    # Beside it, not in it: copies of the model have handles of their own.
+    setattr(base, _HOOKS, hooks)
+    return found
+
+
+def norms_for(module: nn.Module) -> EmbeddingNorms:
+    """The norms that the model around an attention module notes.
+
+    Raises:
+        Refusal: if it does not.
+    """
+    found = module.__dict__.get(_NAME)
+    if found is None:
+        raise Refusal(
+            "This model does not note the norms of its embeddings, which embeddingnorm(...) "
+            "chooses by: put the method in with longspan.hf.prefill(model, ...)."
+        )
+    return found
+
+
+def forget_norms(base: PreTrainedModel) -> None:
+    """Take the hooks out again; nothing to do without any."""
+    found = base.__dict__.pop(_NAME, None)
+    if found is not None:
+        for hook in base.__dict__.pop(_HOOKS):
+            hook.remove()
+        # Caches that still hold it must not go by what was noted long ago.
+        found.forget()
+        for module in base.modules():
+            module.__dict__.pop(_NAME, None)

@@ -1,0 +1,149 @@
+"""Norms of embeddings: what models note, and what caches and prompts make of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tests.hf.caches import PAD, feed, padded  # noqa: E402
+
+import longspan as ls  # noqa: E402
+from longspan.errors import Refusal  # noqa: E402
+
+TEXT = "sinks(1) + recent(3) + embeddingnorm(6)"
+SPARSE = "block_topk(1, block=8) + embeddingnorm(5)"
+
+
+def longest(model, ids, first):
+    """Positions of the longest embeddings of one row, from ``first`` on but not the last three."""
+    norms = model.get_input_embeddings()(ids).norm(dim=-1).tolist()
+    return sorted(range(first, len(ids) - 3), key=lambda j: -norms[j])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_keeps_the_tokens_of_longest_embedding(family, tiny):
+    model = tiny.build(family, max_position_embeddings=256)
+    ids, mask = padded(tiny, 40)
+    cache = ls.kv.cache(model, TEXT)
+    feed(model, ids, mask, [40], cache)
+    for row, pad in ((0, 0), (1, PAD)):
+        with torch.no_grad():
+            best = longest(model, ids[row, pad:], 1)[:6]
+        wanted = sorted({0, *best, *range(37 - pad, 40 - pad)})
+        layer = cache.layers[-1]
+        # Every head of every layer keeps the same.
+        assert all(layer.positions[row, g].tolist() == wanted for g in range(2))
+
+
+def test_a_cache_takes_embeddings_in_place_of_ids(llama, tiny):
+    ids = tiny.tokens(2, 30)
+    caches = [ls.kv.cache(llama, TEXT) for _ in range(2)]
+    with torch.no_grad():
+        llama(ids, past_key_values=caches[0])
+        llama(inputs_embeds=llama.get_input_embeddings()(ids), past_key_values=caches[1])
+    assert torch.equal(caches[0].layers[0].positions, caches[1].layers[0].positions)
+
+
+def test_a_copied_cache_goes_on(llama, tiny):
+    ids = tiny.tokens(1, 40)
+    cache = ls.kv.cache(llama, TEXT)
+    with torch.no_grad():
+        llama(ids[:, :30], past_key_values=cache)
+        other = copy.deepcopy(cache)
+        for held in (cache, other):
+            llama(ids[:, 30:], past_key_values=held)
+    assert torch.equal(cache.layers[0].positions, other.layers[0].positions)
+
+
+def test_a_prompt_sees_the_columns_of_longest_embedding(llama, tiny):
+    ids, mask = padded(tiny, 45)
+    seen = []
+    plain = ls.select.Method.select
+
+    def watch(self, prompt):
+        seen.append(plain(self, prompt))
+        return seen[-1]
+
+    with ls.hf.prefill(llama, SPARSE, dense_below=0), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ls.select.Method, "select", watch)
+        with torch.no_grad():
+            llama(ids, attention_mask=mask)
+    assert len(seen) == 2
+    for row, pad in ((0, 0), (1, PAD)):
+        norms = llama.get_input_embeddings()(ids[row, pad:]).norm(dim=-1)
+        wanted = sorted(norms.topk(5).indices.tolist())
+        for selection in seen:
+            assert all(sorted(c.tolist()) == wanted for c in selection.columns[row])
+
+
+@pytest.mark.parametrize("cache", ["whole", "chunks", "static"])
+def test_chunks_know_the_norms_of_those_before(cache, llama, tiny, monkeypatch):
+    """Columns are those of all tokens so far, whether one call or several brought them."""
+    ids = tiny.tokens(2, 48)
+    last = []
+    plain = ls.select.Method.select
+
+    def watch(self, prompt):
+        found = plain(self, prompt)
+        last.append((int(prompt.length[0]), found.columns.sort(-1).values))
+        return found
+
+    monkeypatch.setattr(ls.select.Method, "select", watch)
+    more = {
+        "whole": {},
+        "chunks": {"prefill_chunk_size": 16},
+        "static": {"cache_implementation": "static"},
+    }[cache]
+    with ls.hf.prefill(llama, SPARSE, dense_below=0):
+        llama.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+            **more,
+        )
+    lengths = [length for length, _ in last]
+    assert lengths == ([16, 16, 32, 32, 48, 48] if cache == "chunks" else [48, 48])
+    norms = llama.get_input_embeddings()(ids).norm(dim=-1)
+    for length, columns in last:
+        wanted = norms[:, :length].topk(5).indices.sort(-1).values
+        assert torch.equal(columns, wanted[:, None].expand_as(columns))
+
+
+def test_what_is_not_known_is_refused(llama, tiny):
+    ids = tiny.tokens(1, 40)
+    with torch.no_grad():
+        first = llama(ids[:, :16], use_cache=True)
+        with (
+            ls.hf.prefill(llama, SPARSE, dense_below=0),
+            pytest.raises(Refusal, match="Of 40 rows, the norms of 24 embeddings are known"),
+        ):
+            llama(ids[:, 16:], past_key_values=first.past_key_values)
+        cache = ls.kv.cache(llama, TEXT)
+        llama(ids, past_key_values=cache)
+        ls.hf.remove(llama)
+        ls.hf.apply(llama, ls.Causal())
+        with pytest.raises(Refusal, match="not known"):
+            llama(ids[:, :1], past_key_values=cache)
+
+
+def test_hooks_go_with_the_pattern_and_survive_copies(llama, tiny):
+    ids = tiny.tokens(1, 40)
+    ls.hf.prefill(llama, SPARSE, dense_below=0)
+    with torch.no_grad():
+        wanted = llama(ids).logits
+        for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+            assert torch.equal(other(ids).logits, wanted)
+            ls.hf.remove(other)
+            assert not other.get_input_embeddings()._forward_hooks
+    assert llama.get_input_embeddings()._forward_hooks
+    ls.hf.remove(llama)
+    for module in llama.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
