@@ -119,3 +119,31 @@ def test_perplexity_through_a_cache(call, some_text):
     assert short["kv"] == "recent(4) + sinks(0)"
     assert short["lengths"][0]["tokens"] == 39
     assert short["lengths"][0]["perplexity"] > 1.2 * whole["perplexity"]
+
+
+def test_ruler_lists_without_asking(call):
+    asked = ("ruler", MODEL, "--tasks", "passkey.code,vt", "--lengths", "256,400", "--samples", 3)
+    code, out, _ = call(*asked, "--kv", "tova(9)", "--prefill", "sinks(4)", "--dry-run")
+    assert code == 0
+    assert "passkey.code, vt at 256, 400 tokens: 12 questions" in out
+    assert "prefill sinks(4), cache tova(9). Nothing was asked." in out
+    code, out, _ = call(*asked, "--limit", 5, "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert (plan["questions"], plan["prefill"], plan["kv"]) == (5, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dense-below", 5], "goes with --prefill"),
+        (["--dense-below", -5, "--prefill", "sinks(4)"], "a number of tokens from 0, got -5"),
+        (["--kv", "hevy(3)"], "did you mean 'heavy'"),
+        (["--tasks", "nosuch"], "Unknown task 'nosuch'"),
+    ],
+)
+def test_ruler_says_what_is_wrong_before_a_model_is_read(call, options, message):
+    code, out, error = call("ruler", MODEL, "--lengths", 256, *options)
+    assert code == 2
+    assert message in error
+    assert not out

@@ -40,7 +40,14 @@ def prompt(tmp_path):
     return path
 
 
-@pytest.mark.filterwarnings("ignore:Token indices")
+def test_a_prompt_longer_than_the_model_knows_is_said(call, prompt):
+    prompt.write_text("x = 1\n" * 300)
+    code, _, err = call(MODEL, "--prompt-file", prompt, "--tokens", 2, "--device", "cpu")
+    assert code == 0
+    assert "more than the 512 positions" in err
+    assert "indexing errors" not in err
+
+
 def test_text_goes_to_stdout_and_figures_to_stderr(call, prompt):
     options = ("--prompt-file", prompt, "--tokens", 6, "--device", "cpu")
     code, dense, figures = call(MODEL, *options)
@@ -82,6 +89,8 @@ def test_json_says_everything(call, prompt):
         (["--prompt", ""], "The prompt is empty"),
         (["--prompt", "a", "--chat"], "no chat template"),
         (["--prompt", "a", "--tokens", "0"], "at least 1 token"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature from 0"),
+        (["--prompt", "a", "--prefill", "sinks(4)", "--dense-below", "-1"], "tokens from 0"),
         (["--prompt", "a", "--positions", "rolled"], "original or packed"),
         (["--prompt", "a", "--pattern", "windw(3)"], "did you mean 'window'"),
     ],
@@ -94,7 +103,6 @@ def test_errors_are_one_paragraph(call, options, message):
     assert "Traceback" not in error
 
 
-@pytest.mark.filterwarnings("ignore:Token indices")
 def test_a_prompt_can_be_read_sparsely(call, prompt):
     options = ("--prompt-file", prompt, "--tokens", 4, "--device", "cpu", "--json")
     code, out, _ = call(MODEL, *options, "--prefill", "block_topk(0.5)", "--kv", "sinks(4)")
@@ -104,7 +112,15 @@ def test_a_prompt_can_be_read_sparsely(call, prompt):
     for least, how in ((1, "sparse"), (9999, "exact")):
         code, _, err = call(MODEL, *plain, "--prefill", "sinks(4)", "--dense-below", least)
         assert code == 0
-        assert f"prefill  {how}: sinks(4) pays from {least:,} tokens" in err
+        assert f"prefill  {how}: sinks(4) from {least:,} tokens on, as asked" in err
+        made = json.loads(
+            call(MODEL, *options, "--prefill", "sinks(4)", "--dense-below", least)[1]
+        )
+        assert made["prefill"] == {
+            "method": "sinks(4)",
+            "dense_below": least,
+            "sparse": how == "sparse",
+        }
     code, _, err = call(MODEL, *options, "--dense-below", 9)
     assert code == 2
     assert "goes with --prefill" in err

@@ -179,6 +179,9 @@ def ruler(
         typer.Option(help="Tokens below which prefill is dense; default: measured here."),
     ] = None,
     kv: KV = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list, ask nothing.")
+    ] = False,
     *,
     given: Shared,
 ) -> None:
@@ -187,11 +190,12 @@ def ruler(
 
     from longspan import hf
     from longspan.cli.progress import Bars
-    from longspan.cli.values import whole_numbers
+    from longspan.cli.values import check_dense_below, whole_numbers
     from longspan.errors import InputError
     from longspan.eval.records import Records
     from longspan.eval.ruler import ALL, check_tasks
     from longspan.eval.ruler_run import ruler as measure
+    from longspan.hf.models import check_folder
     from longspan.kv import cache
     from longspan.kv import parse as read_policy
     from longspan.select import parse as read_method
@@ -203,7 +207,23 @@ def ruler(
     policy = None if kv is None else read_policy(kv)
     if method is not None and given.pattern is not None:
         raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
+    check_dense_below(method, dense_below)
     subject = given.subject(model, max(sizes))
+    if dry_run:
+        check_folder(model)
+        asked_in_all = len(names) * len(sizes) * samples
+        plan = {
+            "tasks": list(names),
+            "lengths": list(sizes),
+            "questions": min(asked_in_all, given.limit or asked_in_all),
+            "prefill": method and str(method),
+            "kv": policy and str(policy),
+        }
+        told = f"{', '.join(names)} at {', '.join(f'{n:,}' for n in sizes)} tokens: "
+        told += f"{plan['questions']:,} questions, prefill {method or 'dense'}, cache "
+        told += f"{policy or 'everything()'}. Nothing was asked."
+        typer.echo(json.dumps(plan) if given.as_json else told)
+        return
     asked = {
         **subject.settings(),
         "seed": seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def generate(
 
     The text goes to standard output as it comes, the figures to standard error.
     """
-    from longspan.cli.values import pick_device
+    from longspan.cli.values import check_dense_below, pick_device
     from longspan.errors import InputError
     from longspan.kv import cache, parse
     from longspan.select import parse as read_method
@@ -65,8 +65,12 @@ def generate(
     method = None if prefill is None else read_method(prefill)
     if method is not None and pattern is not None:
         raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
-    if method is None and dense_below is not None:
-        raise InputError("--dense-below goes with --prefill.")
+    check_dense_below(method, dense_below)
+    if tokens < 1 or not temperature >= 0:
+        raise InputError(
+            f"Expected at least 1 token and a temperature from 0, got --tokens {tokens} and "
+            f"--temperature {temperature:g}."
+        )
     text = _prompt(prompt, prompt_file)
 
     import torch
@@ -80,6 +84,13 @@ def generate(
         hf.apply(loaded, pattern)
     sparse = None if method is None else hf.prefill(loaded, method, dense_below=dense_below)
     ids = read_prompt(tokenizer, text, chat)
+    trained = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if trained is not None and ids.shape[1] + tokens > trained:
+        typer.echo(
+            f"longspan: {ids.shape[1]:,} tokens of prompt and {tokens:,} new ones are more than "
+            f"the {trained:,} positions that the model says it knows.",
+            err=True,
+        )
     torch.manual_seed(seed)
     made = run(
         loaded,
@@ -91,13 +102,25 @@ def generate(
         write=(lambda _: None) if as_json else _write,
     )
     if as_json:
-        typer.echo(json.dumps(made.to_dict()))
+        read: dict[str, Any] = {}
+        if sparse is not None:
+            least = sparse.dense_below
+            read = {
+                "prefill": {
+                    "method": str(method),
+                    "dense_below": least,
+                    "sparse": least is not None and made.prompt_tokens >= least,
+                }
+            }
+        typer.echo(json.dumps({**made.to_dict(), **read}))
         return
     _write("\n")
     for line in figures(made):
         typer.echo(line, err=True)
     if sparse is not None:
-        typer.echo(_prefilled(str(method), made.prompt_tokens, sparse.dense_below), err=True)
+        least = sparse.dense_below
+        said = _prefilled(str(method), made.prompt_tokens, least, given=dense_below is not None)
+        typer.echo(said, err=True)
 
 
 def figures(made: Generated) -> list[str]:
@@ -117,12 +140,13 @@ def figures(made: Generated) -> list[str]:
     ]
 
 
-def _prefilled(method: str, tokens: int, least: int | None) -> str:
+def _prefilled(method: str, tokens: int, least: int | None, *, given: bool) -> str:
     """Whether a prompt was long enough for its method, in a line."""
     if least is None:
         return f"prefill  exact: too short for {method}"
     how = "exact" if tokens < least else "sparse"
-    return f"prefill  {how}: {method} pays from {least:,} tokens"
+    since = "as asked" if given else "where it pays"
+    return f"prefill  {how}: {method} from {least:,} tokens on, {since}"
 
 
 def _prompt(text: str | None, file: str | None) -> str:

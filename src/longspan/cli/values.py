@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from longspan.errors import InputError
 
 
@@ -30,3 +32,11 @@ def pick_device(name: str | None) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_dense_below(method: Any, dense_below: int | None) -> None:
+    """Raise InputError for a length without a method for longer prompts, or below 0."""
+    if method is None and dense_below is not None:
+        raise InputError("--dense-below goes with --prefill.")
+    if dense_below is not None and dense_below < 0:
+        raise InputError(f"--dense-below is a number of tokens from 0, got {dense_below}.")

@@ -66,7 +66,8 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
     if chat:
         said = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    read = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
+    ids = read["input_ids"]
     assert isinstance(ids, torch.Tensor)
     if not ids.numel():
         raise InputError("The prompt is empty.")
@@ -99,7 +100,7 @@ def generate(
     """
     from transformers import TextStreamer
 
-    if tokens < 1 or temperature < 0:
+    if tokens < 1 or not temperature >= 0:
         raise InputError(
             f"expected at least 1 token and a temperature from 0, got {tokens} and {temperature}."
         )
