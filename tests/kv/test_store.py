@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longspan.kv.store import SPARE, Store
@@ -42,6 +42,7 @@ class Lists:
 
 
 @given(st.integers(0, 10**6), st.booleans())
+@example(72, False)
 @settings(max_examples=30, deadline=None)
 def test_any_order_of_operations(seed, padded):
     draw = torch.Generator().manual_seed(seed)
@@ -62,7 +63,7 @@ def test_any_order_of_operations(seed, padded):
         elif kind in (2, 5):
             score = torch.rand(store.valid().shape, generator=draw)
             mask = store.valid() & (score < 0.6)
-            if kind == 5:
+            if kind == 5 and store.longest:
                 # One of every head goes, as at each step of a full cache.
                 mask = store.valid() & (
                     score > score.masked_fill(~store.valid(), 2.0).amin(-1)[..., None]

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from longspan import hf, kv
 from longspan.errors import DataError
 from longspan.eval.kv_forms import Gates
+from longspan.eval.kv_gates import WATCHED, streaming_gates
 from longspan.eval.kv_sweep import DENSE, Cell, Sweep, source_of
 from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
@@ -29,9 +30,9 @@ from longspan.eval.ruler import TASKS, score
 from longspan.eval.ruler_run import fitting
 from longspan.eval.suite import spread
 from longspan.hf.fork import fork, waiting
-from longspan.kv.policy import RECENT, SINKS, Policy, everything
+from longspan.kv.policy import Policy
 from longspan.kv.snapkv import SnapKV
-from longspan.kv.view import over_group
+from longspan.kv.timing import everything
 
 
 def run(
@@ -267,31 +268,6 @@ class _Run:
             self._feed(cache, ids, prompts.mask)
             self.records.add("gates", {"task": task, "gates": streaming_gates(cache)})
         return self.records["gates"]["gates"]
-
-
-# Queries whose attention tells retrieval heads from streaming ones.
-WATCHED = 64
-
-
-def streaming_gates(cache: Any) -> list[list[float]]:
-    """How much each key head needs more than sinks and recent tokens, [layer][head], 0 to 1.
-
-    The share of the last ``WATCHED`` queries' attention that falls between the sinks and the
-    tokens recent to all of them; a stand-in for the gates that DuoAttention learns.
-
-    Args:
-        cache: has read a prompt and notes so many queries.
-    """
-    gates = []
-    for layer in cache.layers:
-        view = layer.view()
-        mass, at = view.observed(WATCHED)
-        rows = (at >= 0).sum(1)
-        first = at.masked_fill(at < 0, torch.iinfo(at.dtype).max).amin(1) - RECENT
-        between = (view.positions >= SINKS) & (view.positions < first[:, None, None])
-        by_head = over_group(mass, view.keys.shape[1]).mean(2).masked_fill(~between, 0.0).sum(-1)
-        gates.append((by_head / rows[:, None]).mean(0).tolist())
-    return gates
 
 
 def _policy(cell: Cell, tokens: int, gates: Gates) -> Policy:

@@ -25,6 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, NewRows, mark
+from longspan.hf._query_notes import QueryNotes
 from longspan.hf.embedded import EmbeddingNorms
 from longspan.hf.register import registered
 from longspan.hf.rows import Rows
@@ -32,7 +33,7 @@ from longspan.kv.policy import Policy
 from longspan.kv.quest import PageBounds, Quest
 from longspan.kv.read import read, read_one
 from longspan.kv.store import Store
-from longspan.kv.view import Moments, Turn, View, column_sums, over_group
+from longspan.kv.view import Turn, View, column_sums, over_group
 from longspan.ops import attend, merge
 from longspan.pattern import Causal, Dense, Pattern
 
@@ -84,9 +85,7 @@ class KeptLayer(CacheLayerMixin):
         self._since = 0
         self._scale = 1.0
         self._real: Tensor | None = None
-        self._queries: Tensor | None = None
-        self._query_at: Tensor | None = None
-        self._moments: Moments | None = None
+        self.notes = QueryNotes(self.policy, self.turn)
         self._bounds: PageBounds | None = None
 
     @property
@@ -111,12 +110,9 @@ class KeptLayer(CacheLayerMixin):
     @property
     def bytes(self) -> int:
         """Bytes allocated: tokens with their room, and what the policy notes of them."""
-        held = [self._queries, self._query_at]
-        if self._moments is not None:
-            held += [self._moments.first, self._moments.second]
-        noted = sum(t.untyped_storage().nbytes() for t in held if t is not None)
         stored = 0 if self.store is None else self.store.bytes
-        return stored + noted + (0 if self._bounds is None else self._bounds.bytes)
+        bounds = 0 if self._bounds is None else self._bounds.bytes
+        return stored + self.notes.bytes + bounds
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Nothing to do ahead: the attention function stores."""
@@ -233,14 +229,7 @@ class KeptLayer(CacheLayerMixin):
         new.store = self.store.copy([name for name, used in needed.items() if not used])
         new.is_initialized, new.seen = True, self.seen
         new._scale, new._real = self._scale, self._real
-        if policy.observes:
-            assert self._queries is not None
-            assert self._query_at is not None
-            new._queries = self._queries[:, :, -policy.observes :].clone()
-            new._query_at = self._query_at[:, -policy.observes :].clone()
-        if policy.needs_moments:
-            # Replaced as a whole when queries come, never changed.
-            new._moments = self._moments
+        new.notes = self.notes.fork(policy)
         if policy.evicts:
             new.evict()
         return new
@@ -263,10 +252,10 @@ class KeptLayer(CacheLayerMixin):
             scale=self._scale,
             layer=self.layer,
             layers=self.layers,
-            queries=self._queries,
-            query_positions=self._query_at,
+            queries=self.notes.queries,
+            query_positions=self.notes.positions,
             sums=sums,
-            moments=self._moments,
+            moments=self.notes.moments,
             norms=norms,
             turn=self.turn,
         )
@@ -295,16 +284,7 @@ class KeptLayer(CacheLayerMixin):
         self.store.select(beam_idx)
         self._real = self._real[beam_idx.cpu()]
         self._bounds = None
-        for name in ("_queries", "_query_at"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held[beam_idx.to(held.device)])
-        if self._moments is not None:
-            old = self._moments
-            rows = beam_idx.to(old.first.device)
-            self._moments = Moments(
-                count=old.count[rows], first=old.first[rows], second=old.second[rows]
-            )
+        self.notes.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some batch rows, by index or boolean mask."""
@@ -466,13 +446,7 @@ class KeptLayer(CacheLayerMixin):
         query = query.detach()
         known = at if real is None else at.masked_fill(~real, -1)
         place = known.to(query.device)
-        if self.policy.observes:
-            old = (self._queries, self._query_at)
-            queries = query if old[0] is None else torch.cat([old[0], query], 2)
-            places = place if old[1] is None else torch.cat([old[1], place], 1)
-            # A copy: a view would hold on to the queries of the whole prompt.
-            self._queries = queries[:, :, -self.policy.observes :].clone()
-            self._query_at = places[:, -self.policy.observes :].clone()
+        self.notes.take(query, place, asked.position_ids)
         if self.policy.needs_sums and (query.shape[2] > 1 or self.policy.sums_steps):
             positions = self.positions
             assert positions is not None
@@ -486,29 +460,6 @@ class KeptLayer(CacheLayerMixin):
                 aligned=real is None and self.store.even,
             )
             self.store.add("sums", over_group(received, positions.shape[1]).sum(2))
-        if self.policy.needs_moments:
-            self._add_moments(query, place, asked.position_ids)
-
-    def _add_moments(self, query: Tensor, place: Tensor, position_ids: Any) -> None:
-        """Sums of q and q q^T before rotation, over the real tokens that count."""
-        assert self.turn is not None
-        batch, heads, _, width = query.shape
-        rotated = place if position_ids is None else position_ids.expand(batch, -1)
-        counted = place >= self.policy.skips
-        kind = torch.promote_types(query.dtype, torch.float32)
-        plain = self.turn(query.to(kind), -rotated) * counted[:, None, :, None]
-        if self._moments is None:
-            self._moments = Moments(
-                count=plain.new_zeros(batch),
-                first=plain.new_zeros(batch, heads, width),
-                second=plain.new_zeros(batch, heads, width, width),
-            )
-        old = self._moments
-        self._moments = Moments(
-            count=old.count + counted.sum(1),
-            first=old.first + plain.sum(2),
-            second=old.second + plain.mT @ plain,
-        )
 
     def _after(self, new: int) -> None:
         if not self.policy.evicts:

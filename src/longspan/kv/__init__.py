@@ -12,20 +12,12 @@ from longspan.kv.adakv import AdaKV
 from longspan.kv.expected import ExpectedAttention
 from longspan.kv.heavy import Heavy
 from longspan.kv.keys import EmbeddingNorm, KeyDiff, KeyNorm
-from longspan.kv.policy import (
-    Part,
-    Policy,
-    Protector,
-    Scorer,
-    after_prefill,
-    each_step,
-    every,
-    everything,
-)
+from longspan.kv.policy import Part, Policy, Protector, Scorer
 from longspan.kv.protect import Duo, Recent, Sinks
 from longspan.kv.quest import Quest
 from longspan.kv.snapkv import PyramidKV, SnapKV
 from longspan.kv.text import parse
+from longspan.kv.timing import after_prefill, each_step, every, everything
 from longspan.kv.tova import TOVA
 from longspan.kv.view import View
 from longspan.select.budgets import Coverage, Ratio, Tokens

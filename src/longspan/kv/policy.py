@@ -34,7 +34,7 @@ from torch import Tensor
 from longspan.errors import PolicyError
 from longspan.kv.view import View
 from longspan.select.budgets import Coverage, Tokens
-from longspan.select.sums import Language, Summand, check_whole, read_budget
+from longspan.select.sums import Language, Summand, read_budget
 
 SINKS, RECENT = 4, 32
 
@@ -256,37 +256,6 @@ def policy(value: Any) -> Policy:
         PolicyError: for anything else, or text that does not parse.
     """
     return POLICIES.read(value)
-
-
-def everything() -> Policy:
-    """Nothing is forgotten."""
-    return Policy()
-
-
-def after_prefill(what: Any) -> Policy:
-    """Act once, between a prompt and the first token after it."""
-    return _timed(what, 0)
-
-
-def each_step(what: Any) -> Policy:
-    """Act after every forward pass."""
-    return _timed(what, 1)
-
-
-def every(tokens: int, what: Any) -> Policy:
-    """Act once at least ``tokens`` tokens have come since the last time.
-
-    The cache outgrows its budget by that much in between, and scoring costs that much less.
-    """
-    check_whole("every", 1, tokens=tokens)
-    return _timed(what, tokens)
-
-
-def _timed(what: Any, interval: int) -> Policy:
-    inner = policy(what)
-    if inner.interval is not None:
-        raise PolicyError(f"{inner} says already when it acts")
-    return Policy(inner.parts, interval)
 
 
 def per_row(amount: Any, view: View) -> Tensor:

@@ -17,10 +17,11 @@ from longspan.kv.adakv import AdaKV
 from longspan.kv.expected import ExpectedAttention
 from longspan.kv.heavy import Heavy
 from longspan.kv.keys import EmbeddingNorm, KeyDiff, KeyNorm
-from longspan.kv.policy import POLICIES, Part, Policy, after_prefill, each_step, every, everything
+from longspan.kv.policy import POLICIES, Part, Policy
 from longspan.kv.protect import Duo, Recent, Sinks
 from longspan.kv.quest import Quest
 from longspan.kv.snapkv import PyramidKV, SnapKV
+from longspan.kv.timing import after_prefill, each_step, every, everything
 from longspan.kv.tova import TOVA
 
 PARTS: tuple[type[Part], ...] = (
