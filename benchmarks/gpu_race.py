@@ -190,8 +190,12 @@ def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, A
     def name(case: Mapping[str, Any]) -> tuple[Any, ...]:
         return case["pattern"], case["width"], case["backward"]
 
-    # One kernel alone says nothing about the others.
-    new = {name(case): case for case in cases if len(case["tflops"]) > 1}
+    # One kernel alone says nothing about the others, unless the others refuse: scattered blocks.
+    new = {
+        name(case): case
+        for case in cases
+        if len(case["tflops"]) > 1 or case.get("fill", 1.0) < 0.9
+    }
     kept = [case for case in old["cases"] if name(case) not in new]
     commands = [one for one in old.get("command", "").split("; ") if one and one != command]
     found["gpus"][gpu] = {

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from longspan.bench.report import break_even, points, read, render
+from longspan.bench.curves import break_even, crossing, left_out, points, read, unrest
+from longspan.bench.report import render
 from longspan.cli.app import main
 from longspan.errors import DataError
 
@@ -146,6 +147,55 @@ def test_break_even_lies_where_the_lines_cross():
     ours = [(n, n * 2000.0) for n in (1024, 4096)]
     dense = [(n, float(n * n)) for n in (1024, 4096)]
     assert break_even(ours, dense) == "about 2,000"
+
+
+def test_break_even_is_marked_between_measured_lengths():
+    ours = [(n, n * 2000.0) for n in (1024, 4096)]
+    dense = [(n, float(n * n)) for n in (1024, 4096)]
+    assert crossing(ours, dense) == pytest.approx(2000)
+    assert crossing(ours[1:], dense[1:]) is None
+    assert crossing(ours[:1], dense[:1]) is None
+    assert crossing([], []) is None
+
+
+def test_the_best_dense_kernel_is_what_rates_are_of():
+    found = made({64: (1.0, 2.0)})
+    for row, share in zip(found["records"][0]["rows"], (0.5, 0.8, 1.0), strict=True):
+        row["of_dense"] = share
+    assert points(found, "p", "forward", "dense", "of_dense") == [(64, 1.0)]
+
+
+def test_who_was_left_out_and_where():
+    def record(pattern, way, *rows):
+        return {"pattern": pattern, "way": way, "rows": rows}
+
+    gone = {"name": "gone", "absent": "not installed: pip install gone"}
+    some = {"name": "some", "refused": "no backward"}
+    odd = {"name": "odd", "wrong": {"dq": 0.25}}
+    found = left_out(
+        [
+            record("a", "forward", gone),
+            record("a", "backward", gone, some),
+            record("b", "forward", gone, odd),
+            record("b", "backward", gone, some),
+        ]
+    )
+    assert found == [
+        ("gone", "not installed: pip install gone"),
+        ("some", "no backward (backward)"),
+        ("odd", "wrong, so not timed: relative error of dq 0.25 (b; forward)"),
+    ]
+
+
+def test_a_busy_machine_is_told():
+    def rows(*spreads):
+        return [{"rows": [{"spread": spread} for spread in spreads] + [{"absent": "x"}]}]
+
+    assert unrest(rows(0.1, 0.05, 0.3, 0.0, 0.1)) == ""
+    assert unrest(rows()) == ""
+    said = unrest(rows(0.1, 0.05, 0.3, 0.75))
+    assert "2 of 4" in said
+    assert "75%" in said
 
 
 def test_only_records_are_read(tmp_path):

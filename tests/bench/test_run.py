@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import longspan as ls
-from longspan.bench import memory, oracle, peers, run
+from longspan.bench import admit, memory, oracle, peers, run
 from longspan.bench.run import Bench
 from longspan.bench.setting import Setting, both_ways
 from longspan.bench.timing import in_turns, summary
-from longspan.errors import DataError, InputError, Refusal
+from longspan.errors import DataError, InputError, PatternError, Refusal
 from longspan.eval.records import Records
 
 SMALL = Setting(n=1, heads=4, key_heads=2, width=16)
@@ -89,7 +89,7 @@ def test_what_is_wrong_only_at_full_length_is_not_timed(monkeypatch):
 
     def wrong(q, k, v, laid, **named):
         out = right(q, k, v, laid, **named)
-        return out if q.shape[2] <= run.CHECKED_ROWS else out * 1.01
+        return out if q.shape[2] <= admit.CHECKED_ROWS else out * 1.01
 
     monkeypatch.setattr(run, "attend", wrong)
     record = run.measure(bench("window(20)"), "window(20)", replace(SMALL, n=1300), "forward")
@@ -160,6 +160,12 @@ def test_runs_are_resumed(tmp_path: Path, monkeypatch):
     assert [r["pattern"] for r in found] == ["window(9)"] * 2 + ["chunk(8)"] * 2
     header = json.loads(path.read_text().splitlines()[0])["header"]["settings"]
     assert header["environment"]["packages"]["torch"] == torch.__version__
+    # Each record says by itself how it was measured.
+    for line in path.read_text().splitlines()[1:]:
+        record = json.loads(line)
+        assert (record["warm_up"], record["rounds"]) == (2, 2)
+        assert record["versions"]["torch"] == torch.__version__
+        assert "cores" in record["hardware"]
     other = bench("window(9)", rounds=3)
     with pytest.raises(DataError, match="rounds was 2, is 3"):
         Records(path, other.settings())
@@ -171,11 +177,15 @@ def test_runs_are_resumed(tmp_path: Path, monkeypatch):
         ({"impls": ("quick",)}, "quick"),
         ({"ways": ("sideways",)}, "sideways"),
         ({"rounds": 0}, "round"),
+        # The last length and the last pattern are looked at before the first is measured.
+        ({"lengths": (64, 0)}, "n must be at least 1"),
+        ({"patterns": ("window(9)", "window(")}, "window"),
+        ({"patterns": ("window(9)", "heads(window(9), sink(1), chunk(8))")}, "4"),
     ],
 )
 def test_wrong_questions(changed, word):
-    with pytest.raises(InputError, match=word):
-        bench("window(9)", **changed)
+    with pytest.raises((InputError, PatternError), match=word):
+        bench(*changed.pop("patterns", ("window(9)",)), **changed)
 
 
 def test_wrong_sizes():

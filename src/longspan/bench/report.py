@@ -2,67 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from longspan.bench.curves import (
+    Row,
+    break_even,
+    crossing,
+    left_out,
+    named,
+    ours,
+    points,
+    unrest,
+)
 from longspan.bench.setting import WAYS
-from longspan.errors import DataError
-from longspan.eval.records import read_lines
 from longspan.viz.svg import Series, label, line_chart
 
-FILE = "records.jsonl"
 # Colours of the charts: dense attention, then peers, and our own.
 _DENSE, _PEERS, _OURS = 1, (2, 4), 3
-
-Row = dict[str, Any]
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """Settings and records of a benchmark.
-
-    Raises:
-        DataError: if the folder holds none.
-    """
-    path = folder / FILE
-    lines = read_lines(path) if path.exists() else []
-    if not lines or "header" not in lines[0]:
-        raise DataError(
-            f"{folder} holds no benchmark: expected {FILE}, as longspan bench --out writes it"
-        )
-    return {"settings": lines[0]["header"]["settings"], "records": lines[1:]}
-
-
-def points(found: dict[str, Any], pattern: str, way: str, name: str, what: str) -> list[Any]:
-    """(length, value) of one competitor, sorted by length; of dense attention the fastest."""
-    pairs = []
-    for record in found["records"]:
-        if (record["pattern"], record["way"]) != (pattern, way):
-            continue
-        values = [row[what] for row in record["rows"] if _is(row, name) and what in row]
-        values = [value for value in values if value is not None]
-        if values:
-            pairs.append((record["n"], min(values)))
-    return sorted(pairs)
-
-
-def break_even(ours: Sequence[Any], dense: Sequence[Any]) -> str:
-    """From which length on ours takes less time, between measured lengths by their logarithms."""
-    other = dict(dense)
-    gains = [(n, math.log(other[n] / seconds)) for n, seconds in ours if n in other]
-    if not gains:
-        return "not measured"
-    if gains[-1][1] <= 0:
-        return f"beyond {label(gains[-1][0])}"
-    later = [at for at, (_, gain) in enumerate(gains) if gain <= 0]
-    if not later:
-        return f"below {label(gains[0][0])}"
-    (n, lost), (m, won) = gains[later[-1]], gains[later[-1] + 1]
-    share = -lost / (won - lost)
-    return f"about {label(round(math.exp(math.log(n) + share * math.log(m / n)), -2))}"
 
 
 def render(found: dict[str, Any]) -> str:
@@ -87,60 +46,9 @@ def render(found: dict[str, Any]) -> str:
         f"<title>longspan bench</title><style>{style}</style></head><body><main>"
         f'<header><p class="kicker">longspan bench</p><h1>{len(patterns)} patterns against '
         f"dense attention</h1><p>{escape(sizes)}. Medians of {settings['rounds']} rounds taken in "
-        "turns; what was not equal to the oracle was not timed.</p></header>"
+        f"turns; what was not equal to the oracle was not timed. {unrest(records)}</p></header>"
         f"{_shares(found, patterns, ways)}{''.join(charts)}{_table(records)}"
         f"{_left_out(records)}{_machine(settings)}</main></body></html>\n"
-    )
-
-
-def picture(found: dict[str, Any], path: Path) -> None:
-    """The same curves as a PNG, by matplotlib; one row of three charts for each way."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = found["records"]
-    patterns = list(dict.fromkeys(record["pattern"] for record in records))
-    ways = [way for way in WAYS if any(record["way"] == way for record in records)]
-    lengths = sorted({record["n"] for record in records})
-    figure = Figure(figsize=(13.5, 4.2 * len(ways) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(ways), 3, squeeze=False)
-    for axes, way in zip(grid, ways, strict=True):
-        kinds: tuple[tuple[str, str, Callable[[float], float]], ...] = (
-            ("seconds", "milliseconds", lambda x: x * 1e3),
-            ("memory_bytes", "peak memory, MiB", lambda x: x / 2**20),
-            ("of_dense", "rate on useful pairs, of dense", lambda x: x),
-        )
-        for axis, (what, title, scale) in zip(axes, kinds, strict=True):
-            names = [("dense", pattern) for pattern in patterns[:1]]
-            for name, pattern in [*names, *((_ours(records), p) for p in patterns)]:
-                line = points(found, pattern, way, name, what)
-                if line:
-                    dashed = "--" if name == "dense" else "-"
-                    drawn = [scale(y) for _, y in line]
-                    text = "dense" if name == "dense" else pattern
-                    axis.plot([n for n, _ in line], drawn, dashed, marker="o", ms=3, label=text)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [label(n) for n in lengths])
-            axis.minorticks_off()
-            if what == "of_dense":
-                axis.set_ylim(bottom=0)
-            elif axis.lines:
-                axis.set_yscale("log")
-            axis.set_title(f"{way}: {title}", fontsize=10, loc="left")
-            axis.set_xlabel("rows", fontsize=9)
-            axis.grid(alpha=0.3)
-        axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=160)
-
-
-def _is(row: Row, name: str) -> bool:
-    return row["name"].startswith("dense ") if name == "dense" else row["name"] == name
-
-
-def _ours(records: Sequence[Row]) -> str:
-    return next(
-        row["name"] for r in records for row in r["rows"] if row["name"].startswith("longspan ")
     )
 
 
@@ -156,6 +64,11 @@ def _section(found: dict[str, Any], pattern: str, way: str) -> str:
     peers = [name for name in own if not name.startswith("longspan ")]
     names = ["dense", *peers, *(name for name in own if name not in peers)]
     color = {name: _PEERS[at % len(_PEERS)] for at, name in enumerate(peers)}
+
+    own_times, dense_times = (
+        points(found, pattern, way, name, "seconds") for name in (ours(found["records"]), "dense")
+    )
+    at = crossing(own_times, dense_times)
 
     def chart(what: str, text: str, factor: float) -> str:
         lines = [
@@ -174,8 +87,9 @@ def _section(found: dict[str, Any], pattern: str, way: str) -> str:
             x_label="rows",
             y_label=text,
             log_x=len(lengths) > 1,
-            log_y=True,
+            log_y=what != "of_dense",
             x_ticks=lengths,
+            marks=[(at, "break-even")] if at is not None and what == "seconds" else (),
             height=260,
         )
 
@@ -184,22 +98,19 @@ def _section(found: dict[str, Any], pattern: str, way: str) -> str:
         f"{' class=dashed' if n == 'dense' else ''}></i>{escape(n)}</span>"
         for n in names
     )
-    even = break_even(
-        points(found, pattern, way, _ours(found["records"]), "seconds"),
-        points(found, pattern, way, "dense", "seconds"),
-    )
     memory = ""
     if any("memory_bytes" in row and row["memory_bytes"] for row in rows):
         memory = f"<figure>{chart('memory_bytes', 'peak memory, MiB', 2**-20)}</figure>"
     return (
         f"<section><h2>{escape(pattern)}, {way}</h2><p>Break-even with dense causal attention: "
-        f'{even} rows.</p><div class="legend">{legend}</div>'
-        f"<figure>{chart('seconds', 'milliseconds', 1e3)}</figure>{memory}</section>"
+        f'{break_even(own_times, dense_times)} rows.</p><div class="legend">{legend}</div>'
+        f"<figure>{chart('seconds', 'milliseconds', 1e3)}</figure>"
+        f"<figure>{chart('of_dense', 'useful pairs, of dense', 1.0)}</figure>{memory}</section>"
     )
 
 
 def _shares(found: dict[str, Any], patterns: Sequence[str], ways: Sequence[str]) -> str:
-    name = _ours(found["records"])
+    name = ours(found["records"])
     lengths = sorted({record["n"] for record in found["records"]})
     head = "".join(f"<th>{label(n)}</th>" for n in lengths)
     body = []
@@ -230,19 +141,20 @@ def _table(records: Sequence[Row]) -> str:
             if "seconds" not in row:
                 continue
             memory = row.get("memory_bytes")
+            words = (record["pattern"], record["way"], named(row))
             cells = (
                 f"{record['n']:,}",
-                record["way"],
-                row["name"],
                 f"{row['seconds'] * 1e3:,.2f}",
                 f"{row['spread']:.0%}",
                 f"{row['of_dense']:.2f}",
                 f"{memory / 2**20:,.0f}" if memory is not None else "-",
             )
-            shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            body.append(f"<tr><th>{escape(record['pattern'])}</th>{shown}</tr>")
-    head = ("pattern", "rows", "way", "what", "ms", "spread", "of dense", "MiB")
-    titles = "".join(f"<th>{name}</th>" for name in head)
+            shown = "".join(f"<th>{escape(word)}</th>" for word in words)
+            shown += "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            body.append(f"<tr>{shown}</tr>")
+    titles = "".join(f'<th class="words">{name}</th>' for name in ("pattern", "way", "what"))
+    numbers = ("rows", "ms", "spread", "of dense", "MiB")
+    titles += "".join(f"<th>{name}</th>" for name in numbers)
     return (
         '<section><h2>All numbers</h2><div class="wide"><table class="numbers"><thead><tr>'
         f"{titles}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
@@ -250,14 +162,7 @@ def _table(records: Sequence[Row]) -> str:
 
 
 def _left_out(records: Sequence[Row]) -> str:
-    reasons: dict[tuple[str, str], None] = {}
-    for record in records:
-        for row in record["rows"]:
-            for kind in ("absent", "refused", "failed"):
-                if kind in row:
-                    reasons[row["name"], row[kind]] = None
-            if row.get("wrong"):
-                reasons[row["name"], f"wrong on {record['pattern']}: {row['wrong']}"] = None
+    reasons = left_out(records)
     if not reasons:
         return ""
     body = "".join(

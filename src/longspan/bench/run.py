@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from longspan.bench import dense, memory, oracle
-from longspan.bench.peers import PEERS, Peer
+from longspan.bench import dense, memory
+from longspan.bench.admit import admit, check
+from longspan.bench.peers import PEERS
 from longspan.bench.setting import WAYS, Call, Setting, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import InputError, Refusal
@@ -26,8 +26,8 @@ from longspan.ops.capability import KERNELS
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
 
-# Rows of the check against the whole oracle; longer ones are checked on a few rows besides.
-CHECKED_ROWS = 1024
+# Rounds before those that count.
+WARM_UP = 2
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -66,8 +66,10 @@ class Bench:
                     raise InputError(f"{what} must be one of {', '.join(allowed)}, got {one!r}")
         if not self.patterns or not self.lengths or self.rounds < 1:
             raise InputError("expected at least one pattern, one length and one round")
+        for n in self.lengths:
+            replace(self.setting, n=n)
         for text in self.patterns:
-            parse(text)
+            parse(text).at_layer(0).require(self.setting.heads)
 
     def settings(self) -> dict[str, Any]:
         """What a record depends on besides its pattern, length and way; versions and machine."""
@@ -83,6 +85,20 @@ class Bench:
             "peer_versions": packages,
         }
 
+    def made_by(self) -> dict[str, Any]:
+        """What every record says of how and on what it was measured."""
+        settings = self.settings()
+        found = settings["environment"]
+        versions = {**found["packages"], **settings["peer_versions"]}
+        return {
+            "warm_up": WARM_UP,
+            "rounds": self.rounds,
+            "hardware": [g["name"] for g in found["cuda"]]
+            or f"{found['cpu']}, {found['cores']} cores",
+            "threads": found["threads"],
+            "versions": {name: one for name, one in versions.items() if one},
+        }
+
 
 def run(
     bench: Bench, records: Records, progress: Progress = lambda *_: None
@@ -92,13 +108,15 @@ def run(
     Raises:
         Refusal: if a kernel that was named cannot do it.
     """
+    about = bench.made_by()
     work = [(text, n, way) for n in bench.lengths for text in bench.patterns for way in bench.ways]
     found = []
     for done, (text, n, way) in enumerate(work):
         key = f"{text} | {n} | {way}"
         progress("bench", done, len(work), key)
         if key not in records:
-            records.add(key, measure(bench, text, replace(bench.setting, n=n), way))
+            record = measure(bench, text, replace(bench.setting, n=n), way)
+            records.add(key, {**record, **about})
         found.append(records[key])
     progress("bench", len(work), len(work), "")
     return found
@@ -115,13 +133,13 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
         name = f"longspan {impl}"
         call = _ours(laid, impl, setting)
         row = {"name": name, "kernels": _kernels(inputs, laid, impl, way)}
-        row |= _check(_ours_at(pattern, impl), call, pattern, laid, setting, way, 0)
+        row |= check(_ours_at(pattern, impl), call, pattern, laid, setting, way, 0)
         rows.append(row)
         if not row["wrong"]:
             calls[name] = call
     if bench.peers:
         for peer in PEERS:
-            row = {"name": peer.name, **_admit(peer, pattern, laid, setting, way, calls)}
+            row = {"name": peer.name, **admit(peer, pattern, laid, setting, way, calls)}
             rows.append(row)
     pairs = dict.fromkeys(calls, laid.pairs)
     for name, call in _dense(setting, inputs, way).items():
@@ -130,7 +148,7 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
         rows.append({"name": f"dense {name}"})
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     steps = {name: both_ways(call, inputs)[way] for name, call in calls.items()}
-    seconds = in_turns(steps, rounds=bench.rounds, device=setting.device, warm_up=2)
+    seconds = in_turns(steps, rounds=bench.rounds, device=setting.device, warm_up=WARM_UP)
     rates = {name: pairs[name] / summary(taken)["seconds"] for name, taken in seconds.items()}
     best = max(rate for name, rate in rates.items() if name.startswith("dense "))
     for row in rows:
@@ -168,91 +186,6 @@ def _kernels(inputs: list[Tensor], laid: Plan, impl: str, way: str) -> list[str]
     q, k, v = (x.detach().requires_grad_(way != "forward") for x in inputs)
     said = explain(q, k, v, laid, impl=impl).splitlines()
     return [x.split("kernel ")[1].split(":")[0] for x in said if x.startswith("pass ")]
-
-
-def _admit(
-    peer: Peer,
-    pattern: Pattern,
-    laid: Plan,
-    setting: Setting,
-    way: str,
-    calls: dict[str, Call],
-) -> dict[str, Any]:
-    """Let a peer take part if it is there, can do it, and does it right; else say why not."""
-    if setting.device not in peer.devices:
-        return {"refused": f"does not run on {setting.device}"}
-    if peer.absent():
-        return {"absent": f"not installed: {peer.install}"}
-    if way != "forward" and setting.device not in peer.trains:
-        return {"refused": f"has no backward on {setting.device}"}
-    try:
-        call = peer.make(pattern, setting)
-        border = peer.border(pattern)
-        row = _check(
-            lambda own: peer.make(pattern, own), call, pattern, laid, setting, way, border
-        )
-    except Refusal as refusal:
-        return {"refused": str(refusal)}
-    # What another library raises is told and does not stop the run.
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:300]}
-    if not row["wrong"]:
-        calls[peer.name] = call
-    return row
-
-
-def _check(
-    at: Callable[[Setting], Call],
-    call: Call,
-    pattern: Pattern,
-    laid: Plan,
-    setting: Setting,
-    way: str,
-    border: int,
-) -> dict[str, Any]:
-    """Errors against the oracle at a short length, and of some rows at full length."""
-    dtype = getattr(torch, setting.dtype)
-    short, own = laid, replace(setting, n=min(setting.n, CHECKED_ROWS))
-    if own.n != setting.n:
-        short = plan(pattern, own.n, own.heads)
-    found: dict[str, float] = {}
-    try:
-        short_call = call if own.n == setting.n else at(own)
-        found = _errors(short_call, short, own, way, border)
-    except Refusal:
-        # Some libraries need whole blocks, which the short length is not.
-        if own.n == setting.n:
-            raise
-    if own.n != setting.n:
-        n = setting.n
-        rows = [row for row in (0, n // 3, n // 2 + 1, n - 1) if border <= row < n - border]
-        with torch.no_grad():
-            inputs = setting.tensors()
-            found["rows"] = oracle.row_error(laid, inputs, call(*inputs), rows)
-    return {"errors": found, "wrong": oracle.wrong(found, dtype)}
-
-
-def _errors(call: Call, laid: Plan, setting: Setting, way: str, border: int) -> dict[str, float]:
-    inner = slice(border, setting.n - border)
-    theirs = oracle.reference(laid, setting.scale)
-
-    def inside(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return pair[0][:, :, inner], pair[1][:, :, inner]
-
-    if way == "forward":
-        with torch.no_grad():
-            inputs = setting.tensors()
-            exact = inside(theirs(*(x.double() for x in inputs)))[0]
-            return {"out": oracle.relative(call(*inputs)[:, :, inner], exact)}
-    ours = oracle.beside(call, theirs)
-    found = oracle.errors(
-        lambda *x: inside(ours(*x)),
-        lambda *x: inside(theirs(*x)),
-        setting.tensors(),
-        use_lse=False,
-    )
-    del found["lse"]
-    return found
 
 
 def _dense(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:

@@ -31,7 +31,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Time and memory of patterns, checked against an oracle before anything is timed."""
-    from longspan.bench.report import FILE
+    from longspan.bench.curves import FILE
     from longspan.bench.run import Bench, patterns_or_default, run
     from longspan.bench.setting import WAYS, Setting
     from longspan.cli.progress import Bars
@@ -67,36 +67,49 @@ def bench(
 
 
 def _tables(found: list[dict[str, Any]]) -> None:
+    """A table for each pattern and way, narrow enough for a terminal."""
     from rich.console import Console
     from rich.table import Table
 
+    from longspan.bench.curves import break_even, left_out, ours, points, unrest
+
     console = Console()
-    table = Table(title="Useful pairs per second, of dense causal attention", title_justify="left")
-    for column in ("pattern", "rows", "way", "what", "ms", "spread", "of dense", "MiB"):
-        left = column in ("pattern", "way", "what")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
-    others: dict[tuple[str, str], None] = {}
-    for record in found:
-        for row in record["rows"]:
-            if row.get("wrong"):
-                others[row["name"], f"wrong on {record['pattern']}: {row['wrong']}"] = None
-            for kind in ("absent", "refused", "failed"):
-                if kind in row:
-                    others[row["name"], row[kind]] = None
-            if "seconds" not in row:
-                continue
-            memory = row.get("memory_bytes")
-            kernels = "+".join(dict.fromkeys(row.get("kernels", ())))
-            table.add_row(
-                record["pattern"],
-                f"{record['n']:,}",
-                record["way"],
-                f"{row['name']} ({kernels})" if kernels else row["name"],
-                f"{row['seconds'] * 1e3:,.2f}",
-                f"{row['spread']:.0%}",
-                f"{row['of_dense']:.2f}",
-                "-" if memory is None else f"{memory / 2**20:,.0f}",
-            )
-    console.print(table)
-    for name, why in others:
-        console.print(f"{name}: {why}", highlight=False, markup=False)
+    whole = {"records": found}
+    name = ours(found)
+    for pattern, way in dict.fromkeys((record["pattern"], record["way"]) for record in found):
+        table = Table(title=f"{pattern}, {way}", title_justify="left", title_style="bold")
+        for column in ("rows", "what", "ms", "spread", "of dense", "MiB"):
+            table.add_column(column, justify="left" if column == "what" else "right")
+        for record in found:
+            if (record["pattern"], record["way"]) == (pattern, way):
+                for row in record["rows"]:
+                    if "seconds" in row:
+                        table.add_row(*_cells(record["n"], row))
+                table.add_section()
+        console.print(table)
+        times, dense = (points(whole, pattern, way, one, "seconds") for one in (name, "dense"))
+        if len(times) > 1:
+            console.print(f"break-even with dense: {break_even(times, dense)} rows", style="dim")
+        console.print()
+    console.print(
+        "of dense: allowed pairs per second, over those of dense causal attention.",
+        style="dim",
+    )
+    if said := unrest(found):
+        console.print(said, highlight=False, style="yellow")
+    for one, why in left_out(found):
+        console.print(f"{one}: {why}", highlight=False, markup=False)
+
+
+def _cells(n: int, row: dict[str, Any]) -> list[str]:
+    from longspan.bench.curves import named
+
+    memory = row.get("memory_bytes")
+    return [
+        f"{n:,}",
+        named(row),
+        f"{row['seconds'] * 1e3:,.2f}",
+        f"{row['spread']:.0%}",
+        f"{row['of_dense']:.2f}",
+        "-" if memory is None else f"{memory / 2**20:,.0f}",
+    ]

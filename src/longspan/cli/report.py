@@ -13,7 +13,9 @@ def report(
     folder: Annotated[Path, typer.Argument(help="What longspan bench --out wrote.")],
 ) -> None:
     """Write report.html, and report.png with matplotlib, beside the records of a benchmark."""
-    from longspan.bench.report import picture, read, render
+    from longspan.bench.curves import read
+    from longspan.bench.picture import picture
+    from longspan.bench.report import render
 
     found = read(folder)
     page = folder / "report.html"

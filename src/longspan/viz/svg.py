@@ -217,7 +217,7 @@ def _scale(
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
             found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
             if len(found) >= 4:
                 break
