@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from longspan.bench.timing import in_turns, summary
 from mechanism_cases import Mechanism, Run, Size
 
 # Seconds that a case should have left to begin, and those that the rounds of a race may take.
-NEEDED, ROUNDS = 4.0, 2.0
+NEEDED, ROUNDS = 2.0, 1.0
 
 
 @contextmanager
@@ -108,15 +108,22 @@ class Bench:
                 self.log.add(**about, **failed(error))
             free()
 
-    def race(self, kind: str, n: int, calls: Mapping[str, tuple[Run, list[Tensor]]]) -> None:
-        """Time calls in turns, both ways, and what each needs above its inputs.
+    def race(
+        self,
+        kind: str,
+        n: int,
+        calls: Mapping[str, tuple[Run, list[Tensor]]],
+        ways: Iterable[str] = tuple(WAYS),
+    ) -> None:
+        """Time calls in turns, and what each needs above its inputs.
 
         Args:
             kind: of the records.
             n: rows.
             calls: each with its inputs, by name; first the one that others are compared with.
+            ways: forward, forward+backward, or both.
         """
-        for way in WAYS:
+        for way in ways:
             steps: dict[str, Callable[[], object]] = {}
             peaks: dict[str, float | None] = {}
             once = 0.0

@@ -187,7 +187,8 @@ MECHANISMS = {
             choices=("longspan.mechanism._routing_selections._members",),
         ),
         "routing, strictly causal": Mechanism(
-            build=partial(routing, "window"), choices=("longspan.mechanism.routing.nearest",)
+            build=partial(routing, "window"),
+            choices=("longspan.mechanism._routing_attention.nearest",),
         ),
     },
     "dual": {"dual chunk, trained for N / 4": Mechanism(build=dual_chunk)},

@@ -1,9 +1,9 @@
 """What flash-linear-attention has of the same mechanisms, compiled in processes side by side.
 
-Its kernels try up to 48 configurations each, which takes minutes to compile one after another. So
-each process compiles a share of them (``--check PART-INDEX-COUNT``, with the folder of wheels in
-LONGSPAN_BENCH_PEERS). The process that times finds all of them in Triton's cache on disk, and
-tunes among all of them at a length that is timed.
+Its kernels try up to 48 configurations each, which takes minutes to compile. Here they choose
+among three: with 4, 2 and 8 warps, large tiles, and as many stages as is usual. A process compiles
+each (``--check PART-INDEX``, with the folder of wheels in LONGSPAN_BENCH_PEERS); the one that
+times finds them in Triton's cache on disk, and tunes at a length that is timed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ PEERS = {
 # Maps that need no scaling, which their kernel does not have.
 MAPS = ("elu + 1", "ReLU")
 # A kernel of their NSA is compiled apart below 8,192 rows, below 32,768, and beyond.
-COMPILED_AT = {"nsa": (8192, 32768, 1024), "linear": (4096,)}
+COMPILED_AT = {"nsa": (16384, 32768, 1024), "linear": (16384,)}
 TUNED_AT = 16384
+WARPS = (4, 2, 8)
 
 
 def sizes(part: str, device: str) -> Size:
@@ -79,8 +80,7 @@ def calls(part: str, found: Mapping[str, FeatureMap]) -> dict[str, Run]:
 
 def compiling(part: str, log: Log, seconds: float) -> Callable[[], None]:
     """Begin to compile beside this process; returns what waits for the end of it."""
-    count = max(2, min(14, (os.cpu_count() or 4) - 2))
-    names = [f"{part}-{index}-{count}" for index in range(count)]
+    names = [f"{part}-{index}" for index in range(len(WARPS))]
     beside = ThreadPoolExecutor(1)
     work: Future[None] = beside.submit(side_by_side, __file__, names, log, seconds)
     beside.shutdown(wait=False)
@@ -96,21 +96,29 @@ def put_on_path(wheels: str) -> None:
     sys.path.append(folder)
 
 
-def thin(index: int, count: int) -> None:
-    """Leave every kernel that tunes itself a share of its configurations, at least one."""
+def thin(warps: Sequence[int] = WARPS) -> None:
+    """Leave every kernel that tunes itself one configuration for each number of warps."""
     tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
     for kernel in gc.get_objects():
         if issubclass(type(kernel), tuner):
-            known = kernel.configs
-            kernel.configs = known[index::count] or [known[index % len(known)]]
+            best = {one.num_warps: one for one in sorted(kernel.configs, key=_usual, reverse=True)}
+            kernel.configs = [best[count] for count in warps if count in best] or [
+                min(kernel.configs, key=_usual)
+            ]
 
 
-def compile_share(part: str, index: int, count: int, lengths: Sequence[int], log: Log) -> None:
-    """Run their calls both ways with a share of the configurations, which compiles these."""
+def _usual(config: Any) -> tuple[int, ...]:
+    """Least for a configuration that is likely to be good: large tiles, three stages."""
+    tile = config.kwargs.get("BK", 1) * config.kwargs.get("BV", 1)
+    return (abs(config.num_warps - 4), -tile, abs(config.num_stages - 3))
+
+
+def compile_for(part: str, warps: int, lengths: Sequence[int], log: Log) -> None:
+    """Run their calls both ways with configurations of so many warps, which compiles these."""
     size = sizes(part, "cuda")
     found = {} if part == "nsa" else maps(size.width, max(lengths), "cuda")
     theirs = calls(part, found)
-    thin(index, count)
+    thin((warps,))
     for n in lengths:
         for name, call in theirs.items():
             try:
@@ -127,11 +135,9 @@ def main() -> None:
     given = words.parse_args()
     share_caches()
     put_on_path(os.environ[WHEELS])
-    # What a share of the configurations tells must not be kept.
-    os.environ["FLA_CACHE_RESULTS"] = "0"
-    part, index, count = given.check.split("-")
+    part, index = given.check.split("-")
     log = Log(given.out / f"{given.check}.jsonl")
-    compile_share(part, int(index), int(count), COMPILED_AT[part], log)
+    compile_for(part, WARPS[int(index)], COMPILED_AT[part], log)
 
 
 if __name__ == "__main__":
