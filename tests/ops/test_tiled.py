@@ -161,6 +161,58 @@ def test_reads_inputs_of_any_layout() -> None:
         assert torch.equal(have, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["gqa-4", "scca-flow-odd-gqa", "segments", "nothing-visible"])
+def test_gives_in_the_layout_of_the_inputs_what_it_gives_for_rows_end_to_end(
+    name: str, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled_module, "_WORTH_THREADS", 0)
+    torch.set_num_threads(threads)
+    case = BY_NAME[name]
+    qkv, ranges = make_qkv(case, dtype), case.ranges()
+    wanted = run(tiled, qkv, ranges)
+    # Heads side by side as models have them, and batch rows side by side as remainders are.
+    for order in ((0, 2, 1, 3), (1, 2, 0, 3), (2, 0, 1, 3)):
+        back = [order.index(axis) for axis in range(4)]
+        moved = [x.permute(order).contiguous().permute(back) for x in qkv]
+        found = run(tiled, moved, ranges)
+        assert_same(found, wanted, 1e-12 if dtype == torch.float64 else 1e-2)
+        out, _ = tiled(*moved, ranges, 0.3)
+        assert out.permute(order).is_contiguous()
+
+
+def test_edges_that_many_spans_end_in_are_kept_once() -> None:
+    # Queries see every eighth key: 8 more keys from tile to tile, always the same stairs.
+    n, tile = 2048, 64
+    hi_Nm = np.arange(n)[:, None] // 8 + 1
+    schedule = build_schedule(
+        np.zeros((1, n, 1), dtype=np.int64),
+        hi_Nm[None],
+        np.zeros((1, 1), dtype=np.int64),
+        keys=n // 8,
+        key_heads=1,
+        tile=tile,
+        leaf=tile,
+        job=1 << 18,
+        area=1 << 19,
+        parts=1,
+    )
+    biases, canvas = views_module.Biases(), views_module.Canvas(torch.zeros(0))
+    masks = {run.mask for run in schedule.runs[0] if run.mask is not None}
+    memory = set()
+    for mask in masks:
+        bias_XS, *_ = biases.whole(mask, 2, canvas)
+        column_S = torch.arange(mask.span)
+        hidden_TS = torch.from_numpy(mask.hi_Tm) <= column_S
+        assert torch.equal(bias_XS.isneginf(), hidden_TS.repeat(2, 1))
+        assert (bias_XS[~hidden_TS.repeat(2, 1)] == 0).all()
+        memory.add(bias_XS.untyped_storage().data_ptr())
+    assert len(masks) > 20
+    # Twice as many zeros each time, for two kinds of stairs: spans end at multiples of 16.
+    assert len(memory) <= 10
+
+
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv"])
 def test_gives_only_the_gradients_that_are_wanted(wanted: str) -> None:
     case = BY_NAME["scca-flow"]

@@ -8,6 +8,7 @@ import torch
 from tests.ops.test_flex import gpu
 
 import longspan as ls
+from longspan.ops.kernels import tiled
 from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import load
@@ -83,6 +84,37 @@ def test_shared_keys_equal_the_reference(text):
     wanted = ls.attend(q, k, v, plan, impl="reference", scale=0.3, return_lse=True)
     for a, b in zip(merge_parts(parts), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("text", PATTERNS)
+def test_tiled_writes_in_place(text, threads, monkeypatch):
+    monkeypatch.setattr(tiled, "_WORTH_THREADS", 0)
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    plan = ls.plan(ls.parse(text), 512, 4)
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, 512, 8, generator=make, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    results = []
+    try:
+        for impl in ("tiled", "reference"):
+            found = ls.attend(q, k, v, plan, impl=impl, return_lse=True)
+            loss = found[0].sin().sum() + found[1].cos().sum()
+            results.append((*found, *torch.autograd.grad(loss, (q, k, v))))
+    finally:
+        torch.set_num_threads(kept)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(x.is_contiguous() for x in results[0])
+    # The future leaves the past as it was, to the bit.
+    if plan.pattern.is_causal:
+        later = torch.arange(512)[:, None] >= 300
+        new = [x.detach().where(~later, torch.randn(512, 8, dtype=x.dtype)) for x in (q, k, v)]
+        out = ls.attend(*new, plan, impl="tiled")
+        assert torch.equal(out[:, :, :300], results[0][0][:, :, :300])
 
 
 def test_no_views_where_remainders_mix():

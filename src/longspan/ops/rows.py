@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.ops.fused import add_rows, can_fuse, gather
+from longspan.ops.workers import can_share_threads, run_parts
 
 # A few rows may stand at more places than this; if many do, their gradients are scattered.
 _MOST_PLACES = 8
 _MOST_RESTS = 128
+# From this many numbers on a CPU moves them head by head.
+_WORTH_HEADS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +60,56 @@ class Table:
         """
         if not plain and can_fuse(x_BHND):
             return gather(x_BHND, self.row_cBGP)
+        batch, heads, _, width = x_BHND.shape
+        size = batch * heads * self.row_cBGP.shape[-1] * width
+        if not plain and _by_heads(x_BHND) and size >= _WORTH_HEADS:
+            return self._take_by_heads(x_BHND)
         parts = [pick(x_BHND, row) for row in self.row_cBGP.clamp(min=0)]
         for i, full in enumerate(self.full):
             if not full:
                 parts[i] = parts[i].masked_fill(self._gaps(i, x_BHND.shape[1])[..., None], 0.0)
         return reduce(torch.add, parts)
+
+    def _take_by_heads(self, x_BHND: Tensor) -> Tensor:
+        """The same on a CPU, each head by one thread; without gradient."""
+        _, batches, groups, places = self.row_cBGP.shape
+        batch, heads, _, width = x_BHND.shape
+        out_BHPD = x_BHND.new_empty(batch, heads, places, width)
+
+        def part(i: int) -> None:
+            b, h = divmod(i, heads)
+            x_ND, out_PD = x_BHND[b, h], out_BHPD[b, h]
+            rows = self._rows[b % batches * groups + h * groups // heads]
+            for first, (row_P, place_Q) in enumerate(rows):
+                if first == 0:
+                    torch.index_select(x_ND, 0, row_P, out=out_PD)
+                    if place_Q is not None:
+                        out_PD.index_fill_(0, place_Q, 0.0)
+                elif place_Q is None:
+                    out_PD.add_(x_ND.index_select(0, row_P))
+                else:
+                    out_PD.index_add_(0, place_Q, x_ND.index_select(0, row_P))
+
+        run_parts(part, batch * heads)
+        return out_BHPD
+
+    @cached_property
+    def _rows(self) -> list[list[tuple[Tensor, Tensor | None]]]:
+        """For each batch row and group what is added up: first any row at places without one, and
+        those places; then rows, and the places where there is one. No places are all or none."""
+        found: list[list[tuple[Tensor, Tensor | None]]] = []
+        for own_cP in self.row_cBGP.flatten(1, 2).unbind(1):
+            parts: list[tuple[Tensor, Tensor | None]] = []
+            for i, (row_P, full) in enumerate(zip(own_cP.contiguous(), self.full, strict=True)):
+                there_P = row_P >= 0
+                if full:
+                    parts.append((row_P, None))
+                elif i == 0:
+                    parts.append((row_P.clamp(min=0), (~there_P).nonzero()[:, 0]))
+                else:
+                    parts.append((row_P[there_P], there_P.nonzero()[:, 0]))
+            found.append(parts)
+        return found
 
     def fill(self, x_BHN: Tensor, gap: float) -> Tensor:
         """Numbers in place of rows [B, H, P], and ``gap`` where there is no row; for c = 1."""
@@ -252,6 +300,10 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         return grads[0], ctx.order.take(grads[0]), None
+
+
+def _by_heads(x: Tensor) -> bool:
+    return x.device.type == "cpu" and can_share_threads() and not torch.compiler.is_compiling()
 
 
 def pick(x_BHND: Tensor, row_BGP: Tensor) -> Tensor:

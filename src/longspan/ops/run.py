@@ -77,8 +77,7 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
     """The pass as tensors on the device of ``q``; kept as long as the pass lives."""
     device, key_heads, keys = q.device, k.shape[1], k.shape[2]
     kept = _loaded.setdefault(one, {})
-    # On a CPU rows that lie side by side are worth their copies.
-    single = len(q) == 1 and device.type == "cuda"
+    single = len(q) == 1
     name = (device, key_heads, keys, single)
     if name not in kept and single and (views := views_of(one, q.shape[2], keys, device)):
         kept[name] = views

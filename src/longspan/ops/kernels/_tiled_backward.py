@@ -21,7 +21,7 @@ from longspan.ops.kernels._tiled_views import (
     logits,
     query_rows,
 )
-from longspan.ops.kernels._tiled_workers import run_parts
+from longspan.ops.workers import run_parts
 
 
 def backward(
@@ -33,14 +33,13 @@ def backward(
     delta_R1: Tensor,
     schedule: Schedule,
     biases: Biases,
-    queries: int,
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v, those that are needed.
 
     Args:
-        q_RD, k_LD, v_LD, dout_RD: rows laid end to end, in the dtype that is computed in.
+        q_RD, k_LD, v_LD, dout_RD: rows as they lie in memory, in the dtype that is computed in.
         lse_R1: finite, also where a row sees nothing.
         delta_R1: rowsum(dO * O) - dlse.
     """
@@ -55,8 +54,7 @@ def backward(
         p_buffer, ds_buffer = q_RD.new_empty(2, schedule.area)
         for batch in schedule.batches(i, apart=True):
             q_JTD, dout_JTD, lse_JT1, delta_JT1 = (
-                query_rows(x, batch, queries).flatten(1, 2)
-                for x in (q_RD, dout_RD, lse_R1, delta_R1)
+                query_rows(x, batch).flatten(1, 2) for x in (q_RD, dout_RD, lse_R1, delta_R1)
             )
             k_JSD, v_JSD = key_rows(k_LD, batch), key_rows(v_LD, batch)
             p_JTS = logits(q_JTD, k_JSD, batch, biases, scale, p_buffer)
@@ -70,7 +68,7 @@ def backward(
             ds_JTS.sub_(delta_JT1).mul_(p_JTS)
             if dq_RD is not None:
                 first = schedule.covers and batch.run.wave == 0
-                add_product(dq_RD, ds_JTS, k_JSD, batch, queries, alpha=scale, first=first)
+                add_product(dq_RD, ds_JTS, k_JSD, batch, alpha=scale, first=first)
             if dk_LD is not None:
                 _add_to_keys(dk_LD, ds_JTS, q_JTD, batch, scale)
 

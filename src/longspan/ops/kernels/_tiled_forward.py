@@ -16,8 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longspan.ops.kernels._tiled_schedule import Schedule
-from longspan.ops.kernels._tiled_views import Biases, Canvas, key_rows, query_rows
-from longspan.ops.kernels._tiled_workers import run_parts
+from longspan.ops.kernels._tiled_views import (
+    Biases,
+    Canvas,
+    key_rows,
+    query_rows,
+)
+from longspan.ops.workers import run_parts
 
 
 def forward(
@@ -26,13 +31,12 @@ def forward(
     v_LD: Tensor,
     schedule: Schedule,
     biases: Biases,
-    queries: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend from rows laid end to end.
+    """Attend from rows as they lie in memory.
 
     Returns:
-        output [R, Dv] in the dtype of q, and lse [R, 1] in at least float32.
+        output [R, Dv] in the dtype of q and lse [R, 1] in at least float32, which lie as q does.
     """
     work = torch.promote_types(q_RD.dtype, torch.float32)
     out_RD = q_RD.new_empty(len(q_RD), v_LD.shape[1], dtype=work)
@@ -45,9 +49,7 @@ def forward(
     def part(i: int) -> None:
         canvas = Canvas(lse_R1)
         for batch in schedule.batches(i, apart=False):
-            q_JHTD, out_JHTD, lse_JHT1 = (
-                query_rows(x, batch, queries) for x in (q_RD, out_RD, lse_R1)
-            )
+            q_JHTD, out_JHTD, lse_JHT1 = (query_rows(x, batch) for x in (q_RD, out_RD, lse_R1))
             mask = batch.run.mask
             new_out, new_lse = attend(
                 q_JHTD.flatten(1, 2),

@@ -82,6 +82,20 @@ class Lanes:
     key_step: int
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Where rows lie in memory, counted in rows: how far it is from one batch row, head or row to
+    the next."""
+
+    batch: int
+    head: int
+    row: int
+
+    def strides(self, width: int) -> tuple[int, int, int, int]:
+        """Of a tensor [B, H, N, width]."""
+        return self.batch * width, self.head * width, self.row * width, 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Equal jobs for one call, at constant steps: of one run and one lane, or of all lanes.
@@ -91,8 +105,9 @@ class Batch:
         run: the run, for what its jobs have in common.
         heads: query heads of a bundle.
         jobs: number of jobs.
-        row, key: first row and first key of the first job.
-        row_step, key_step: rows and keys from one job to the next.
+        row, key: where the first row and the first key of the first job lie.
+        row_step, key_step: how far it is from one job to the next.
+        row_steps, key_steps: of all query rows and of all key rows.
     """
 
     group: int
@@ -103,6 +118,8 @@ class Batch:
     key: int
     row_step: int
     key_step: int
+    row_steps: Steps
+    key_steps: Steps
 
 
 @dataclass(frozen=True)
@@ -112,12 +129,15 @@ class Schedule:
     Attributes:
         runs: for each group its runs, waves ascending.
         parts: for each part and group the heads that follow it; no two parts share a key head.
+        row_steps, key_steps: of the query rows and of the key rows.
         area: most scores (rows times keys) in one batch.
         covers: whether every query row has a job in wave 0, so that results need no initial value.
     """
 
     runs: list[list[Run]]
     parts: list[list[list[Lanes]]]
+    row_steps: Steps
+    key_steps: Steps
     area: int
     covers: bool
 
@@ -153,10 +173,20 @@ class Schedule:
                         jobs=min(down, lanes.count - i)
                         if down > 1
                         else min(along, -(-(run.count - j) // deals)),
-                        row=lanes.row + i * lanes.row_step + run.row + j * run.row_step,
-                        key=lanes.key + i * lanes.key_step + run.key + j * run.key_step,
-                        row_step=lanes.row_step if down > 1 else deals * run.row_step,
-                        key_step=lanes.key_step if down > 1 else deals * run.key_step,
+                        row=lanes.row
+                        + i * lanes.row_step
+                        + (run.row + j * run.row_step) * self.row_steps.row,
+                        key=lanes.key
+                        + i * lanes.key_step
+                        + (run.key + j * run.key_step) * self.key_steps.row,
+                        row_step=lanes.row_step
+                        if down > 1
+                        else deals * run.row_step * self.row_steps.row,
+                        key_step=lanes.key_step
+                        if down > 1
+                        else deals * run.key_step * self.key_steps.row,
+                        row_steps=self.row_steps,
+                        key_steps=self.key_steps,
                     )
 
 
@@ -172,6 +202,8 @@ def build_schedule(
     job: int,
     area: int,
     parts: int,
+    row_steps: Steps | None = None,
+    key_steps: Steps | None = None,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -186,11 +218,14 @@ def build_schedule(
         job: most scores of a job, as long as its keys are not too few to be worth it.
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
+        row_steps, key_steps: of the query rows and of the key rows; default: laid end to end.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
     groups, queries, _ = lo_GNm.shape
-    bundles = _bundles(group_BH, queries, keys, key_heads)
+    row_steps = row_steps or Steps(group_BH.shape[1] * queries, queries, 1)
+    key_steps = key_steps or Steps(key_heads * keys, keys, 1)
+    bundles = _bundles(group_BH, row_steps, key_steps, key_heads)
     parts = min(parts, len(bundles))
     shares = [len(bundles) * i // parts for i in range(parts + 1)]
     lanes = [_lanes(bundles[start:stop], groups) for start, stop in pairwise(shares)]
@@ -216,7 +251,14 @@ def build_schedule(
         for group in used
     )
     area = max(area, job + heads * tile * LEAST)
-    return Schedule(runs=runs, parts=lanes, area=area, covers=covers)
+    return Schedule(
+        runs=runs,
+        parts=lanes,
+        row_steps=row_steps,
+        key_steps=key_steps,
+        area=area,
+        covers=covers,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +271,9 @@ class _Bundle:
     key: int
 
 
-def _bundles(group_BH: Ints, queries: int, keys: int, key_heads: int) -> list[list[_Bundle]]:
+def _bundles(
+    group_BH: Ints, row_steps: Steps, key_steps: Steps, key_heads: int
+) -> list[list[_Bundle]]:
     """The bundles of every key head of every batch row."""
     heads = group_BH.shape[1]
     share = heads // key_heads
@@ -238,10 +282,15 @@ def _bundles(group_BH: Ints, queries: int, keys: int, key_heads: int) -> list[li
         for key_head in range(key_heads):
             first, stop = key_head * share, (key_head + 1) * share
             cuts = [h for h in range(first + 1, stop) if group_H[h] != group_H[h - 1]]
-            key = (b * key_heads + key_head) * keys
+            key = b * key_steps.batch + key_head * key_steps.head
             bundles.append(
                 [
-                    _Bundle(group_H[start], end - start, (b * heads + start) * queries, key)
+                    _Bundle(
+                        group_H[start],
+                        end - start,
+                        b * row_steps.batch + start * row_steps.head,
+                        key,
+                    )
                     for start, end in pairwise([first, *cuts, stop])
                 ]
             )
@@ -255,7 +304,8 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
         places.setdefault((bundle.group, bundle.heads), []).append((bundle.row, bundle.key))
     lanes: list[list[Lanes]] = [[] for _ in range(groups)]
     for (group, heads), found in places.items():
-        place_J2 = np.array(found, dtype=np.int64)
+        # In memory's order steps are constant, whichever axis comes first there.
+        place_J2 = np.array(sorted(found), dtype=np.int64)
         step_J2 = np.diff(place_J2, axis=0)
         for first, count in _progressions(np.ones(len(step_J2), dtype=bool), step_J2):
             row, key = place_J2[first].tolist()

@@ -1,5 +1,7 @@
 """Batches of a schedule as strided views, and their logits: nothing is gathered, nothing copied.
 
+Rows stay where they lie, in whatever order of axes.
+
 Axes: J jobs of a batch, H heads of a bundle, T query rows of a job with all heads, S its keys, D
 width; R and L all query and all key rows laid end to end; m ranges per query.
 """
@@ -7,11 +9,12 @@ width; R and L all query and all key rows laid end to end; m ranges per query.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from longspan.ops.kernels._tiled_schedule import Batch, Mask
+from longspan.ops.kernels._tiled_schedule import Batch, Mask, Steps
 
 # Vector units compute powers of two faster than powers of e, so logits carry this factor.
 LOG2E = math.log2(math.e)
@@ -19,12 +22,47 @@ LOG2E = math.log2(math.e)
 _ROOM = 1 << 23
 
 
-def query_rows(x_RD: Tensor, batch: Batch, queries: int) -> Tensor:
-    """The batch's rows [J, H, T / H, D]; heads lie ``queries`` rows apart."""
+def steps_of(x_BHND: Tensor) -> Steps:
+    """How the rows lie, if they fill their memory without gaps; else laid end to end."""
+    shape, width = x_BHND.shape[:3], x_BHND.shape[3]
+    axes = sorted((x_BHND.stride(axis), axis) for axis in range(3) if shape[axis] > 1)
+    steps, size = [0, 0, 0], 1
+    dense = x_BHND.stride(3) == 1 or width == 1
+    for stride, axis in axes:
+        dense &= stride == size * width
+        steps[axis] = size
+        size *= shape[axis]
+    if not dense:
+        return Steps(shape[1] * shape[2], shape[2], 1)
+    return Steps(*steps)
+
+
+def lay(x_RD: Tensor, shape: Sequence[int], steps: Steps) -> Tensor:
+    """Rows in memory as [B, H, N, D], which begins with ``shape``."""
+    width = x_RD.shape[1]
+    return x_RD.as_strided((*shape[:3], width), steps.strides(width))
+
+
+def rows_of(x_BHND: Tensor, steps: Steps) -> Tensor:
+    """All rows [R, D] as they lie in memory; a copy if they do not lie at these steps."""
+    width = x_BHND.shape[3]
+    wanted = steps.strides(width)
+    if all(
+        size == 1 or is_ == should
+        for size, is_, should in zip(x_BHND.shape, x_BHND.stride(), wanted, strict=True)
+    ):
+        return x_BHND.as_strided((x_BHND.numel() // width, width), (width, 1))
+    x_RD = x_BHND.new_empty(x_BHND.numel() // width, width)
+    lay(x_RD, x_BHND.shape, steps).copy_(x_BHND)
+    return x_RD
+
+
+def query_rows(x_RD: Tensor, batch: Batch) -> Tensor:
+    """The batch's rows [J, H, T / H, D]."""
     width = x_RD.shape[1]
     return x_RD.as_strided(
         (batch.jobs, batch.heads, batch.run.rows, width),
-        (batch.row_step * width, queries * width, width, 1),
+        (batch.row_step * width, batch.row_steps.head * width, batch.row_steps.row * width, 1),
         x_RD.storage_offset() + batch.row * width,
     )
 
@@ -34,7 +72,7 @@ def key_rows(x_LD: Tensor, batch: Batch) -> Tensor:
     width = x_LD.shape[1]
     return x_LD.as_strided(
         (batch.jobs, batch.run.span, width),
-        (batch.key_step * width, width, 1),
+        (batch.key_step * width, batch.key_steps.row * width, 1),
         x_LD.storage_offset() + batch.key * width,
     )
 
@@ -60,13 +98,12 @@ def add_product(
     w_JTS: Tensor,
     x_JSD: Tensor,
     batch: Batch,
-    queries: int,
     *,
     alpha: float = 1.0,
     first: bool = False,
 ) -> None:
     """Add alpha w x to the batch's rows, or write it there if it is the first."""
-    sum_JHTD = query_rows(sum_RD, batch, queries)
+    sum_JHTD = query_rows(sum_RD, batch)
     if batch.heads == 1 and sum_JHTD.is_contiguous():
         sum_JTD = sum_JHTD[:, 0]
         torch.baddbmm(sum_JTD, w_JTS, x_JSD, beta=0 if first else 1, alpha=alpha, out=sum_JTD)
@@ -81,8 +118,9 @@ def add_product(
 class Biases:
     """What masks add to logits, 0 or -inf; kept from call to call as far as there is room.
 
-    A regular pattern has a handful of masks, which are kept whole. Others have one for every job:
-    of those only the edges are kept, and drawn on a canvas when their job comes.
+    A regular pattern has a handful of masks, or of edges on the right, which are kept whole.
+    Others have one for every job: of those only the edges are kept, and drawn on a canvas when
+    their job comes.
     """
 
     def __init__(self) -> None:
@@ -105,6 +143,12 @@ class Biases:
         if found is not None:
             return found
         left_TL, right_TR, *blind = self.edges(mask, like)
+        if mask.left == 0:
+            bias_XS = self._behind_zeros(mask, heads, right_TR)
+            if bias_XS is not None:
+                # A view of what is kept takes no room of its own.
+                self._kept[name] = (bias_XS,)
+                return (bias_XS,)
         blind = tuple(blind_T.repeat(heads) for blind_T in blind)
         if heads == 1 and mask.left == mask.span:
             return left_TL, *blind
@@ -112,6 +156,28 @@ class Biases:
         if bias_XS.numel() <= self._room - _ROOM // 2:
             return self._keep(name, (bias_XS.clone(), *blind), _ROOM // 2)
         return bias_XS, *blind
+
+    def _behind_zeros(self, mask: Mask, heads: int, right_TR: Tensor) -> Tensor | None:
+        """Bias [H T, S] of a mask with an edge on its right only; None if there is no room.
+
+        Spans that grow from tile to tile, as those of strided keys do, end in the same few edges:
+        one of them behind enough zeros serves all.
+        """
+        rows, wide = right_TR.shape
+        bounds = (mask.lo_Tm - mask.right, mask.hi_Tm - mask.right)
+        shape = b"".join(bound.clip(0, wide).tobytes() for bound in bounds)
+        name = ("behind zeros", wide, shape, heads, right_TR.dtype, right_TR.device)
+        (kept_XZ,) = self._kept.get(name, (right_TR[:0],))
+        if kept_XZ.shape[1] < mask.span or len(kept_XZ) == 0:
+            # Spans grow: twice as many zeros as this one needs.
+            width = 2 * mask.span
+            if heads * rows * width > self._room - _ROOM // 2:
+                return None
+            self._room -= heads * rows * width
+            kept_XZ = right_TR.new_zeros(heads * rows, width)
+            kept_XZ[:, width - wide :] = right_TR.repeat(heads, 1)
+            self._kept[name] = (kept_XZ,)
+        return kept_XZ[:, kept_XZ.shape[1] - mask.span :]
 
     def _keep(
         self, name: tuple[object, ...], made: tuple[Tensor, ...], spare: int

@@ -30,9 +30,9 @@ from torch.autograd.function import once_differentiable
 from longspan.ops.kernels._tiled_backward import backward
 from longspan.ops.kernels._tiled_forward import forward
 from longspan.ops.kernels._tiled_schedule import Schedule, build_schedule
-from longspan.ops.kernels._tiled_views import Biases
-from longspan.ops.kernels._tiled_workers import can_share_threads
+from longspan.ops.kernels._tiled_views import Biases, lay, rows_of, steps_of
 from longspan.ops.ranges import KeyRanges
+from longspan.ops.workers import can_share_threads
 
 # Query rows of the lowest job. Low jobs waste few scores at the edges, high ones multiply faster:
 # 64 is the best of 32 to 256 for windows from 256 keys on. Bundled heads add to the height.
@@ -93,17 +93,11 @@ class _Tiled(torch.autograd.Function):
         schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD)
         # Autocast would round the logits.
         with torch.autocast(q_BHND.device.type, enabled=False):
-            out_RD, lse_R1 = forward(
-                _rows(q_BHND),
-                _rows(k_BKMD),
-                _rows(v_BKMD),
-                schedule,
-                biases,
-                ranges.queries,
-                scale,
-            )
-        out_BHND = out_RD.view(*q_BHND.shape[:3], -1)
-        lse_BHN = lse_R1.view(q_BHND.shape[:3])
+            q_RD = rows_of(q_BHND, schedule.row_steps)
+            k_LD, v_LD = (rows_of(x, schedule.key_steps) for x in (k_BKMD, v_BKMD))
+            out_RD, lse_R1 = forward(q_RD, k_LD, v_LD, schedule, biases, scale)
+        out_BHND = lay(out_RD, q_BHND.shape, schedule.row_steps)
+        lse_BHN = lay(lse_R1, q_BHND.shape, schedule.row_steps)[..., 0]
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
         ctx.ranges, ctx.scale = ranges, scale
         return out_BHND, lse_BHN
@@ -115,15 +109,16 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dout_BHND, dlse_BHN = grad_outputs
         q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN = ctx.saved_tensors
+        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, _BACKWARD)
         # Sums over many keys: half precision is computed in float32.
-        q_RD, k_LD, v_LD, dout_RD = (
-            _rows(x.to(lse_BHN.dtype)) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)
+        q_RD, dout_RD, out_RD, lse_R1, dlse_R1 = (
+            rows_of(x.to(lse_BHN.dtype), schedule.row_steps)
+            for x in (q_BHND, dout_BHND, out_BHND, lse_BHN[..., None], dlse_BHN[..., None])
         )
-        lse_R1, dlse_R1 = lse_BHN.reshape(-1, 1), dlse_BHN.reshape(-1, 1)
-        delta_R1 = (dout_RD * _rows(out_BHND)).sum(-1, keepdim=True) - dlse_R1
+        k_LD, v_LD = (rows_of(x.to(lse_BHN.dtype), schedule.key_steps) for x in (k_BKMD, v_BKMD))
+        delta_R1 = (dout_RD * out_RD).sum(-1, keepdim=True) - dlse_R1
         # Rows that see nothing have weights of 0: whatever meets these must be finite.
         empty_R1 = lse_R1.isneginf()
-        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, _BACKWARD)
         with torch.autocast(q_BHND.device.type, enabled=False):
             grads = backward(
                 q_RD,
@@ -134,20 +129,15 @@ class _Tiled(torch.autograd.Function):
                 delta_R1.masked_fill_(empty_R1, 0.0),
                 schedule,
                 biases,
-                ctx.ranges.queries,
                 ctx.scale,
                 ctx.needs_input_grad[:3],
             )
+        places = (schedule.row_steps, schedule.key_steps, schedule.key_steps)
         dq, dk, dv = (
-            None if grad is None else grad.view(like.shape).to(like.dtype)
-            for grad, like in zip(grads, (q_BHND, k_BKMD, v_BKMD), strict=True)
+            None if grad is None else lay(grad, like.shape, steps).to(like.dtype)
+            for grad, like, steps in zip(grads, (q_BHND, k_BKMD, v_BKMD), places, strict=True)
         )
         return dq, dk, dv, None, None
-
-
-def _rows(x_BHND: Tensor) -> Tensor:
-    """All rows laid end to end."""
-    return x_BHND.contiguous().view(-1, x_BHND.shape[-1])
 
 
 def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple[Schedule, Biases]:
@@ -157,7 +147,8 @@ def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple
     on_cpu = q_BHND.device.type == "cpu" and can_share_threads()
     threads = torch.get_num_threads() if on_cpu else 1
     plans = _plans.setdefault(ranges, {})
-    name = (batch, heads, key_heads, width, threads, way)
+    row_steps, key_steps = steps_of(q_BHND), steps_of(k_BKMD)
+    name = (batch, heads, key_heads, width, threads, way, row_steps, key_steps)
     if name not in plans:
         lo_GNm, hi_GNm, group_BH = (
             x.cpu().numpy().astype("int64")
@@ -180,6 +171,8 @@ def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple
             job=way.job,
             area=way.area * (threads // parts),
             parts=parts,
+            row_steps=row_steps,
+            key_steps=key_steps,
         )
         plans[name] = schedule, Biases()
     return plans[name]
