@@ -2,6 +2,7 @@
 
     python benchmarks/residue_order.py [--length 16384] [--rounds 5] [--clock wall] [--write NAME]
     python benchmarks/residue_order.py --device cuda [--length 32768] [--out FOLDER] [--write NAME]
+    python benchmarks/residue_order.py --only ssa longnet
 
 On the CPU batch 1, 4 heads, width 64, float32, the tiled kernel; on a GPU 32 heads on 8 key heads,
 width 128, bfloat16, the flex kernel. Gathering keys and queries and putting results back is
@@ -71,6 +72,13 @@ def main() -> None:
     parser.add_argument("--length", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="patterns that begin like one of these",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", metavar="NAME")
     options = parser.parse_args()
@@ -79,7 +87,10 @@ def main() -> None:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     setting = SETTINGS[options.device]
     length = options.length or setting.length
-    rows = [compare(text, hull, length, setting, options, clock) for text, hull in CASES.items()]
+    cases = {text: hull for text, hull in CASES.items() if text.startswith(tuple(options.only))}
+    if not cases:
+        parser.error(f"--only: no pattern begins so; there are {', '.join(CASES)}")
+    rows = [compare(text, hull, length, setting, options, clock) for text, hull in cases.items()]
     table = Table(
         "pattern",
         "keys",
