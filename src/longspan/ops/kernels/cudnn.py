@@ -156,14 +156,14 @@ def cudnn(
         deterministic=fixed,
         return_lse=True,
     )
-    if backward:
-        out_BNHD, lse_BHN = _AlignedGradients.apply(out_BNHD, lse_BHN)
-    out_BHND = out_BNHD.transpose(1, 2)
     if empty_BHN is not None:
-        # A NaN in the incoming gradient of a row without keys must not spread.
-        out_BHND = out_BHND.masked_fill(empty_BHN[..., None], 0.0)
+        # In place, unseen by autograd: a copy of the output would take as long as a short kernel.
+        out_BNHD.data.masked_fill_(empty_BHN.transpose(1, 2)[..., None], 0.0)
+    if backward:
+        out_BNHD, lse_BHN = _CleanGradients.apply(out_BNHD, lse_BHN, empty_BHN)
+    if empty_BHN is not None:
         lse_BHN = lse_BHN.masked_fill(empty_BHN, -torch.inf)
-    return out_BHND, lse_BHN
+    return out_BNHD.transpose(1, 2), lse_BHN
 
 
 def aligned(x: Tensor, step: int = 0) -> Tensor:
@@ -176,19 +176,29 @@ def aligned(x: Tensor, step: int = 0) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class _AlignedGradients(torch.autograd.Function):
-    """Nothing forward; backward lays out gradients, which sums broadcast, as the kernel needs."""
+class _CleanGradients(torch.autograd.Function):
+    """Nothing forward; backward lays out gradients, which sums broadcast, as the kernel needs.
+
+    A NaN in the incoming gradient of a row without keys must not spread: it is set to 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, out_BNHD: Tensor, lse_BHN: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, out_BNHD: Tensor, lse_BHN: Tensor, empty_BHN: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.empty_BHN = empty_BHN
         ctx.set_materialize_grads(False)
         return out_BNHD.view_as(out_BNHD), lse_BHN.view_as(lse_BHN)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout_BNHD: Tensor | None, dlse_BHN: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.empty_BHN is not None and dout_BNHD is not None:
+            empty_BNH1 = ctx.empty_BHN.transpose(1, 2)[..., None]
+            dout_BNHD = torch.where(empty_BNH1, 0.0, dout_BNHD)
         return (
             None if dout_BNHD is None else aligned(dout_BNHD),
             None if dlse_BHN is None else aligned(dlse_BHN),
+            None,
         )
