@@ -293,6 +293,10 @@ def test_refusals_name_the_method_and_leave_the_model_alone(tiny):
         ls.hf.convert(model, "LinearAttention", causal=False)
     with pytest.raises(InputError, match=r"'Mamba' is no layer .*NSA, AdaptiveSpan"):
         ls.hf.convert(model, "Mamba")
+    with pytest.raises(InputError, match=r"expected a layer of longspan\.mechanism or its name"):
+        ls.hf.convert(model, 5)
+    with pytest.raises(InputError, match="DualChunkAttention needs chunk, local"):
+        ls.hf.apply(model, ls.mechanism.DualChunkAttention)
     with pytest.raises(InputError, match="MoBA has no option window; it has block, impl, top"):
         ls.hf.convert(model, "MoBA", window=5)
     with pytest.raises(InputError, match="numbers from 0 to 1"):

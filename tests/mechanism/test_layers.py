@@ -146,10 +146,30 @@ def test_bfloat16_is_close_to_float64(name):
         assert (out.double() - wanted).norm() / wanted.norm() < 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LSHAttention", {"buckets": 2.5}),
+        ("LSHAttention", {"buckets": "a"}),
+        ("NSA", {"select": "a"}),
+        ("Nystromformer", {"landmarks": 0}),
+        ("Nystromformer", {"landmarks": 2.5}),
+        ("Nystromformer", {"iterations": 0}),
+        ("Nystromformer", {"conv_kernel": -1}),
+    ],
+)
+def test_options_that_are_no_sizes_are_named(name, options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be .* got "):
+        build(name, **options)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_wrong_sizes_are_named(name):
     with pytest.raises(InputError, match=r"expected x of shape \[batch, tokens, 16\]"):
         build(name)(torch.randn(2, 21, 15))
+    for given in ([[0.0]], torch.zeros(2, 21, 16, dtype=torch.int64)):
+        with pytest.raises(InputError, match="tensor of floating-point numbers, got "):
+            build(name)(given)
     for shape in ((2, 0, 16), (0, 21, 16)):
         with pytest.raises(InputError, match="at least one sequence of one token"):
             build(name)(torch.randn(shape))

@@ -72,6 +72,11 @@ def method(
         if not isinstance(found, type) or not issubclass(found, MechanismLayer):
             raise InputError(f"{kind!r} is no layer of longspan.mechanism: {', '.join(_names())}")
         kind = found
+    if not isinstance(kind, type) or not issubclass(kind, MechanismLayer):
+        raise InputError(
+            f"expected a layer of longspan.mechanism or its name, got {kind!r}: there are "
+            f"{', '.join(_names())}"
+        )
     name = kind.__name__
     if kind.no_causal_form or options.get("causal") is False:
         why = kind.no_causal_form or "causal=False lets tokens see later ones"
@@ -91,6 +96,11 @@ def method(
             filled[key] = trained_length(base.config)
     # A list is what a tuple comes back as from a file.
     filled |= {key: tuple(x) if isinstance(x, list) else x for key, x in options.items()}
+    missing = [
+        key for key, found in allowed.items() if found.default is found.empty and key not in filled
+    ]
+    if missing:
+        raise InputError(f"{name} needs {', '.join(missing)}")
     if impl != "auto" and "impl" in allowed:
         filled["impl"] = impl
     return Method(kind, tuple(sorted(filled.items())), _numbers(base, layers))

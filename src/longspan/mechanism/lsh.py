@@ -106,8 +106,8 @@ class LSHAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, shared_key=True, **kwargs)
         at_least_one(rounds=rounds, chunk=chunk)
-        self.buckets = (buckets,) if isinstance(buckets, int) else tuple(buckets)
-        if any(b < 2 or b % 2 for b in self.buckets):
+        self.buckets = tuple(buckets) if isinstance(buckets, tuple | list) else (buckets,)
+        if any(not isinstance(b, int) or b < 2 or b % 2 for b in self.buckets):
             raise InputError(f"buckets must be even numbers, got {buckets!r}")
         self.options: dict[str, Any] = {
             "chunk": chunk,

@@ -72,7 +72,9 @@ class NSA(PastLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
-        at_least_one(block=block, stride=stride, select_block=select_block, window=window)
+        at_least_one(
+            block=block, stride=stride, select_block=select_block, select=select, window=window
+        )
         if stride > block:
             raise InputError(
                 f"stride must be at most block, or tokens are skipped; got {stride} and {block}"

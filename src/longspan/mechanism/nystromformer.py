@@ -116,6 +116,8 @@ class Nystromformer(MechanismLayer):
         super().__init__(d_model, heads, **kwargs)
         if causal:
             self.refuse_causal()
+        given = {"landmarks": landmarks, "conv_kernel": conv_kernel}
+        at_least_one(iterations=iterations, **{k: v for k, v in given.items() if v is not None})
         if conv_kernel is not None and conv_kernel % 2 == 0:
             raise InputError(f"conv_kernel must be odd, got {conv_kernel}")
         self.landmarks, self.iterations, self.shared_start = landmarks, iterations, shared_start

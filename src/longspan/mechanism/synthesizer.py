@@ -34,6 +34,7 @@ from longspan.errors import InputError
 from longspan.mechanism._past import PastLayer, TokenState
 from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import at_least_one
+from longspan.nn.attention import check
 from longspan.ops import attend
 from longspan.pattern import Causal, Dense
 
@@ -120,6 +121,7 @@ class Synthesizer(PastLayer):
     ) -> Any:
         if not self.causal and (state is not None or return_state):
             raise InputError("a state exists only for causal=True")
+        check(x, self.d_model, mask)
         rows = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
         if rows > self.max_length:
             raise InputError(f"the layer was made for {self.max_length} rows, got {rows}")

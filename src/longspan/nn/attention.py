@@ -172,6 +172,9 @@ def _frequencies(rope: float | Frequencies | None, head_dim: int) -> Frequencies
 
 
 def check(x: Tensor, d_model: int, mask: Tensor | None) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"expected x as a tensor of floating-point numbers, got {what}")
     if x.dim() != 3 or x.shape[-1] != d_model:
         raise InputError(f"expected x of shape [batch, tokens, {d_model}], got {list(x.shape)}")
     if 0 in x.shape:
