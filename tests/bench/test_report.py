@@ -93,6 +93,7 @@ def test_bench_as_json(call):
         (("bench", "windo(9)", *BENCH), 2, "window"),
         (("bench", "window(9)", "--lengths", "many"), 2, "whole numbers"),
         (("bench", "window(9)", "--lengths", "64", "--impl", "cudnn", *BENCH), 3, "cuda"),
+        (("bench", "window(9)", "--key-heads", "0", *BENCH), 2, "key_heads"),
         (("report", "/nowhere"), 2, "holds no benchmark"),
     ],
 )

@@ -191,6 +191,8 @@ def test_wrong_questions(changed, word):
 def test_wrong_sizes():
     for changed, word in (
         ({"dtype": "int8"}, "int8"),
+        ({"device": "tpu"}, "cpu or cuda"),
+        ({"key_heads": 0}, "key_heads must be at least 1"),
         ({"key_heads": 3}, "divide"),
         ({"n": 0}, "n"),
     ):
@@ -212,6 +214,11 @@ def test_memory_of_a_fresh_process_sees_what_a_call_allocates():
     assert found is not None
     # Output, three gradients and what the kernel needs: at least four tensors like q.
     assert found > 3 * 8192 * 4 * 64 * 4
+    # Of the kernel that was named: the dense oracle holds a score for each pair.
+    asked = bench("window(64)", lengths=(2048,), ways=("forward",), memory=True)
+    (record,) = run.run(replace(asked, impls=("tiled", "reference")), Records(None, {}))
+    tiled, reference, _ = (row["memory_bytes"] for row in record["rows"])
+    assert reference > 4 * 2048 * 2048 * 4 > tiled
 
 
 def test_both_ways():

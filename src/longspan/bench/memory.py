@@ -29,17 +29,20 @@ def on_gpu(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def in_fresh_process(pattern: str | None, setting: Setting, way: str) -> int | None:
+def in_fresh_process(
+    pattern: str | None, setting: Setting, way: str, impl: str = "auto"
+) -> int | None:
     """Bytes of one call above q, k and v, on a CPU; None where the system does not tell.
 
     Args:
         pattern: text of the pattern; None for dense causal attention.
         setting: sizes.
         way: forward, or forward+backward.
+        impl: our kernel.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    asked = json.dumps({"pattern": pattern, "way": way, **vars(setting)})
+    asked = json.dumps({"pattern": pattern, "way": way, "impl": impl, **vars(setting)})
     command = [sys.executable, "-m", "longspan.bench.memory", asked]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(run.stdout)["bytes"]
@@ -60,11 +63,13 @@ def peak(call: Callable[[], object]) -> tuple[int, int]:
     return before, resident("VmHWM")
 
 
-def _here(pattern: str | None, way: str, **sizes: Any) -> int:
+def _here(pattern: str | None, way: str, impl: str = "auto", **sizes: Any) -> int:
     setting = Setting(**sizes)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return dense.on_cpu()["SDPA"](q, k, v) if pattern is None else attend(q, k, v, pattern)
+        if pattern is None:
+            return dense.on_cpu()["SDPA"](q, k, v)
+        return attend(q, k, v, pattern, impl=impl)
 
     # Threads and libraries are loaded by a short call first.
     short = Setting(**{**sizes, "n": min(256, setting.n)})

@@ -208,8 +208,8 @@ def _memory(
 ) -> int | None:
     if setting.device == "cuda":
         return memory.on_gpu(step)
-    if name == "longspan auto":
-        return memory.in_fresh_process(text, setting, way)
+    if name.startswith("longspan "):
+        return memory.in_fresh_process(text, setting, way, name.removeprefix("longspan "))
     return memory.in_fresh_process(None, setting, way) if name == "dense SDPA" else None
 
 

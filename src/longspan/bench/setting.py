@@ -13,6 +13,7 @@ from longspan.errors import InputError
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
 # Floating-point operations per pair, head and unit of width: two products forward, seven in all.
 WAYS = {"forward": 4, "forward+backward": 14}
 
@@ -40,6 +41,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise InputError(f"device must be {' or '.join(DEVICES)}, got {self.device!r}")
         for name in ("n", "heads", "key_heads", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -45,7 +45,7 @@ def bench(
         setting=Setting(
             n=max(sizes),
             heads=heads,
-            key_heads=key_heads or heads,
+            key_heads=heads if key_heads is None else key_heads,
             width=width,
             dtype=dtype,
             device=pick_device(device),
