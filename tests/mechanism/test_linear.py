@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tests.mechanism.oracles import (
     assert_no_leak,
     assert_padding_is_absent,
@@ -87,6 +88,31 @@ def test_chunks_and_odd_lengths_change_nothing(chunk, n):
         torch.testing.assert_close(
             linear_attention(q, k, v, name, chunk=chunk), wanted, atol=1e-12, rtol=1e-12
         )
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else [found]:
+            self.count += x.numel() if isinstance(x, torch.Tensor) else 0
+        return found
+
+
+@pytest.mark.parametrize("name", ["elu", "exp"])
+def test_gradients_take_work_linear_in_the_rows(name, monkeypatch):
+    monkeypatch.setattr("longspan.mechanism._linear_chunks._ROUND", 64)
+    counts = []
+    for n in (256, 2048):
+        q, k, v = (torch.randn(1, 2, n, 4, requires_grad=True) for _ in range(3))
+        out = linear_attention(q, k, v, name, chunk=16).sum()
+        with Written() as written:
+            torch.autograd.grad(out, (q, k, v))
+        counts.append(written.count)
+    assert counts[1] < 9 * counts[0]
 
 
 def test_rounds_join(monkeypatch):

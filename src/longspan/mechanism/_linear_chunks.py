@@ -9,6 +9,8 @@ and a one, whose sum is the denominator), T chunks of C rows, X = G C.
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -45,18 +47,12 @@ def causal_sums(
         log = phi_k.new_full((batch, heads), 0.0 if log_k is None else lowest(phi_k.dtype))
     else:
         sums, log = before
+    # Split and not sliced: the gradient of a slice is as long as all rows.
+    wide = [x.split(_ROUND, dim=-2) for x in (phi_q, phi_k, v_BKNE)]
+    logs = repeat(None) if log_k is None else log_k.split(_ROUND, dim=-1)
     parts = []
-    for first in range(0, rows, _ROUND):
-        now = slice(first, first + _ROUND)
-        part, sums, log = _round(
-            phi_q[..., now, :],
-            phi_k[..., now, :],
-            None if log_k is None else log_k[..., now],
-            v_BKNE[..., now, :],
-            sums,
-            log,
-            min(chunk, rows),
-        )
+    for own_q, own_k, own_v, own_log in zip(*wide, logs, strict=False):
+        part, sums, log = _round(own_q, own_k, own_log, own_v, sums, log, min(chunk, rows))
         parts.append(part)
     return torch.cat(parts, dim=3), sums, log
 
