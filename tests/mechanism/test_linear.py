@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from tests.mechanism.oracles import (
     assert_no_leak,
     assert_padding_is_absent,
@@ -14,6 +13,7 @@ from tests.mechanism.oracles import (
     per_head,
     qkv,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.errors import InputError
 from longspan.mechanism import Hedgehog, Laplace, LinearAttention, linear_attention
