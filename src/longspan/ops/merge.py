@@ -82,8 +82,9 @@ def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     lse_PBHN = torch.stack([p.lse if p.order is None else p.order.put_lse(p.lse) for p in parts])
     empty_BHN = torch.isneginf(lse_PBHN).all(dim=0)
     # Rows that are empty everywhere would be 0 / 0 in the gradient: they are joined with weights
-    # of 1, and zeroed.
-    safe_PBHN = lse_PBHN.masked_fill(empty_BHN, 0.0)
+    # of 1, and zeroed. On a CPU a look whether there are any costs less than a copy.
+    some = torch.compiler.is_compiling() or empty_BHN.is_cuda or bool(empty_BHN.any())
+    safe_PBHN = lse_PBHN.masked_fill(empty_BHN, 0.0) if some else lse_PBHN
     total_BHN = safe_PBHN.logsumexp(dim=0)
     weights = (safe_PBHN - total_BHN).exp()[..., None].unbind(0)
     whole = [w * p.out for w, p in zip(weights, parts, strict=True) if p.order is None]
@@ -92,5 +93,7 @@ def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     for weight, part in zip(weights, parts, strict=True):
         if part.order is not None:
             out = part.order.add(out, part.order.take(weight) * part.out)
-    out = out.masked_fill(empty_BHN[..., None], 0.0).to(parts[0].out.dtype)
-    return out, total_BHN.masked_fill(empty_BHN, -torch.inf)
+    if some:
+        out = out.masked_fill(empty_BHN[..., None], 0.0)
+        total_BHN = total_BHN.masked_fill(empty_BHN, -torch.inf)
+    return out.to(parts[0].out.dtype), total_BHN

@@ -17,6 +17,7 @@ from longspan.ops.capability import choose, needs_grad
 from longspan.ops.copies import copies_of
 from longspan.ops.lanes import Lanes
 from longspan.ops.merge import Part
+from longspan.ops.own_keys import own_keys
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, views_of
@@ -85,15 +86,19 @@ def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
         batch, classes, places, width = one.lo.shape
         heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
         group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+        lo, hi, key_order = one.lo, one.hi, one.key_order
+        # On a GPU grouped queries share what is gathered, and copies of keys need one order.
+        if device.type == "cpu" and heads is None and (own := own_keys(one, key_heads)):
+            lo, hi, key_order = own
         ranges = KeyRanges(
-            torch.from_numpy(one.lo.reshape(-1, places, width)).to(device),
-            torch.from_numpy(one.hi.reshape(-1, places, width)).to(device),
+            torch.from_numpy(lo.reshape(-1, places, width)).to(device),
+            torch.from_numpy(hi.reshape(-1, places, width)).to(device),
             (group if heads is None else group[:, heads]).to(device),
-            keys if one.key_order is None else one.key_order.shape[1],
+            keys if key_order is None else key_order.shape[-1],
         )
         kept[name] = Loaded(
             ranges,
-            None if one.key_order is None else Order.of(one.key_order, keys, device),
+            None if key_order is None else Order.of(key_order, keys, device),
             _queries(one, heads, q.shape[2], device),
             None if heads is None else torch.tensor(heads, device=device),
             None if kv_heads is None else torch.tensor(kv_heads, device=device),
