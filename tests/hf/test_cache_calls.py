@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 from tests.hf.caches import PAD, POLICIES, feed, padded  # noqa: E402
 
 import longspan as ls  # noqa: E402
+from longspan.errors import InputError  # noqa: E402
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -152,3 +153,43 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(text, llama, tiny):
             for a, b in pairwise(cuts[1:])
         ]
     assert (torch.cat(rest, 1) - wanted[:, 51:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["original", "packed"])
+@pytest.mark.parametrize("text", ["everything()", *POLICIES[3:7:3], POLICIES[5]])
+def test_what_a_row_was_fed_after_its_end_is_gone_in_the_next_turn(text, positions, llama, tiny):
+    """generate() marks as tokens what a finished row is fed; the next mask says what it was."""
+    ids, mask = padded(tiny, 34)
+    # The second row ends after 24 rows; three more are fed to it.
+    told = mask.clone()
+    told[1, 24:27] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0), (told.cumsum(1) - 1).clamp(min=0)
+    cache = ls.kv.cache(llama, text, positions=positions)
+    alone = ls.kv.cache(llama, text, positions=positions)
+    with torch.no_grad():
+        for begin, end in ((0, 18), *((i, i + 1) for i in range(18, 27)), (27, 33), (33, 34)):
+            stated, at = (mask, places[0]) if end <= 27 else (told, places[1])
+            out = llama(
+                ids[:, begin:end],
+                attention_mask=stated[:, :end],
+                position_ids=at[:, begin:end],
+                past_key_values=cache,
+            ).logits
+            if begin in range(24, 27):
+                continue
+            one = llama(ids[1:, max(begin, PAD) : end], past_key_values=alone).logits
+            assert (out[1, -one.shape[1] :] - one[0]).abs().max() < 1e-5
+    held, wanted = cache.layers[0].store, alone.layers[0].store
+    assert torch.equal(held.length[1], wanted.length[0])
+
+
+def test_a_mask_that_contradicts_the_calls_before_is_refused(llama, tiny):
+    ids, mask = padded(tiny, 24)
+    cache = ls.kv.cache(llama, "recent(7)")
+    with torch.no_grad():
+        llama(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+        for changed in (torch.ones_like(mask), mask.index_fill(1, torch.tensor([9]), 0)):
+            with pytest.raises(InputError, match="earlier calls"):
+                llama(ids[:, 20:], attention_mask=changed, past_key_values=cache)
+            cache.reset()
+            llama(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)

@@ -9,7 +9,9 @@ the kept tokens and themselves, and what goes, goes afterwards. transformers is 
     more than one row   dense over the kept tokens, kernel over the new rows, merged by lse
     one row             stored first, then read with the rest
 
-Padding is never stored. What is stored is detached: gradients do not reach earlier calls.
+Padding is never stored. A row of a batch that ends early is fed some that nothing marks; it goes
+when a later mask says what it was. What is stored is detached: gradients do not reach earlier
+calls.
 
 Axes: B batch, H query heads, G key heads, C places, N new rows, D head width.
 """
@@ -19,7 +21,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -85,6 +89,7 @@ class KeptLayer(CacheLayerMixin):
         self._since = 0
         self._scale = 1.0
         self._real: Tensor | None = None
+        self._told: NDArray[np.bool_] | None = None
         self.notes = QueryNotes(self.policy, self.turn)
         self._bounds: PageBounds | None = None
 
@@ -228,7 +233,7 @@ class KeptLayer(CacheLayerMixin):
         needed = {"sums": policy.needs_sums, "norms": policy.needs_norms}
         new.store = self.store.copy([name for name, used in needed.items() if not used])
         new.is_initialized, new.seen = True, self.seen
-        new._scale, new._real = self._scale, self._real
+        new._scale, new._real, new._told = self._scale, self._real, self._told
         new.notes = self.notes.fork(policy)
         if policy.evicts:
             new.evict()
@@ -283,6 +288,8 @@ class KeptLayer(CacheLayerMixin):
         assert self._real is not None
         self.store.select(beam_idx)
         self._real = self._real[beam_idx.cpu()]
+        if self._told is not None:
+            self._told = self._told[beam_idx.cpu().numpy()]
         self._bounds = None
         self.notes.select(beam_idx)
 
@@ -321,6 +328,9 @@ class KeptLayer(CacheLayerMixin):
 
     def _stand(self, rows: Rows, batch: int) -> tuple[Tensor, Tensor | None]:
         """Positions [B, N] of the new rows, and which are real (None: all); counts them."""
+        if self._real is not None:
+            self._forget_padding(rows, batch)
+        self._told = rows.real
         if rows.positions is None or rows.segments is None:
             at = (rows.query_start + torch.arange(rows.queries)).expand(batch, -1)
             self._real = torch.full((batch,), rows.query_start + rows.queries)
@@ -332,6 +342,41 @@ class KeptLayer(CacheLayerMixin):
         self._real = torch.maximum(before, last)
         self.seen += rows.queries
         return at, None if bool(real.all()) else real
+
+    def _forget_padding(self, rows: Rows, batch: int) -> None:
+        """Drop what was taken for tokens, and is padding by the present mask.
+
+        Raises:
+            InputError: if the mask has changed elsewhere than at the end of a row.
+        """
+        assert self._real is not None
+        assert self.store is not None
+        if "before" not in rows.kept:
+            # Once for all layers.
+            rows.kept["before"] = (
+                torch.full((batch,), self.seen)
+                if rows.real is None
+                else torch.from_numpy(rows.real[:, : self.seen].sum(1))
+            )
+        count: Tensor = rows.kept["before"]
+        if bool((count == self._real).all()):
+            return
+        everything = np.ones((batch, self.seen), bool)
+        old = everything if self._told is None else self._told
+        now = everything if rows.real is None else rows.real[:, : self.seen]
+        rank = old.cumsum(1) - 1
+        if not np.array_equal(now, old & (rank < count.numpy()[:, None])):
+            raise InputError(
+                "The attention_mask says of tokens that the cache has read that they are padding, "
+                "or the reverse, and not only at the end of a row: pass the mask of the earlier "
+                "calls, with ones or zeros behind it."
+            )
+        positions = self.positions
+        assert positions is not None
+        limit = count.to(positions.device)
+        self.store.keep((positions >= 0) & (positions < limit[:, None, None]))
+        self.notes.forget_from(count)
+        self._real, self._bounds = count, None
 
     def _append(self, key: Tensor, value: Tensor, at: Tensor, real: Tensor | None) -> None:
         batch, heads, new, _ = key.shape

@@ -64,6 +64,12 @@ class QueryNotes:
         if self._policy.needs_moments:
             self._add_moments(query, place, position_ids)
 
+    def forget_from(self, count: Tensor) -> None:
+        """Positions from ``count`` [B] on were padding; means go on counting their queries."""
+        if self.positions is not None:
+            gone = self.positions >= count.to(self.positions.device)[:, None]
+            self.positions = self.positions.masked_fill(gone, -1)
+
     def select(self, rows: Tensor) -> None:
         """Take batch rows by index."""
         for name in ("queries", "positions"):

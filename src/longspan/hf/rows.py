@@ -56,6 +56,7 @@ class Rows:
         key_positions: key positions [B, M]; None as for queries.
         key_segments: key segments [B, M]; None as for queries.
         masked: whether padding was stated, by an ``attention_mask``.
+        real: which rows so far are tokens, the queries among them, bool [B, rows]; None: all.
         kept: what layers of this forward pass share: plans, and whether positions were checked.
     """
 
@@ -70,6 +71,7 @@ class Rows:
     key_positions: Table | None = None
     key_segments: Table | None = None
     masked: bool = False
+    real: NDArray[np.bool_] | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     # `generate` with a static cache makes masks ahead and treats them as 4-D tensors.
@@ -217,6 +219,7 @@ def rows_mask(
         segments=segment[:, query_rows],
         key_positions=position[:, key_start:],
         key_segments=segment[:, key_start:],
+        real=real[:, : query_start + q_length],
     )
 
 
