@@ -182,6 +182,15 @@ def test_gives_in_the_layout_of_the_inputs_what_it_gives_for_rows_end_to_end(
         assert out.permute(order).is_contiguous()
 
 
+def test_keys_may_lie_in_another_order_of_heads_and_batch_rows_than_queries() -> None:
+    # Of three heads alike the last one of one batch row lies behind the first one of the next.
+    ranges = key_ranges([[0], [0]], [[5], [3]], [0, 0, 1, 0], heads=4, keys=5)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, rows, 8, dtype=torch.float64) for rows in (1, 5, 5))
+    moved = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v)]
+    assert_same(run(tiled, [q, *moved], ranges), run(reference, [q, k, v], ranges), 1e-10)
+
+
 def test_edges_that_many_spans_end_in_are_kept_once() -> None:
     # Queries see every eighth key: 8 more keys from tile to tile, always the same stairs.
     n, tile = 2048, 64

@@ -155,9 +155,10 @@ def test_blend():
     assert blend("#ff0080", 1.0, "#123456") == "#ff0080"
 
 
-def test_png_is_written(tmp_path):
+@pytest.mark.parametrize("name", ["a.png", "a", "a.b"])
+def test_png_is_written(name, tmp_path):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "a.png"
+    path = tmp_path / name
     png.write(views(ls.Chunk(4), 16, heads=2), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000

@@ -62,7 +62,8 @@ def write(found: Views, path: Path, most: int = 8) -> None:
         title_fontsize=8,
     )
     figure.suptitle(f"{found.pattern}\n{subtitle(found)}", fontsize=10)
-    figure.savefig(path, dpi=160)
+    # Otherwise the name's ending would decide.
+    figure.savefig(path, dpi=160, format="png")
 
 
 def _seen(found: Views, seen: Any) -> Any:

@@ -307,7 +307,8 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
         # In memory's order steps are constant, whichever axis comes first there.
         place_J2 = np.array(sorted(found), dtype=np.int64)
         step_J2 = np.diff(place_J2, axis=0)
-        for first, count in _progressions(np.ones(len(step_J2), dtype=bool), step_J2):
+        # Keys may lie in another order of axes, but no strided view goes backwards.
+        for first, count in _progressions(step_J2[:, 1] >= 0, step_J2):
             row, key = place_J2[first].tolist()
             row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
             lanes[group].append(
