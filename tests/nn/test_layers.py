@@ -260,8 +260,9 @@ def test_errors_name_what_is_wrong():
         ls.nn.Attention(16, 4, 5)
     with pytest.raises(PatternError, match="use the causal form of that part"):
         ls.nn.Attention(16, 4, "neighborhood(4) & causal()")
-    with pytest.raises(PatternError, match="layers: layer must be from 0"):
-        ls.nn.Attention(16, 4, ls.swin(4), layer=-1)
+    for wrong in (-1, "a"):
+        with pytest.raises(InputError, match="layer must be a whole number of at least 0, got"):
+            ls.nn.Attention(16, 4, ls.swin(4), layer=wrong)
     with pytest.raises(PatternError, match="did you mean 'window'"):
         ls.nn.Attention(16, 4, "windw(3)")
     with pytest.raises(PatternError, match="evenly over 4 query heads"):
@@ -277,8 +278,16 @@ def test_errors_name_what_is_wrong():
         layer(torch.randn(1, 5, 8), mask=torch.ones(5))
     with pytest.raises(InputError, match="global_tokens must not be negative, got -1"):
         ls.nn.VerticalSlashAttention(8, 3, -1)
+    with pytest.raises(InputError, match=r"global_tokens must be positions, .* got 2\.0"):
+        ls.nn.VerticalSlashAttention(8, 3, 2.0)
     with pytest.raises(InputError, match="d_model must be a whole number"):
         ls.nn.LocalAttention(0, 3)
+    layer, x = ls.nn.Attention(16, 4, "window(3)", rope=1e4), torch.randn(2, 5, 16)
+    for name in ("positions", "segments"):
+        said = rf"expected {name} as a tensor of shape \[5\] or \[2, 5\], got"
+        for wrong in (torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 5), [0] * 5):
+            with pytest.raises(InputError, match=said):
+                layer(x, **{name: wrong})
 
 
 @pytest.mark.gpu

@@ -188,6 +188,21 @@ def test_words_for_each_kind_of_head():
     assert [scene.title for scene in found] == ["scca.flow(2), head 0", "scca.flow(2), head 1"]
 
 
+def test_words_for_each_layer():
+    pattern = ls.parse("layers(window(3) | sink(1), dilated(3, 2))")
+    first, second = words.scenes(pattern, SENTENCE[:8], 2)
+    assert [first.title, second.title] == [
+        "layer 0: window(3) | sink(1)",
+        "layer 1: dilated(3, 2)",
+    ]
+    np.testing.assert_array_equal(second.seen, ls.Dilated(3, 2).mask(8)[0])
+    assert not first.new.any()
+    assert not second.new.any()
+    # 2 back in even layers and 4 in odd ones: 3 layers where the window alone would take 4.
+    pattern = ls.parse("layers(window(3), dilated(3, 2))")
+    assert "After 3 layers" in words.scenes(pattern, SENTENCE[:8], 2)[0].note
+
+
 def test_words_tell_of_what_is_never_learned():
     (found,) = words.scenes(ls.Chunk(2), SENTENCE[:4], 1)
     assert found.note == (

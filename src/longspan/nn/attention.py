@@ -62,6 +62,8 @@ class Attention(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         sizes = {"d_model": d_model, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        if not isinstance(layer, int) or layer < 0:
+            raise InputError(f"layer must be a whole number of at least 0, got {layer!r}")
         for name, value in sizes.items():
             if name == "head_dim" and value is None:
                 continue
@@ -112,6 +114,8 @@ class Attention(nn.Module):
             [B, N, d_model]. At padding the attention is 0.
         """
         check(x, self.d_model, mask)
+        for name, rows in (("positions", positions), ("segments", segments)):
+            _check_rows(x, name, rows)
         segments = join(x, mask, segments)
         q_BHND = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BKND = self.key(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
@@ -139,6 +143,18 @@ class Attention(nn.Module):
         if self.layer:
             words.append(f"layer={self.layer}")
         return ", ".join(words)
+
+
+def _check_rows(x: Tensor, name: str, rows: Tensor | None) -> None:
+    """The rotary embedding reads these before attention does."""
+    batch, n, _ = x.shape
+    if rows is None:
+        return
+    shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if shape not in ([n], [1, n], [batch, n]):
+        raise InputError(
+            f"expected {name} as a tensor of shape [{n}] or [{batch}, {n}], got {shape}"
+        )
 
 
 def join(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor | None:

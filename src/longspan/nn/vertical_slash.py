@@ -8,7 +8,7 @@ O(N (w + |G|) d) instead of O(N^2 d). No output projection, as in ``LocalAttenti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from longspan.errors import InputError
@@ -40,8 +40,13 @@ class VerticalSlashAttention(OneHead):
             if global_tokens < 0:
                 raise InputError(f"global_tokens must not be negative, got {global_tokens}")
             global_tokens = range(global_tokens)
+        if not isinstance(global_tokens, Iterable):
+            raise InputError(
+                f"global_tokens must be positions, or how many there are, got {global_tokens!r}"
+            )
+        places = tuple(global_tokens)
         pattern: Pattern = Window(window_size, causal=False)
-        if len(global_tokens):
-            pattern = pattern | Global(*global_tokens)
+        if places:
+            pattern = pattern | Global(*places)
         super().__init__(d_model, pattern, device=device, dtype=dtype)
-        self.window_size, self.global_tokens = window_size, tuple(global_tokens)
+        self.window_size, self.global_tokens = window_size, places

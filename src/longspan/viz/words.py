@@ -1,7 +1,7 @@
 """A pattern in words: a labelled table with a check mark for each pair of tokens that is seen.
 
 A union is shown twice, its first part alone and then the whole, so that one sees what the other
-parts (a global token, say) add.
+parts (a global token, say) add. A pattern that differs between layers is shown layer by layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from longspan.analysis import coverage
+from longspan.analysis.reach import period
 from longspan.errors import InputError
 from longspan.pattern import Or, Pattern
 
@@ -38,7 +39,7 @@ class Scene:
 
 
 def scenes(pattern: Pattern, tokens: Sequence[str], heads: int) -> list[Scene]:
-    """Tables of a pattern over some tokens, one for each kind of head and part.
+    """Tables of a pattern over some tokens, one for each kind of head and part, or layer.
 
     Args:
         pattern: where each query may look.
@@ -50,21 +51,26 @@ def scenes(pattern: Pattern, tokens: Sequence[str], heads: int) -> list[Scene]:
     """
     if not 1 <= len(tokens) <= MOST_TOKENS:
         raise InputError(f"a table takes 1 to {MOST_TOKENS} tokens, got {len(tokens)}")
+    count = period(pattern)
     first = pattern.at_layer(0)
-    stages = [first]
-    if isinstance(first, Or):
-        stages = [first.parts[0], first]
+    # What is seen, what goes on through the layers, and what stands before it in the title.
+    stages = [(first, first, "")]
+    if count > 1:
+        each = [pattern.at_layer(layer) for layer in range(count)]
+        stages = [(one, pattern, f"layer {layer}: ") for layer, one in enumerate(each)]
+    elif isinstance(first, Or):
+        stages = [(one, one, "") for one in (first.parts[0], first)]
     found: list[Scene] = []
     before = None
-    for stage in stages:
+    for stage, whole, word in stages:
         mask = stage.mask(len(tokens), heads)
         old = mask if before is None else before
         for group in _alike(np.concatenate([mask, old], axis=1)):
-            title = str(stage) if len(group) == heads else f"{stage}, head {_list(group)}"
+            title = word + (str(stage) if len(group) == heads else f"{stage}, head {_list(group)}")
             seen, earlier = mask[group[0]], old[group[0]]
-            note = _note(stage, seen, tokens, heads)
+            note = _note(whole, seen, tokens, heads)
             found.append(Scene(title=title, seen=seen, new=seen & ~earlier, note=note))
-        before = mask
+        before = mask if count == 1 else None
     return found
 
 
@@ -87,11 +93,11 @@ def table(scene: Scene, tokens: Sequence[str]) -> Text:
     return text
 
 
-def _note(stage: Pattern, seen: NDArray[np.bool_], tokens: Sequence[str], heads: int) -> str:
+def _note(whole: Pattern, seen: NDArray[np.bool_], tokens: Sequence[str], heads: int) -> str:
     counts = seen.sum(axis=1)
     fewest, most = int(counts.min()), int(counts.max())
     sees = f"Each token sees {fewest}" + (f" to {most}" if most > fewest else "")
-    found = coverage(stage, len(tokens), heads=heads, layers=1)
+    found = coverage(whole, len(tokens), heads=heads, layers=1)
     kind = "earlier one" if found.causal else "other one"
     if found.never:
         query, key = found.never_examples[0]
