@@ -131,6 +131,9 @@ def test_ruler_lists_without_asking(call):
     assert code == 0
     plan = json.loads(out)
     assert (plan["questions"], plan["prefill"], plan["kv"]) == (5, None, None)
+    code, _, err = call(*asked[:-1], 0, "--dry-run")
+    assert code == 2
+    assert "At least one question" in err
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def ruler(
 
     sizes = whole_numbers(lengths)
     names = ALL if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
-    check_tasks(names)
+    check_tasks(names, samples)
     method = None if prefill is None else read_method(prefill)
     policy = None if kv is None else read_policy(kv)
     if method is not None and given.pattern is not None:

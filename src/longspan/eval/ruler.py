@@ -81,14 +81,16 @@ def score(continuation: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in said for answer in answers) / len(answers)
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raise InputError for an unknown task or none."""
+def check_tasks(names: Sequence[str], samples: int = 1) -> None:
+    """Raise InputError for an unknown task, none, or no questions of each."""
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
         raise InputError(
             f"Unknown task {', '.join(map(repr, unknown)) or '(none given)'}: choose from "
             f"{', '.join(TASKS)}, or all."
         )
+    if samples < 1:
+        raise InputError(f"At least one question per task and length is needed, got {samples}.")
 
 
 def words(rng: random.Random, count: int) -> list[str]:

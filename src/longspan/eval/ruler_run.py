@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longspan.errors import DataError, InputError
+from longspan.errors import DataError
 from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
@@ -58,10 +58,8 @@ def ruler(
         InputError: unknown task, no samples, or a limit below 1.
         DataError: a length that cannot hold a question.
     """
-    check_tasks(tasks)
+    check_tasks(tasks, samples)
     check_limit(limit)
-    if samples < 1:
-        raise InputError(f"At least one question per task and length is needed, got {samples}.")
     records = Records(None, {}) if records is None else records
     cells = [(task, n, i) for n in lengths for task in tasks for i in range(samples)][:limit]
     for done, (task, length, number) in enumerate(cells, start=1):
