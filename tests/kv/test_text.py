@@ -98,3 +98,7 @@ def test_other_values_are_refused():
         kv.parse(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(PolicyError, match="or its text"):
         kv.Heavy(3) + 4
+
+
+def test_a_share_needs_no_zero_before_the_point():
+    assert kv.parse("recent(.5) + heavy(.25)") == kv.parse("recent(0.5) + heavy(0.25)")

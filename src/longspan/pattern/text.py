@@ -24,7 +24,7 @@ from longspan.pattern.presets import bigbird, etc, longformer, sparse_transforme
 from longspan.pattern.sda import longmixed
 
 _TOKEN = re.compile(
-    r"""\s*(?:(-?\d[\d_]*(?:\.\d+)?)|([A-Za-z_][\w.]*)|"([^"]*)"|(.))""", re.DOTALL
+    r"""\s*(?:(-?(?:\d[\d_]*(?:\.\d+)?|\.\d+))|([A-Za-z_][\w.]*)|"([^"]*)"|(.))""", re.DOTALL
 )
 _PRESETS = (bigbird, etc, longformer, longmixed, sparse_transformer, swin)
 _WORDS = {"true": True, "false": False}
