@@ -97,6 +97,11 @@ def test_kv_lists_without_measuring(call, some_text):
         (("kv", MODEL, "--limit", "0"), "limit is at least 1"),
         (("kv", MODEL, "--policies", "recent(4)"), "where the budget goes"),
         (("ppl", MODEL, "--lengths", "64", "--chunk", "4"), "belong to --kv"),
+        (("ppl", "gone", "--lengths", "64", "--kv", "tova(8)", "--chunk", "0"), "at least"),
+        (
+            ("ppl", "no-model", "--lengths", "64", "--kv", "tova(8)", "--prompt", "63"),
+            "two tokens",
+        ),
         (("ppl", MODEL, "--lengths", "64", "--kv", "recint(4)"), "did you mean 'recent'"),
         (
             ("ppl", MODEL, "--lengths", "64", "--kv", "recent(4)", "--protocol", "sliding"),

@@ -34,6 +34,28 @@ def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:
     assert Records(path, {})["b"] == {"nll": 2.0}
 
 
+def test_a_run_that_is_killed_leaves_the_file_whole(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "r.jsonl"
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Records(path, {"a": 1})
+    assert not path.exists()
+    Records(path, {"a": 1}).add("x", {"loss": 2.0})
+    broken = path.read_text() + '{"key": "y", "lo'
+    path.write_text(broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Records(path, {"a": 1})
+    assert path.read_text() == broken
+    assert Records(path, {"a": 1})["x"] == {"loss": 2.0}
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     Records(path, {"length": 512, "model": "m"})

@@ -54,6 +54,11 @@ def ppl(
         raise InputError("With --kv windows lie side by side: leave --protocol out.")
     if policy is None and (chunk, prompt) != (1, 0):
         raise InputError("--chunk and --prompt belong to --kv: nothing is read in pieces else.")
+    if chunk < 1 or not 0 <= prompt < min(sizes) - 1:
+        raise InputError(
+            "--chunk must be at least 1, and --prompt at least 0 and two tokens shorter than the "
+            f"shortest length {min(sizes)}; got {chunk} and {prompt}."
+        )
     documents = read_text(data or (), python_stdlib, "heldout")
     subject = given.subject(model, max(sizes))
     with subject.open() as (loss, tokenizer), Bars() as bars:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Records:
             self._load(path, header)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"header": header})
+            _replace(path, [{"header": header}])
 
     def __contains__(self, key: str) -> bool:
         return key in self._done
@@ -82,9 +82,7 @@ class Records:
                 "Give another path, or remove the file to measure again."
             )
         self._done = {line.pop("key"): line for line in lines[1:]}
-        whole = "".join(json.dumps(line) + "\n" for line in _with_header(header, self._done))
-        if path.read_text(encoding="utf-8") != whole:
-            path.write_text(whole, encoding="utf-8")
+        _replace(path, _with_header(header, self._done))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -96,6 +94,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _replace(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Make a file hold these lines; a run that is killed here leaves it as it was."""
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    if path.exists() and path.read_text(encoding="utf-8") == whole:
+        return
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(whole, encoding="utf-8")
+    beside.replace(path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
