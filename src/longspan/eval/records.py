@@ -102,8 +102,12 @@ def _replace(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     if path.exists() and path.read_text(encoding="utf-8") == whole:
         return
     beside = path.with_name(path.name + ".new")
-    beside.write_text(whole, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(whole, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        # The name that the caller knows.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
