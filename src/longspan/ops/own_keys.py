@@ -13,11 +13,10 @@ Axes: C classes of heads, N query rows, m ranges per query, K key heads, P place
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longspan.planning import Pass
-
-Rows = NDArray[np.int32]
+from longspan.planning.passes import Rows
+from longspan.planning.trim import times_seen
 
 # With more of the places than this left there is too little to gain.
 _MOST_SHARE = 0.75
@@ -40,7 +39,8 @@ def own_keys(one: Pass, key_heads: int) -> tuple[Rows, Rows, Rows] | None:
     if (of_key_head != of_key_head[:, :1]).any():
         return None
     order = one.key_order[0]
-    seen = [_seen(lo, hi, len(order)) for lo, hi in zip(one.lo[0], one.hi[0], strict=True)]
+    tables = zip(one.lo[0], one.hi[0], strict=True)
+    seen = [times_seen(own_lo, own_hi, len(order)) > 0 for own_lo, own_hi in tables]
     places = max(int(s.sum()) for s in seen)
     if not 0 < places <= _MOST_SHARE * len(order):
         return None
@@ -54,10 +54,3 @@ def own_keys(one: Pass, key_heads: int) -> tuple[Rows, Rows, Rows] | None:
             new[0, c] = np.where(used, before[old[0, c]], 0)
         table[c, : before[-1]] = order[own]
     return lo, hi, table[of_key_head[:, 0]][None]
-
-
-def _seen(lo_Nm: Rows, hi_Nm: Rows, places: int) -> NDArray[np.bool_]:
-    used = lo_Nm < hi_Nm
-    change = np.bincount(lo_Nm[used], minlength=places + 1)
-    change = change - np.bincount(hi_Nm[used], minlength=places + 1)
-    return change[:places].cumsum() > 0

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.planning.passes import Pass
+from longspan.planning.passes import Pass, Rows
 
 # Rows of a tile, as GPU kernels see them.
 _TILE = 128
@@ -50,15 +50,19 @@ def trimmed(one: Pass) -> Pass:
 
 def _idle(one: Pass, places: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Stretches of whole tiles that no range touches: where they start and stop."""
-    change = np.zeros(places + 1, np.int64)
-    for own_lo, own_hi in zip(one.lo[0], one.hi[0], strict=True):
-        used = own_lo < own_hi
-        change += np.bincount(own_lo[used], minlength=places + 1)
-        change -= np.bincount(own_hi[used], minlength=places + 1)
-    idle = np.concatenate([[False], change[:-1].cumsum() == 0, [False]])
+    times = sum(times_seen(lo, hi, places) for lo, hi in zip(one.lo[0], one.hi[0], strict=True))
+    idle = np.concatenate([[False], np.equal(times, 0), [False]])
     turns = np.flatnonzero(idle[1:] != idle[:-1])
     starts, stops = turns[::2], turns[1::2]
     # From the end of a stretch backwards, so that what follows keeps its place in its tile.
     starts = stops - (stops - starts) // _TILE * _TILE
     some = starts < stops
     return starts[some], stops[some]
+
+
+def times_seen(lo: Rows, hi: Rows, places: int) -> NDArray[np.int64]:
+    """How many of the ranges hold each place."""
+    used = lo < hi
+    change = np.bincount(lo[used], minlength=places + 1)
+    change -= np.bincount(hi[used], minlength=places + 1)
+    return change[:places].cumsum()
