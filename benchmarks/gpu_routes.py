@@ -296,7 +296,7 @@ def growth(log: Log) -> str:
             if row is None:
                 continue
             linear = pair = ""
-            if n > SHORT_N and first is not None and "pairs" in first:
+            if n > SHORT_N and first is not None and "pairs" in first and "pairs" in row:
                 ratio = row["seconds"] / first["seconds"]
                 linear = f"{ratio * SHORT_N / n:.2f}"
                 pair = f"{ratio * first['pairs'] / row['pairs']:.2f}"

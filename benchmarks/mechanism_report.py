@@ -92,6 +92,7 @@ def report(rows: Sequence[Row]) -> str:
     for r in rows:
         if _checked(r):
             told = ", ".join(f"{e:.4f}" for e in r["errors"]) if "errors" in r else _why(r)
+            told += " (beyond the tolerance of this run)" if not r.get("right", True) else ""
             lines.append(f"| {r['name']} | {r['kernel']} | {told} |")
     return "\n".join(lines) + "\n"
 
