@@ -63,18 +63,18 @@ class Table:
         batch, heads, _, width = x_BHND.shape
         size = batch * heads * self.row_cBGP.shape[-1] * width
         if not plain and _by_heads(x_BHND) and size >= _WORTH_HEADS:
-            return self._take_by_heads(x_BHND)
+            out_BHPD = x_BHND.new_empty(batch, heads, self.row_cBGP.shape[-1], width)
+            return self.take_into(x_BHND, out_BHPD)
         parts = [pick(x_BHND, row) for row in self.row_cBGP.clamp(min=0)]
         for i, full in enumerate(self.full):
             if not full:
                 parts[i] = parts[i].masked_fill(self._gaps(i, x_BHND.shape[1])[..., None], 0.0)
         return reduce(torch.add, parts)
 
-    def _take_by_heads(self, x_BHND: Tensor) -> Tensor:
-        """The same on a CPU, each head by one thread; without gradient."""
-        _, batches, groups, places = self.row_cBGP.shape
-        batch, heads, _, width = x_BHND.shape
-        out_BHPD = x_BHND.new_empty(batch, heads, places, width)
+    def take_into(self, x_BHND: Tensor, out_BHPD: Tensor) -> Tensor:
+        """The same into ``out_BHPD`` on a CPU, each head by one thread; without gradient."""
+        batches, groups = self.row_cBGP.shape[1:3]
+        batch, heads = x_BHND.shape[:2]
 
         def part(i: int) -> None:
             b, h = divmod(i, heads)
@@ -110,6 +110,13 @@ class Table:
                     parts.append((row_P[there_P], there_P.nonzero()[:, 0]))
             found.append(parts)
         return found
+
+    def of_heads(self, first: int, count: int, heads: int) -> Table:
+        """The table of some of ``heads`` neighbouring heads."""
+        groups = self.row_cBGP.shape[2]
+        own = [h * groups // heads for h in range(first, first + count)]
+        own = own[:1] if len(set(own)) == 1 else own
+        return self if groups == 1 else Table(self.row_cBGP[:, :, own], self.full)
 
     def fill(self, x_BHN: Tensor, gap: float) -> Tensor:
         """Numbers in place of rows [B, H, P], and ``gap`` where there is no row; for c = 1."""
@@ -186,6 +193,10 @@ class Order:
         """
         return _Sum.apply(x_BHPD, self)
 
+    def put_into(self, x_BHPD: Tensor, out_BHND: Tensor) -> None:
+        """The same into ``out_BHND`` on a CPU, without gradient."""
+        self._inverse.take_into(x_BHPD, out_BHND)
+
     def put_lse(self, lse_BHP: Tensor) -> Tensor:
         """The same for numbers in place of rows [B, H, N]; -inf for rows without a place."""
         return self._inverse.fill(lse_BHP, -torch.inf)
@@ -206,6 +217,16 @@ class Order:
             more = table.take(x_BHPD)
             found_BHND.index_copy_(2, row_R, found_BHND.index_select(2, row_R) + more)
         return found_BHND
+
+    def of_heads(self, first: int, count: int, heads: int) -> Order:
+        """The order of some of ``heads`` neighbouring heads."""
+        back = self.back and self.back.of_heads(first, count, heads)
+        return Order(self.rows, self.table.of_heads(first, count, heads), back, self.rest)
+
+    @property
+    def places(self) -> int:
+        """Number of places P."""
+        return self.table.row_cBGP.shape[-1]
 
     @property
     def place(self) -> tuple[Tensor, bool]:

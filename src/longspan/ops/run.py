@@ -6,7 +6,7 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from longspan.ops.capability import choose, needs_grad
 from longspan.ops.copies import copies_of
+from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
+from longspan.ops.loaded import Loaded
 from longspan.ops.merge import Part
 from longspan.ops.own_keys import own_keys
 from longspan.ops.ranges import KeyRanges
@@ -25,53 +27,6 @@ from longspan.planning import Pass
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A pass as tensors.
-
-    Attributes:
-        ranges: key ranges in the order of the pass, for the heads that take part.
-        keys: order of the keys; None if they stay.
-        queries: order of the queries; None if they stay.
-        heads: query heads that take part; None for all.
-        kv_heads: their key heads; None for all.
-        all_heads: number of query heads, whether they take part or not.
-    """
-
-    ranges: KeyRanges
-    keys: Order | None
-    queries: Order | None
-    heads: Tensor | None
-    kv_heads: Tensor | None
-    all_heads: int
-
-    @property
-    def orders(self) -> tuple[Order | None, Order | None, Order | None]:
-        """Of queries, keys and values."""
-        return self.queries, self.keys, self.keys
-
-    def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What the kernel gets besides ``ranges``, from queries, keys and values."""
-        chosen = zip(tensors, (self.heads, self.kv_heads, self.kv_heads), strict=True)
-        each = [x if heads is None else x.index_select(1, heads) for x, heads in chosen]
-        return tuple(
-            x if order is None else order.take(x)
-            for x, order in zip(each, self.orders, strict=True)
-        )
-
-    def outputs(self, out: Tensor, lse: Tensor) -> Part:
-        """What the kernel gave, for all heads."""
-        if self.heads is None:
-            return Part(out, lse, self.queries)
-        out, lse = Part(out, lse, self.queries).placed()
-        batch, _, n, width = out.shape
-        heads = self.all_heads
-        return Part(
-            out.new_zeros(batch, heads, n, width).index_copy(1, self.heads, out),
-            lse.new_full((batch, heads, n), -torch.inf).index_copy(1, self.heads, lse),
-        )
 
 
 def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
@@ -126,6 +81,10 @@ def compute(
     parts = []
     with Lanes(loaded, (q, k, v), impl) as lanes:
         for index, one in enumerate(loaded):
+            if isinstance(one, Loaded) and (alone := by_key_heads(one, q, k, v, impl)):
+                place = len(loaded) == 1
+                parts.append(attend_by_key_heads(one, alone, q, k, v, impl, scale, place=place))
+                continue
             with lanes.lane(index) as lane:
                 # One after the other, so that the rows of a pass are gone before the next one.
                 own = one.inputs(q, k, v) if together is None else together[index]
