@@ -80,6 +80,10 @@ def _add_to_keys(
     grad_LD: Tensor, w_JTS: Tensor, x_JTD: Tensor, batch: Batch, alpha: float
 ) -> None:
     """Add alpha w^T x to the rows of the batch's keys."""
+    if batch.gathered_X is not None:
+        new_XD = torch.bmm(w_JTS.transpose(1, 2), x_JTD).flatten(0, 1)
+        grad_LD.index_add_(0, torch.from_numpy(batch.gathered_X), new_XD, alpha=alpha)
+        return
     grad_JSD = key_rows(grad_LD, batch)
     if batch.key_step == 0:
         # All jobs share their keys: they are one taller job.

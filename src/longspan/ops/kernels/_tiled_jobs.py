@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+# Tile, first key, one past the last key, first leaf and number of leaves of each piece.
+Pieces = tuple[Ints, Ints, Ints, Ints, Ints]
 
 # Spans begin and end at multiples of this where they can: whole vector registers, and equal
 # shapes more often.
@@ -41,11 +43,13 @@ class Jobs:
 
     Attributes:
         rows: query rows T of each.
-        row_J, key_J: first row and first key.
+        row_J, key_J: first row and first key; if the keys are gathered, the place of the first one
+            in ``blocks_X``.
         shape_J4: wave, span, left, right: every row sees every column from left up to right. Jobs
             of a wave have no rows in common; waves go in order.
         bounds_JX: first and last columns of each row's ranges, in columns of the job [2, T, m];
             zero where there is nothing to mask.
+        blocks_X: blocks of ALIGN keys that jobs have side by side, if these are gathered.
     """
 
     rows: int
@@ -53,6 +57,7 @@ class Jobs:
     key_J: Ints
     shape_J4: Ints
     bounds_JX: NDArray[np.int32]
+    blocks_X: Ints | None = None
 
 
 def find_jobs(
@@ -81,9 +86,16 @@ def _jobs(
     row_t: Ints, lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int, job: int
 ) -> Iterator[Jobs]:
     """The jobs of tiles that are as high as they should be."""
+    leaf = min(leaf, lo_tTm.shape[1])
+    return cut_pieces(row_t, lo_tTm, hi_tTm, _pieces(lo_tTm, hi_tTm, keys, leaf), leaf, job)
+
+
+def cut_pieces(
+    row_t: Ints, lo_tTm: Ints, hi_tTm: Ints, pieces: Pieces, leaf: int, job: int
+) -> Iterator[Jobs]:
+    """The jobs of pieces; those of equal height come together."""
     tiles, height, width = lo_tTm.shape
-    leaf = min(leaf, height)
-    tile_P, start_P, stop_P, first_P, leaves_P = _pieces(lo_tTm, hi_tTm, keys, leaf)
+    tile_P, start_P, stop_P, first_P, leaves_P = pieces
 
     # Long pieces are cut into jobs of limited span.
     most_P = np.maximum(job // (leaves_P * leaf) // ALIGN * ALIGN, LEAST)
@@ -122,9 +134,7 @@ def _jobs(
         )
 
 
-def _pieces(
-    lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int
-) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+def _pieces(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> Pieces:
     """What has to be looked at: keys that all leaves of a tile look at, what is left of them for
     each half, and so on down to the leaves.
 
@@ -179,7 +189,7 @@ def _hulls(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> tuple[Ints, Ints
         tile of each segment; first key [S, L], and one past the last one, which is less where a
         leaf sees nothing.
     """
-    tile_S, start_S, stop_S = _segments(lo_tTm, hi_tTm)
+    tile_S, start_S, stop_S = segments(lo_tTm, hi_tTm)
     leaves = lo_tTm.shape[1] // leaf
     lo_SLX, hi_SLX = (
         x_tTm[tile_S].reshape(len(tile_S), leaves, leaf * x_tTm.shape[2])
@@ -200,7 +210,7 @@ def _ragged(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> NDArray[np.bool
     whole_S = np.maximum(stop_SL - start_SL, 0).sum(axis=1)
     whole_t = np.bincount(tile_S, whole_S, tiles)
     lo_lTm, hi_lTm = (x.reshape(-1, leaf, width) for x in (lo_tTm, hi_tTm))
-    leaf_S, start_S, stop_S = _segments(lo_lTm, hi_lTm)
+    leaf_S, start_S, stop_S = segments(lo_lTm, hi_lTm)
     own_S = -(-stop_S // ALIGN) * ALIGN - start_S // ALIGN * ALIGN
     own_t = np.bincount(leaf_S // (height // leaf), own_S, tiles)
     return whole_t > _RAGGED * own_t
@@ -219,8 +229,8 @@ def _waves(tile_J: Ints, first_J: Ints, leaves_J: Ints) -> Ints:
     return before_JL[place_J, own_J] - before_JL[np.searchsorted(tile_J, tile_J), own_J]
 
 
-def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints]:
-    """The keys that a tile's rows see, as disjoint segments that lie more than _GAP apart.
+def segments(lo_tTm: Ints, hi_tTm: Ints, gap: int = _GAP) -> tuple[Ints, Ints, Ints]:
+    """The keys that a tile's rows see, as disjoint segments that lie more than ``gap`` apart.
 
     Returns:
         For each segment, tiles ascending: its tile, its first key, one past its last key.
@@ -236,7 +246,7 @@ def _segments(lo_tTm: Ints, hi_tTm: Ints) -> tuple[Ints, Ints, Ints]:
     first_tX = code_tX >> 32
     reach_tX = np.maximum.accumulate(code_tX & 0xFFFFFFFF, axis=1)
     opens_tX = np.arange(width) < used_t[:, None]
-    opens_tX[:, 1:] &= first_tX[:, 1:] > reach_tX[:, :-1] + _GAP
+    opens_tX[:, 1:] &= first_tX[:, 1:] > reach_tX[:, :-1] + gap
     tile_S, column_S = np.nonzero(opens_tX)
     last_S = used_t[tile_S] - 1
     same = tile_S[1:] == tile_S[:-1]

@@ -4,7 +4,8 @@ A *job* pairs one tile of query rows with one contiguous span of keys that cover
 see there. Jobs of equal shape and equal mask whose rows and keys advance by constant steps form
 a *run*: a window, a chunk or a cache makes a handful of runs however long the sequence is, and a
 batch of a run needs no gathered copy, only a strided view. Ranges without any regularity give
-runs of one job, which is still only what they touch.
+runs of one job, which is still only what they touch; where these are too many, the keys of a leaf
+are gathered (_tiled_gathered).
 
 Heads that share a key head and its ranges become extra rows of one job (GQA without expanded
 keys): a *lane* is such a bundle of heads, and lanes at constant steps form runs too.
@@ -21,53 +22,14 @@ from itertools import chain, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.ops.kernels._tiled_jobs import LEAST, Ints, Jobs, find_jobs
+from longspan.ops.kernels._tiled_gathered import find_gathered_jobs
+from longspan.ops.kernels._tiled_jobs import ALIGN, LEAST, Ints, find_jobs
+from longspan.ops.kernels._tiled_runs import Costs, Mask, Run, progressions, runs_of
 
-# A run whose keys advance by less than 1 / _OVERLAP of its span is left to single jobs, which on
-# shared keys take turns anyway.
-_OVERLAP = 32
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mask:
-    """What hides keys from the rows of a job; one object for all jobs that look alike.
-
-    Attributes:
-        lo_Tm, hi_Tm: ranges of each row, in columns of the job.
-        span: columns of the job.
-        left, right: every row sees every column from ``left`` up to ``right``.
-    """
-
-    lo_Tm: NDArray[np.int32]
-    hi_Tm: NDArray[np.int32]
-    span: int
-    left: int
-    right: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Equal jobs at constant steps.
-
-    Job ``c`` has rows from ``row + c * row_step`` and keys from ``key + c * key_step``.
-
-    Attributes:
-        wave: 0 where the jobs are the first of their query tiles, more where they add to others.
-        count: number of jobs.
-        rows: query rows T of a job.
-        span: key rows of a job.
-        mask: None where every row sees every key.
-    """
-
-    wave: int
-    count: int
-    rows: int
-    span: int
-    row: int
-    row_step: int
-    key: int
-    key_step: int
-    mask: Mask | None
+# Gathering is tried from a few runs and this many per leaf on, which regular patterns never have.
+_REGULAR, _FEW = 0.5, 8
+# Most keys that a batch gathers: few enough to stay in cache, enough to outweigh its calls.
+_GATHERED = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +70,7 @@ class Batch:
         row, key: where the first row and the first key of the first job lie.
         row_step, key_step: how far it is from one job to the next.
         row_steps, key_steps: of all query rows and of all key rows.
+        gathered_X: the key rows of all jobs side by side, where these are no strided view.
     """
 
     group: int
@@ -120,6 +83,7 @@ class Batch:
     key_step: int
     row_steps: Steps
     key_steps: Steps
+    gathered_X: Ints | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +94,7 @@ class Schedule:
         runs: for each group its runs, waves ascending.
         parts: for each part and group the heads that follow it; no two parts share a key head.
         row_steps, key_steps: of the query rows and of the key rows.
+        keys: key rows M of a key head.
         area: most scores (rows times keys) in one batch.
         covers: whether every query row has a job in wave 0, so that results need no initial value.
     """
@@ -138,6 +103,7 @@ class Schedule:
     parts: list[list[list[Lanes]]]
     row_steps: Steps
     key_steps: Steps
+    keys: int
     area: int
     covers: bool
 
@@ -157,6 +123,8 @@ class Schedule:
         deals = -(-run.span // run.key_step) if apart and run.key_step > 0 else 1
         deals = min(deals, run.count)
         limit = max(1, self.area // (lanes.heads * run.rows * run.span))
+        if run.blocks_CB is not None:
+            limit = min(limit, max(1, _GATHERED // run.span))
         down, along = min(limit, lanes.count), min(limit, -(-run.count // deals))
         # One or the other: a grid of both has no single step.
         if along >= down:
@@ -166,19 +134,26 @@ class Schedule:
         for i in range(0, lanes.count, down):
             for deal in range(deals):
                 for j in range(deal, run.count, along * deals):
+                    jobs = (
+                        min(down, lanes.count - i)
+                        if down > 1
+                        else min(along, -(-(run.count - j) // deals))
+                    )
+                    key = lanes.key + i * lanes.key_step
+                    gathered_X = None
+                    if run.blocks_CB is not None:
+                        blocks_CB = run.blocks_CB[j : j + (1 if down > 1 else jobs)]
+                        head_J = key + np.arange(jobs) * (lanes.key_step if down > 1 else 0)
+                        gathered_X = self._rows(blocks_CB, head_J)
                     yield Batch(
                         group=group,
                         run=run,
                         heads=lanes.heads,
-                        jobs=min(down, lanes.count - i)
-                        if down > 1
-                        else min(along, -(-(run.count - j) // deals)),
+                        jobs=jobs,
                         row=lanes.row
                         + i * lanes.row_step
                         + (run.row + j * run.row_step) * self.row_steps.row,
-                        key=lanes.key
-                        + i * lanes.key_step
-                        + (run.key + j * run.key_step) * self.key_steps.row,
+                        key=key + (run.key + j * run.key_step) * self.key_steps.row,
                         row_step=lanes.row_step
                         if down > 1
                         else deals * run.row_step * self.row_steps.row,
@@ -187,7 +162,15 @@ class Schedule:
                         else deals * run.key_step * self.key_steps.row,
                         row_steps=self.row_steps,
                         key_steps=self.key_steps,
+                        gathered_X=gathered_X,
                     )
+
+    def _rows(self, blocks_CB: NDArray[np.int32], head_J: Ints) -> Ints:
+        """The rows of key blocks, one job after the other, in heads that begin at ``head_J``."""
+        key_CBA = blocks_CB[..., None] * np.int64(ALIGN) + np.arange(ALIGN)
+        # The last block may reach beyond the last key: it repeats that one, and nobody sees it.
+        key_CS = np.minimum(key_CBA, self.keys - 1).reshape(len(blocks_CB), -1)
+        return (head_J[:, None] + key_CS * self.key_steps.row).ravel()
 
 
 def build_schedule(
@@ -204,6 +187,7 @@ def build_schedule(
     parts: int,
     row_steps: Steps | None = None,
     key_steps: Steps | None = None,
+    costs: Costs | None = None,
 ) -> Schedule:
     """Plan the jobs of one call.
 
@@ -219,6 +203,7 @@ def build_schedule(
         area: most scores in one batch.
         parts: parts wanted; there are never more than key heads.
         row_steps, key_steps: of the query rows and of the key rows; default: laid end to end.
+        costs: what decides whether keys in many short segments are gathered; None: they are not.
 
     Time and memory are O(G N m) and the Python loops run over runs and heads, never over rows.
     """
@@ -235,7 +220,7 @@ def build_schedule(
     cuts = [0, queries // tile * tile, queries // leaf * leaf, queries]
     used = {bundle.group for of_key_head in bundles for bundle in of_key_head}
     runs: list[list[Run]] = [[] for _ in range(groups)]
-    masks: dict[bytes, Mask] = {}
+    masks: dict[tuple[int, bytes], Mask] = {}
     for group in used:
         for (first, stop), rows in zip(pairwise(cuts), (tile, leaf, queries % leaf), strict=True):
             if first < stop:
@@ -243,8 +228,15 @@ def build_schedule(
                 lo_tTm = lo_GNm[group, first:stop].reshape(shape)
                 hi_tTm = hi_GNm[group, first:stop].reshape(shape)
                 row_t = np.arange(first, stop, rows)
-                for jobs in find_jobs(row_t, lo_tTm, hi_tTm, keys, leaf, lines):
-                    runs[group] += _runs(jobs, masks)
+                cases = (row_t, lo_tTm, hi_tTm, keys, leaf, lines)
+                found = [run for jobs in find_jobs(*cases) for run in runs_of(jobs, masks)]
+                leaves = (stop - first) / leaf
+                if costs is not None and len(found) > _REGULAR * leaves + _FEW:
+                    other = [
+                        run for jobs in find_gathered_jobs(*cases) for run in runs_of(jobs, masks)
+                    ]
+                    found = min(found, other, key=lambda runs: costs.of(runs, heads))
+                runs[group] += found
         runs[group].sort(key=lambda run: run.wave)
     covers = all(
         queries == sum(run.rows * run.count for run in runs[group] if run.wave == 0)
@@ -256,6 +248,7 @@ def build_schedule(
         parts=lanes,
         row_steps=row_steps,
         key_steps=key_steps,
+        keys=keys,
         area=area,
         covers=covers,
     )
@@ -308,7 +301,7 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
         place_J2 = np.array(sorted(found), dtype=np.int64)
         step_J2 = np.diff(place_J2, axis=0)
         # Keys may lie in another order of axes, but no strided view goes backwards.
-        for first, count in _progressions(step_J2[:, 1] >= 0, step_J2):
+        for first, count in progressions(step_J2[:, 1] >= 0, step_J2):
             row, key = place_J2[first].tolist()
             row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
             lanes[group].append(
@@ -322,72 +315,3 @@ def _lanes(bundles: list[list[_Bundle]], groups: int) -> list[list[Lanes]]:
                 )
             )
     return lanes
-
-
-def _runs(jobs: Jobs, masks: dict[bytes, Mask]) -> list[Run]:
-    """Sort equal jobs together and cut them into runs of constant steps."""
-    # The hash only brings equal masks together; whether neighbours are equal is decided on the
-    # bounds themselves.
-    odd_X = np.random.default_rng(0).integers(1 << 62, size=jobs.bounds_JX.shape[1]) * 2 + 1
-    with np.errstate(over="ignore"):
-        hash_J = (jobs.bounds_JX * odd_X).sum(axis=1)
-    order_J = np.lexsort((jobs.row_J, hash_J, *jobs.shape_J4.T[::-1]))
-    row_J, key_J, shape_J4 = jobs.row_J[order_J], jobs.key_J[order_J], jobs.shape_J4[order_J]
-    bounds_JX = jobs.bounds_JX[order_J]
-    equal = (shape_J4[1:] == shape_J4[:-1]).all(axis=1)
-    equal &= (bounds_JX[1:] == bounds_JX[:-1]).all(axis=1)
-    step_J2 = np.stack([np.diff(row_J), np.diff(key_J)], axis=1)
-    # Steps that a strided view cannot take, or that overlap too much.
-    equal &= (step_J2[:, 1] == 0) | (step_J2[:, 1] * _OVERLAP >= shape_J4[1:, 1])
-    runs: list[Run] = []
-    for first, count in _progressions(equal, step_J2):
-        wave, span, left, right = shape_J4[first].tolist()
-        row_step, key_step = step_J2[first].tolist() if count > 1 else (0, 0)
-        mask = None
-        if left > 0 or right < span:
-            name = shape_J4[first, 1:].tobytes() + bounds_JX[first].tobytes()
-            if name not in masks:
-                lo_Tm, hi_Tm = bounds_JX[first].copy().reshape(2, jobs.rows, -1)
-                masks[name] = Mask(lo_Tm, hi_Tm, span, left, right)
-            mask = masks[name]
-        runs.append(
-            Run(
-                wave=wave,
-                count=count,
-                rows=jobs.rows,
-                span=span,
-                row=int(row_J[first]),
-                row_step=row_step,
-                key=int(key_J[first]),
-                key_step=key_step,
-                mask=mask,
-            )
-        )
-    return runs
-
-
-def _progressions(equal: NDArray[np.bool_], step_J2: Ints) -> Iterator[tuple[int, int]]:
-    """Cut a row of items into arithmetic progressions, greedily.
-
-    Args:
-        equal: whether item i and i + 1 may share a progression.
-        step_J2: steps from item i to i + 1.
-
-    Yields:
-        first item and number of items; together they cover every item once, in order.
-    """
-    breaks = np.ones(len(equal), dtype=bool)
-    breaks[1:] = ~equal[1:] | ~equal[:-1] | (step_J2[1:] != step_J2[:-1]).any(axis=1)
-    first_stretch = np.flatnonzero(breaks)
-    free = 0
-    for first, stop in pairwise([*first_stretch.tolist(), len(equal)]):
-        start = max(first, free)
-        if equal[first] and stop > start:
-            yield start, stop - start + 1
-            free = stop + 1
-        elif not equal[first]:
-            if start == first:
-                yield first, 1
-            free = stop
-    if free <= len(equal):
-        yield free, 1

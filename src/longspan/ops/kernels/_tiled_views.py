@@ -1,6 +1,5 @@
-"""Batches of a schedule as strided views, and their logits: nothing is gathered, nothing copied.
-
-Rows stay where they lie, in whatever order of axes.
+"""Batches of a schedule as strided views, and their logits: rows stay where they lie, in whatever
+order of axes, and only keys in many short segments are gathered.
 
 Axes: J jobs of a batch, H heads of a bundle, T query rows of a job with all heads, S its keys, D
 width; R and L all query and all key rows laid end to end; m ranges per query.
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.ops.kernels._tiled_schedule import Batch, Mask, Steps
+from longspan.ops.kernels._tiled_runs import Mask
+from longspan.ops.kernels._tiled_schedule import Batch, Steps
 
 # Vector units compute powers of two faster than powers of e, so logits carry this factor.
 LOG2E = math.log2(math.e)
@@ -68,8 +68,12 @@ def query_rows(x_RD: Tensor, batch: Batch) -> Tensor:
 
 
 def key_rows(x_LD: Tensor, batch: Batch) -> Tensor:
-    """The batch's keys or values [J, S, D]. Jobs may overlap: only write where they do not."""
+    """The batch's keys or values [J, S, D]: a copy if they are gathered, else a view, whose jobs
+    may overlap: only write where they do not."""
     width = x_LD.shape[1]
+    if batch.gathered_X is not None:
+        rows_X = torch.from_numpy(batch.gathered_X)
+        return x_LD.index_select(0, rows_X).view(batch.jobs, batch.run.span, width)
     return x_LD.as_strided(
         (batch.jobs, batch.run.span, width),
         (batch.key_step * width, batch.key_steps.row * width, 1),

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.ops.kernels._tiled_backward import backward
 from longspan.ops.kernels._tiled_forward import forward
+from longspan.ops.kernels._tiled_runs import Costs
 from longspan.ops.kernels._tiled_schedule import Schedule, build_schedule
 from longspan.ops.kernels._tiled_views import Biases, lay, rows_of, steps_of
 from longspan.ops.ranges import KeyRanges
@@ -49,17 +50,21 @@ class _Way:
         leaves: height of a tile in leaves, where its rows see nearly the same.
         job: scores of one job, beyond which its keys are split.
         area: scores of a batch per thread.
+        costs: what a call, a score and a gathered key take.
     """
 
     leaves: int
     job: int
     area: int
+    costs: Costs
 
 
 # Scores of a forward batch never exist at once; the area bounds the copy of its output.
-_FORWARD = _Way(leaves=8, job=1 << 19, area=1 << 25)
+_FORWARD = _Way(leaves=8, job=1 << 19, area=1 << 25, costs=Costs(call=80e3, score=4.6, copy=25.0))
 # Those of a backward batch do: enough to outweigh the calls, few enough to stay in cache.
-_BACKWARD = _Way(leaves=4, job=1 << 18, area=1 << 19)
+_BACKWARD = _Way(
+    leaves=4, job=1 << 18, area=1 << 19, costs=Costs(call=80e3, score=11.0, copy=100.0)
+)
 
 _plans: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], tuple[Schedule, Biases]]] = (
     WeakKeyDictionary()
@@ -173,6 +178,8 @@ def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple
             parts=parts,
             row_steps=row_steps,
             key_steps=key_steps,
+            # Elsewhere sums over repeated rows would come in any order.
+            costs=way.costs if q_BHND.device.type == "cpu" else None,
         )
         plans[name] = schedule, Biases()
     return plans[name]
