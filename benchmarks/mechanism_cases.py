@@ -134,8 +134,8 @@ def nsa(block: int, stride: int, window: int, n: int, size: Size, impl: str) -> 
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         place = torch.arange(q.shape[2], device=q.device)[None]
-        out, weight = compression(q, k, v, place, block, stride, impl)
-        out = out + selection(q, k, v, weight, place, block, stride, 64, 16, impl)
+        out, weigh = compression(q, k, v, place, block, stride, impl)
+        out = out + selection(q, k, v, weigh, place, block, stride, 64, 16, impl)
         if window:
             out = out + attend(q, k, v, f"window({window})", impl=impl)
         return out / 2

@@ -6,21 +6,32 @@ ones, D head width.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from longspan.mechanism import _chosen
 from longspan.mechanism._copies import Copies
 from longspan.mechanism._range_op import over_ranges
 from longspan.ops import merge
+from longspan.ops.attend import autocast
+from longspan.ops.fused import can_fuse
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25
 # Fewer rows fit into one tile, and are not worth sorting.
 _FEW_ROWS = 64
+# Scores that a warp of a GPU holds, and the most blocks whose scores a program holds.
+_NUMBERS, _WIDEST = 1024, 1 << 14
+# Kernels whose name asks for plain PyTorch.
+_PLAIN = ("tiled", "reference")
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,23 +55,59 @@ def slices(rows: int, per_row: int, most: int | None = None) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def best_blocks(score: Tensor, stop: Tensor, count: int, first: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class Lay:
+    """Finer blocks b step - left to (b + 1) step - 1 overlap block b of ``blocks``."""
+
+    step: int
+    left: int
+    blocks: int
+
+    def sums(self, score: Tensor) -> Tensor:
+        """Scores of finer blocks [..., S], summed over those that overlap a block [..., T]."""
+        wide = pad(score, (self.left, self.blocks * self.step - score.shape[-1]))
+        return wide.unfold(-1, self.step + self.left, self.step).sum(dim=-1)
+
+
+def best_blocks(
+    score: Tensor, stop: Tensor, count: int, first: int = 0, lay: Lay | None = None
+) -> Tensor:
     """The blocks of the best scores among blocks ``first`` to ``stop`` of each row.
 
     Args:
-        score: [B, K, N, T].
+        score: [B, K, N, T], or [B, K, N, S] of finer blocks.
         stop: one past the last block of each row [1 or B, N].
         count: most blocks per row.
         first: first block.
+        lay: where finer blocks lie; None if the scores are of the blocks themselves.
 
     Returns:
         Blocks [B, K, N, t]; T where there are no more.
     """
-    blocks = score.shape[-1]
+    blocks = score.shape[-1] if lay is None else lay.blocks
+    if can_fuse(score) and blocks <= _WIDEST:
+        return _best_fused(score, stop, min(count, blocks), first, lay or Lay(1, 0, blocks))
+    score = score if lay is None else lay.sums(score)
     number = torch.arange(blocks, device=score.device)
     barred = (number >= stop[..., None]) | (number < first)
     value, block = score.masked_fill(barred[:, None], -torch.inf).topk(min(count, blocks), dim=-1)
     return block.masked_fill(value.isneginf(), blocks)
+
+
+def _best_fused(score: Tensor, stop: Tensor, count: int, first: int, lay: Lay) -> Tensor:
+    """``best_blocks`` on a GPU, where sorting takes longer than attention."""
+    kernels: ModuleType = importlib.import_module("longspan.mechanism._best_triton")
+    batch, heads, rows, numbers = score.shape
+    out = torch.empty(batch, heads, rows, count, device=score.device, dtype=torch.int64)
+    wide = max(32, 1 << (lay.blocks - 1).bit_length())
+    with torch.cuda.device_of(score):
+        kernels.best_of_rows[(rows, batch * heads)](
+            *(score.contiguous(), stop.to(torch.int32).contiguous(), out),
+            *(rows, numbers, lay.blocks, rows if len(stop) > 1 else 0, heads, count),
+            *(first, lay.step, lay.left, wide),
+            num_warps=max(1, wide // _NUMBERS),
+        )
+    return out
 
 
 def over_blocks(
@@ -77,7 +124,8 @@ def over_blocks(
 
     Rows of one tile choose different blocks, and a kernel would visit all of them for each. So a
     row is copied for every block it chose, copies are sorted by block, and each sees one range
-    that its neighbours see too; what the copies give is merged by log-sum-exp.
+    that its neighbours see too; what the copies give is merged by log-sum-exp. A GPU does the same
+    without copies (``_chosen``).
 
     Args:
         q: queries [B, H, N, D].
@@ -88,7 +136,8 @@ def over_blocks(
             not count.
         size: tokens of a block.
         scale: factor on the logits.
-        impl: kernel name, or ``auto``.
+        impl: kernel name of the ranges, or ``auto``; ``tiled`` and ``reference`` take the blocks
+            as ranges too.
 
     Returns:
         out [B, H, N, Dv]; 0 where a row sees nothing.
@@ -106,9 +155,12 @@ def over_blocks(
             for x, y in zip((lo, hi), far, strict=True)
         )
         return over_ranges(q, k, v, lo, hi, scale, impl)[0]
+    own = over_ranges(q, k, v, lo, hi, scale, impl)
+    q, k, v = autocast(q, k, v)
+    if impl not in _PLAIN and _chosen.fits(q, k, v, block, size):
+        return merge([own, _chosen.over_chosen(q, k, v, block, size, scale)])[0]
     copies, chosen = Copies.sorted(block.clamp_max(blocks).flatten(2), blocks, choices)
     begin = chosen * size
     end = (begin + size).masked_fill(begin >= k.shape[2], 0)
     out, lse = over_ranges(copies.spread(q), k, v, begin[..., None], end[..., None], scale, impl)
-    own = over_ranges(q, k, v, lo, hi, scale, impl)
     return merge([own, *copies.collect(out, lse)])[0]

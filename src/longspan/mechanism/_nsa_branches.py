@@ -11,10 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longspan.mechanism._blocks import best_blocks, over_blocks
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices
 from longspan.mechanism._nsa_scores import group_weights, onto_blocks
 from longspan.mechanism._range_op import over_ranges
 
+# Times as many scores exist at a time on a GPU as elsewhere.
+_MORE = 4
+# How much each compressed block weighs for some rows, summed over a group's heads [B, K, n, S].
+Weigh = Callable[[slice], Tensor]
 # Blocks [B, K, M, D] to their summaries [B, K, S, D], given the stride.
 Phi = Callable[[Tensor, int], Tensor]
 
@@ -28,7 +32,7 @@ def compression(
     stride: int,
     impl: str,
     phi: tuple[Phi, Phi] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Weigh]:
     """Attention to summaries of blocks that have ended.
 
     Args:
@@ -42,12 +46,13 @@ def compression(
         phi: what summarises keys and values; None for the mean.
 
     Returns:
-        out [B, H, N, Dv], and without gradient how much each block weighs, summed over the heads
-        of a group [B, K, N, S].
+        out [B, H, N, Dv], and without gradient how much each block weighs, for rows as they are
+        asked for: all of them would take more memory than anything else.
     """
     if k.shape[2] < block:
         out = q.new_zeros(*q.shape[:3], v.shape[3])
-        return out, q.new_zeros(len(q), k.shape[1], q.shape[2], 1)
+        none = q.new_zeros(len(q), k.shape[1], q.shape[2], 1)
+        return out, lambda rows: none[:, :, rows]
     if phi is None:
         k, v = (x.unfold(2, block, stride).mean(dim=-1) for x in (k, v))
     else:
@@ -57,14 +62,19 @@ def compression(
     ended = ended.clamp(0, k.shape[2])
     ends, scale = ended[:, None, :, None], q.shape[-1] ** -0.5
     out, lse = over_ranges(q, k, v, torch.zeros_like(ends), ends, scale, impl)
-    return out, group_weights(q.detach(), k.detach(), lse.detach(), ended, scale)
+    q, k, lse = q.detach(), k.detach(), lse.detach()
+
+    def weigh(rows: slice) -> Tensor:
+        return group_weights(q[:, :, rows], k, lse[:, :, rows], ended[:, rows], scale)
+
+    return out, weigh
 
 
 def selection(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weight: Tensor,
+    weigh: Weigh,
     place: Tensor,
     block: int,
     stride: int,
@@ -78,7 +88,7 @@ def selection(
         q: queries [B, H, N, D].
         k: keys [B, K, M, D] in the order of positions.
         v: values [B, K, M, Dv].
-        weight: of compressed blocks [B, K, N, S].
+        weigh: what compressed blocks weigh.
         place: position of each query [1 or B, N]; -1 at padding.
         block: tokens of a compressed block.
         stride: tokens between the starts of two of them.
@@ -92,6 +102,12 @@ def selection(
     own = place.div(size, rounding_mode="floor")
     begin = ((own - 1) * size).clamp_min(0)
     near = [(torch.zeros_like(own), begin.clamp_max(size)), (begin, place + 1)]
-    score = onto_blocks(weight, block, stride, size, -(-k.shape[2] // size))
-    chosen = best_blocks(score, own - 1, select - 3, first=1)
+    blocks = -(-k.shape[2] // size)
+    # A GPU is busy with more rows at a time.
+    numbers = q.shape[0] * q.shape[1] * (k.shape[2] // stride) // (_MORE if q.is_cuda else 1)
+    found = []
+    for rows in slices(q.shape[2], numbers):
+        score, lay = onto_blocks(weigh(rows), block, stride, size, blocks)
+        found.append(best_blocks(score, own[:, rows] - 1, select - 3, first=1, lay=lay))
+    chosen = torch.cat(found, dim=2)
     return over_blocks(q, k, v, near, chosen, size, q.shape[-1] ** -0.5, impl)

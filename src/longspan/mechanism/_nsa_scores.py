@@ -14,9 +14,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from longspan.mechanism._blocks import slices, without_autocast
+from longspan.mechanism._blocks import Lay, slices, without_autocast
 from longspan.ops.fused import can_fuse
 
 # A program holds one tile of keys and one of queries for each stage, at most 48 KiB in all for
@@ -52,18 +51,18 @@ def group_weights(q: Tensor, k: Tensor, lse: Tensor, ended: Tensor, scale: float
     return torch.cat(found, dim=2)
 
 
-def onto_blocks(score: Tensor, block: int, stride: int, size: int, count: int) -> Tensor:
-    """Scores of compressed blocks [B, K, N, S], summed over those that overlap each of ``count``
-    blocks of ``size`` tokens [B, K, N, T].
+def onto_blocks(
+    score: Tensor, block: int, stride: int, size: int, count: int
+) -> tuple[Tensor, Lay | None]:
+    """Scores of compressed blocks [B, K, N, S], as ``best_blocks`` takes them to choose among
+    ``count`` blocks of ``size`` tokens, each the sum over those that overlap it.
     """
     if size % stride == 0:
-        step, left = size // stride, -(-block // stride) - 1
-        wide = pad(score, (left, count * step - score.shape[-1]))
-        return wide.unfold(-1, step + left, step).sum(dim=-1)
+        return score, Lay(size // stride, -(-block // stride) - 1, count)
     begin = torch.arange(count, device=score.device) * size
     first = torch.arange(score.shape[-1], device=score.device)[:, None] * stride
     overlap = (first < begin + size) & (first + block > begin)
-    return score @ overlap.to(score.dtype)
+    return score @ overlap.to(score.dtype), None
 
 
 def _fused(q: Tensor, k: Tensor, lse: Tensor, ended: Tensor, scale: float) -> Tensor:

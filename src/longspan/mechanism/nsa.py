@@ -138,9 +138,9 @@ class NSA(PastLayer):
         if self.phi_key is not None and self.phi_value is not None:
             phi = self.phi_key, self.phi_value
         sizes = self.block, self.stride
-        compressed, weight = compression(q, kc, vc, place, *sizes, self.impl, phi)
+        compressed, weigh = compression(q, kc, vc, place, *sizes, self.impl, phi)
         selected = selection(
-            turned, k, v, weight, place, *sizes, self.select_block, self.select, self.impl
+            turned, k, v, weigh, place, *sizes, self.select_block, self.select, self.impl
         )
         near = attend(
             turned,
