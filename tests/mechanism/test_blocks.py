@@ -59,6 +59,30 @@ def test_moba_equals_the_dense_form_with_gradients(n, top):
     )
 
 
+@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize("few", [4, 64])
+def test_moba_heads_of_a_group_choose_together(n, few, monkeypatch):
+    monkeypatch.setattr("longspan.mechanism._blocks._FEW_ROWS", few)
+    size, top = 6, 3
+
+    def slow(q, k, v):
+        i = torch.arange(n)
+        b, j = i // size, torch.arange(-(-n // size))
+        mean = torch.stack([k[:, :, b == t].mean(2) for t in j], 2)
+        score = q.unflatten(1, (2, 2)) @ mean[:, :, None].mT
+        score = score.sum(2).masked_fill(j[None] > b[:, None], -INF)
+        seen = kept(score.masked_fill(j[None] == b[:, None], INF), top)
+        seen = (seen[..., b] & (i[None] <= i[:, None])).repeat_interleave(2, 1)
+        logit = q @ k.repeat_interleave(2, 1).mT * q.shape[-1] ** -0.5
+        return weighted_softmax(logit, seen, v.repeat_interleave(2, 1))
+
+    assert_same_with_gradients(
+        lambda q, k, v: moba_attention(q, k, v, block=size, top=top, share_blocks=True),
+        slow,
+        qkv(n=n),
+    )
+
+
 def test_moba_with_every_block_is_full_attention():
     q, k, v = (x.detach() for x in qkv(n=40))
     found = moba_attention(q, k, v, block=6, top=7)
@@ -176,7 +200,7 @@ def test_nsa_equals_the_dense_form_with_gradients(n, compress):
         )
 
 
-KINDS = [(MoBA, {}), (NSA, {}), (NSA, {"compress": "learned"})]
+KINDS = [(MoBA, {}), (MoBA, {"share_blocks": True}), (NSA, {}), (NSA, {"compress": "learned"})]
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS)
@@ -194,6 +218,13 @@ def test_decoding_equals_prefill(kind, kwargs, masked):
 def test_later_tokens_leave_the_past_bit_identical(kind, kwargs):
     one = layer(kind, **kwargs).float()
     assert_no_leak(one, torch.randn(2, 40, 16), cuts=[1, 5, 6, 7, 12, 29, 39])
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), KINDS)
+def test_later_tokens_leave_the_past_of_long_sequences_alone(kind, kwargs):
+    # Sorted by block, rows share their matrix products with others.
+    one = layer(kind, **kwargs)
+    assert_no_leak(one, torch.randn(1, 151, 16).double(), [1, 64, 77, 150], 1e-12)
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS)

@@ -132,6 +132,16 @@ def test_a_layer_compiles_to_one_graph_with_its_gradients(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_padding_may_hold_nan(name):
+    layer = build(name).eval()
+    mask = torch.arange(21) >= torch.tensor([[0], [4]])
+    mask[0, 9] = False
+    x = torch.randn(2, 21, 16)
+    wanted = layer(x, mask)
+    torch.testing.assert_close(layer(x.masked_fill(~mask[..., None], torch.nan), mask), wanted)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_is_close_to_float64(name):
     exact = build(name).double().eval()
     low = copy.deepcopy(exact).bfloat16()

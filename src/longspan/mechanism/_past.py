@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.mechanism._summary_state import join_masks
-from longspan.mechanism.layer import Count, MechanismLayer, positions, rows_at, to_front
+from longspan.mechanism.layer import Count, MechanismLayer, cleared, positions, rows_at, to_front
 from longspan.nn.attention import check
 
 
@@ -55,6 +55,7 @@ class PastLayer(MechanismLayer):
         """
         check(x, self.d_model, mask)
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         before = 0
         if state is not None:
             rows = (state.kept[0].shape[2], x.shape[1])
@@ -118,8 +119,11 @@ def tokens_first(valid_BM: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...
 
 def in_order(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values in the order of positions, padding behind them, and each query's place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries; keys and values in the order of positions, padding behind them; the place of each
+    query.
+    """
     valid = None if mask is None else mask.to(torch.bool)
+    (q,) = cleared(valid, q)
     k, v = tokens_first(valid, k, v)
-    return k, v, places(q.shape[2], valid, k.shape[2], q.device)
+    return q, k, v, places(q.shape[2], valid, k.shape[2], q.device)

@@ -22,7 +22,7 @@ def summarise(
     Args:
         k: keys, not rotated [B, K, N, D].
         pooled: what values are made of [B, K or H, N, Dv].
-        valid: False at padding [B, N].
+        valid: False at padding [B, N], where numbers are finite.
         size: tokens of a chunk.
         pool: learned queries [K, D]; None: means.
     """
@@ -31,9 +31,7 @@ def summarise(
         inside = torch.ones(1, rows, dtype=torch.bool, device=k.device)
     else:
         order, _ = to_front(valid)
-        k, pooled = (
-            rows_at(x.masked_fill(~valid[:, None, :, None], 0.0), order) for x in (k, pooled)
-        )
+        k, pooled = rows_at(k, order), rows_at(pooled, order)
         inside = valid.gather(1, order)
     tail = -rows % size
     k_BKTCD, p_BHTCD = (pad(x, (0, 0, 0, tail)).unflatten(2, (-1, size)) for x in (k, pooled))

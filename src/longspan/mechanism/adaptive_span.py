@@ -70,7 +70,7 @@ def adaptive_span_attention(
     at_least_one(ramp=ramp)
     if span.shape != (q.shape[1],):
         raise InputError(f"expected one span for each of {q.shape[1]} heads, got {span.shape}")
-    k, v, place = in_order(q, k, v, mask)
+    q, k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, span, ramp, scale, impl)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, check_heads, positions
+from longspan.mechanism.layer import MechanismLayer, check_heads, cleared, positions
 from longspan.nn.attention import check
 from longspan.ops import attend, merge
 from longspan.pattern import Blocks, PerHead, bigbird
@@ -86,6 +86,7 @@ def published_bigbird_attention(
         patterns.append(PerHead(*(Blocks(own, block) for own in maps)))  # pyright: ignore[reportArgumentType]
     place = torch.arange(rows, device=q.device)
     segments = None if mask is None else mask.to(torch.int64) - 1
+    q, k, v = cleared(None if mask is None else mask.to(torch.bool), q, k, v)
     parts = [
         attend(
             q,
@@ -195,6 +196,7 @@ class BigBirdAttention(MechanismLayer):
             raise InputError("random_blocks are drawn by seed; others need published=True")
         check(x, self.d_model, mask)
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         q, k, v = self.project(x, positions(x, valid))
         if not self.published:
             segments = None if valid is None else valid.to(torch.int64) - 1

@@ -179,6 +179,14 @@ def to_front(valid: Tensor) -> tuple[Tensor, Tensor]:
     return order, order.argsort(dim=-1)
 
 
+def cleared(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows [B, N, D] or [B, H, N, D] with 0 at padding, which may hold anything, NaN included."""
+    if valid is None:
+        return tensors
+    hidden = ~valid[..., None]
+    return tuple(x.masked_fill(hidden if x.dim() == 3 else hidden[:, None], 0.0) for x in tensors)
+
+
 def rows_at(x_BHND: Tensor, row_BL: Tensor) -> Tensor:
     """Rows of each batch row, the same for all heads [B, H, L, D]."""
     index = row_BL[:, None, :, None].expand(-1, x_BHND.shape[1], -1, x_BHND.shape[3])

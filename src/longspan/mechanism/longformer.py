@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer, positions, rows_at, to_front
+from longspan.mechanism.layer import MechanismLayer, cleared, positions, rows_at, to_front
 from longspan.nn.attention import check
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
@@ -118,6 +118,7 @@ class LongformerAttention(MechanismLayer):
         check(x, self.d_model, mask)
         check(x, self.d_model, global_mask)
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         place = positions(x, valid)
         q, k, v = self.project(x, place)
         own = None if valid is None else valid.to(torch.int64) - 1

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.mechanism._summaries import Summaries
 from longspan.mechanism._summary_state import SummaryState
-from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
+from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads, cleared
 from longspan.nn.attention import check
 from longspan.ops import merge
 from longspan.position import Frequencies, default
@@ -203,6 +203,7 @@ def _combined(
     combine: str,
     count_bias: bool,
 ) -> tuple[Tensor, SummaryState | None]:
+    q, k, v = cleared(valid, q, k, v)
     local, far, after = how.attend(q, k, v, valid, state, keep)
     if combine == "joint":
         parts = [local]

@@ -59,7 +59,7 @@ def topk_attention(
     """
     check_heads(q, k, v)
     at_least_one(keep=keep)
-    k, v, place = in_order(q, k, v, mask)
+    q, k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, keep, causal, scale)
 
 
