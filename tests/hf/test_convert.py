@@ -297,7 +297,9 @@ def test_refusals_name_the_method_and_leave_the_model_alone(tiny):
         ls.hf.convert(model, 5)
     with pytest.raises(InputError, match="DualChunkAttention needs chunk, local"):
         ls.hf.apply(model, ls.mechanism.DualChunkAttention)
-    with pytest.raises(InputError, match="MoBA has no option window; it has block, impl, top"):
+    with pytest.raises(
+        InputError, match="no option window; it has block, impl, share_blocks, top"
+    ):
         ls.hf.convert(model, "MoBA", window=5)
     with pytest.raises(InputError, match="numbers from 0 to 1"):
         ls.hf.convert(model, "MoBA", layers=[2])

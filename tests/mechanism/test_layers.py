@@ -159,8 +159,19 @@ def test_bfloat16_is_close_to_float64(name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("AdaptiveSpan", {"start": "a"}),
         ("LSHAttention", {"buckets": 2.5}),
         ("LSHAttention", {"buckets": "a"}),
+        ("LSHAttention", {"buckets": ()}),
+        ("LSHAttention", {"before": -1}),
+        ("LSHAttention", {"after": 0.5}),
+        ("LinearAttention", {"max_length": 0, "feature_map": "cosformer"}),
+        ("LongformerAttention", {"global_tokens": 3}),
+        ("MoBA", {"top": True}),
+        ("NSA", {"head_dim": -1}),
+        ("PooledChunkAttention", {"rope": "a"}),
+        ("RoutingAttention", {"decay": 2.5}),
+        ("Synthesizer", {"kind": 3}),
         ("NSA", {"select": "a"}),
         ("Nystromformer", {"landmarks": 0}),
         ("Nystromformer", {"landmarks": 2.5}),
@@ -171,6 +182,29 @@ def test_bfloat16_is_close_to_float64(name):
 def test_options_that_are_no_sizes_are_named(name, options):
     with pytest.raises(InputError, match=f"{next(iter(options))} must be .* got "):
         build(name, **options)
+
+
+def test_functions_name_what_does_not_fit():
+    q, k, v = torch.randn(3, 2, 4, 20, 8)
+    mask = torch.ones(2, 20)
+    for wrong, message in (
+        ({"q": q.numpy()}, "mask .or None. as tensors; got ndarray, Tensor, Tensor, NoneType"),
+        ({"mask": [[1] * 20] * 2}, "as tensors; got Tensor, Tensor, Tensor, list"),
+        (
+            {"v": v.double()},
+            "one floating-point dtype; got .* v torch.float64",
+        ),
+        (
+            {"q": q.long(), "k": k.long(), "v": v.long()},
+            "dtype; got q torch.int64",
+        ),
+        ({"q": q[:, :, :0], "k": k[:, :, :0], "v": v[:, :, :0]}, "expected no empty axis"),
+        ({"mask": mask[:1]}, r"padding mask of shape \[2, 20\], got \[1, 20\]"),
+        ({"mask": mask[:, :19]}, r"padding mask of shape \[2, 20\], got \[2, 19\]"),
+    ):
+        given = {"q": q, "k": k, "v": v} | wrong
+        with pytest.raises(InputError, match=message):
+            ls.mechanism.topk_attention(**given, keep=3)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -183,5 +183,5 @@ def test_refusals_say_what_to_do():
         TopK(16, 4, causal=False)(torch.randn(1, 5, 16), return_state=True)
     with pytest.raises(InputError, match="one span for each of 4 heads"):
         adaptive_span_attention(q, k, v, torch.zeros(2))
-    with pytest.raises(InputError, match="start must be from 0 to 1"):
+    with pytest.raises(InputError, match="start must be a number from 0 to 1"):
         AdaptiveSpan(16, 4, start=2)

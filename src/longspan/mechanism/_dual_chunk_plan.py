@@ -52,7 +52,7 @@ class DualChunk:
                 f"DualChunk: local must be at most chunk, got local {self.local} and chunk "
                 f"{self.chunk}: distances to the chunk before would exceed those further back"
             )
-        if self.temperature not in _RATES:
+        if self.temperature not in tuple(_RATES):
             raise PatternError(
                 f"DualChunk: temperature must be one of {', '.join(_RATES)}; got "
                 f"{self.temperature!r}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longspan.errors import InputError
 from longspan.mechanism._lsh_rounds import over_chunks, over_window
-from longspan.mechanism.layer import at_least_one, check_heads
+from longspan.mechanism.layer import at_least, at_least_one, check_heads
 
 
 def hash_buckets(
@@ -78,8 +78,9 @@ def lsh_attention(
     Raises:
         InputError: if shapes or names do not fit.
     """
-    check_heads(qk, qk, v)
+    check_heads(qk, qk, v, mask)
     at_least_one(chunk=chunk)
+    at_least(0, before=before, after=after)
     check_names(selection, counting, causal, after, bucket.shape[2] if bucket.dim() == 4 else 1)
     if bucket.dim() != 4 or bucket.shape[:2] != qk.shape[:2] or bucket.shape[3] != qk.shape[2]:
         raise InputError(

@@ -54,7 +54,7 @@ def routing_attention(
     Raises:
         InputError: if shapes or names do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     at_least_one(window=window)
     check_names(selection, causal)
     if centroids.dim() != 3 or centroids.shape[::2] != k.shape[1::2]:

@@ -33,7 +33,7 @@ from longspan.errors import InputError
 from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._past import PastLayer, TokenState, in_order
 from longspan.mechanism._range_op import over_ranges
-from longspan.mechanism.layer import Count, at_least_one, check_heads, rows_at, to_front
+from longspan.mechanism.layer import Count, at_least_one, check_heads, rows_at, share, to_front
 from longspan.ops import merge
 
 
@@ -66,7 +66,7 @@ def adaptive_span_attention(
     Raises:
         InputError: if shapes or sizes do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     at_least_one(ramp=ramp)
     if span.shape != (q.shape[1],):
         raise InputError(f"expected one span for each of {q.shape[1]} heads, got {span.shape}")
@@ -106,8 +106,7 @@ class AdaptiveSpan(PastLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         at_least_one(max_span=max_span, ramp=ramp)
-        if not 0 <= start <= 1:
-            raise InputError(f"start must be from 0 to 1, got {start!r}")
+        share(start=start)
         self.max_span, self.ramp, self.impl = max_span, ramp, impl
         self.span = nn.Parameter(torch.full((heads,), float(start), **self.place))
 

@@ -66,7 +66,7 @@ def published_bigbird_attention(
     Raises:
         InputError: if lengths do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     heads, rows = q.shape[1:3]
     blocks = rows // block
     if rows % block or blocks < 5:

@@ -44,9 +44,9 @@ from longspan.mechanism._gate_scores import (
 from longspan.mechanism._gate_targets import block_mass, divergence, of_block_pairs
 from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, rows_at
-from longspan.nn.attention import check
+from longspan.nn.attention import check, frequencies
 from longspan.nn.rotary import rotate
-from longspan.position import Frequencies, default
+from longspan.position import Frequencies
 
 LEVELS = ("token", "block")
 TARGETS = ("mass", "max")
@@ -86,15 +86,13 @@ class BlockGate(PastLayer):
         if level not in LEVELS:
             raise InputError(f"level must be token or block, got {level!r}")
         self.block, self.top, self.level, self.impl = block, top, level, impl
-        turns, own = (
-            default(size, rope) if isinstance(rope, int | float) else rope
-            for size in (self.head_dim, width)
-        )
-        if own is not None and 2 * len(own.inv_freq) != width:
+        turns = frequencies(rope, self.head_dim)
+        if isinstance(rope, Frequencies) and width != self.head_dim:
             raise InputError(
-                f"rope has {len(own.inv_freq)} frequencies, a gate of width {width} needs "
+                f"rope has {len(rope.inv_freq)} frequencies, a gate of width {width} needs "
                 f"{width // 2}: leave width out, or give rope as a base"
             )
+        own = frequencies(rope, width)
         # The base class would rotate what the gate compares.
         self.factor = 1.0 if turns is None else turns.attention_factor
         self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)

@@ -29,11 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.errors import InputError
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism._past import PastLayer
+from longspan.nn.attention import frequencies
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
-from longspan.position import Frequencies, default
+from longspan.position import Frequencies
 
 
 def attend_in_passes(
@@ -94,7 +96,7 @@ def dual_chunk_attention(
     Raises:
         LongspanError: a child that says what does not fit.
     """
-    turns = rope if isinstance(rope, Frequencies) else default(q.shape[-1], rope)
+    turns = _turns(rope, q.shape[-1])
     inv_freq, factor = torch.from_numpy(turns.inv_freq), turns.attention_factor
     lay = lay_out if rows else plain_plan
     laid = lay(config, q.shape[2], q.shape[1], keys=k.shape[2], **rows)
@@ -138,7 +140,7 @@ class DualChunkAttention(PastLayer):
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
         # The base class would rotate queries and keys to where they stand.
-        self.frequencies = rope if isinstance(rope, Frequencies) else default(self.head_dim, rope)
+        self.frequencies = _turns(rope, self.head_dim)
         # Not a buffer: model.bfloat16() would round the frequencies to eight bits.
         self._inv_freq = torch.from_numpy(self.frequencies.inv_freq)
         self.impl = impl
@@ -198,3 +200,10 @@ class DualChunkAttention(PastLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"
+
+
+def _turns(rope: float | Frequencies, head_dim: int) -> Frequencies:
+    found = frequencies(rope, head_dim)
+    if found is None:
+        raise InputError("Dual Chunk Attention moves positions: rope must be given, got None")
+    return found

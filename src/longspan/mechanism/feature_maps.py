@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
+from longspan.mechanism.layer import at_least_one
 
 Features = tuple[Tensor, Tensor | None]
 
@@ -127,6 +128,7 @@ class Cosformer(FeatureMap):
 
     def __init__(self, max_length: int) -> None:
         super().__init__()
+        at_least_one(max_length=max_length)
         self.max_rows = max_length
 
     def forward(self, x: Tensor, positions: Tensor) -> Features:
@@ -198,7 +200,7 @@ def build(
     if name == "laplace":
         return Laplace(head_dim, **place)
     plain = {"elu": Elu, "exp": Exp, "mega": Mega, "relu": Relu}
-    if name not in plain:
+    if not isinstance(name, str) or name not in plain:
         raise InputError(
             f"feature_map must be one of {', '.join(NAMES)} or a FeatureMap; got {name!r}"
         )

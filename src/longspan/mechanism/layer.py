@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
-from longspan.nn.attention import check
+from longspan.nn.attention import check, frequencies
 from longspan.nn.rotary import rotate
-from longspan.position import Frequencies, default
+from longspan.position import Frequencies
 
 Count = int | Tensor
 
@@ -84,6 +84,7 @@ class MechanismLayer(nn.Module):
                     f"d_model {d_model} is not a multiple of heads {heads}: give head_dim="
                 )
             head_dim = d_model // heads
+        at_least_one(head_dim=head_dim)
         self.d_model, self.heads, self.kv_heads, self.head_dim = d_model, heads, kv_heads, head_dim
         self.place = {"device": device, "dtype": dtype}
         self.query = nn.Linear(d_model, heads * head_dim, bias=bias, **self.place)
@@ -98,7 +99,7 @@ class MechanismLayer(nn.Module):
             if project_output
             else nn.Identity()
         )
-        self.rope = default(head_dim, rope) if isinstance(rope, int | float) else rope
+        self.rope = frequencies(rope, head_dim)
         if self.rope is not None:
             # Not a buffer: model.bfloat16() would round the frequencies to eight bits.
             self._inv_freq = torch.from_numpy(self.rope.inv_freq)
@@ -199,18 +200,41 @@ def at_least_one(**sizes: int) -> None:
     Raises:
         InputError: naming the size.
     """
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    at_least(1, **sizes)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse tensors that are not q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv], K a divisor of
-    H.
+def at_least(least: int, **sizes: int) -> None:
+    """Refuse sizes that are no whole numbers from ``least`` on.
 
     Raises:
-        InputError: with the shapes.
+        InputError: naming the size.
     """
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def share(**numbers: float) -> None:
+    """Refuse numbers that are not from 0 to 1.
+
+    Raises:
+        InputError: naming the number.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    """Refuse tensors that are not q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv], K a divisor of
+    H, in one floating dtype, with a mask [B, N] if any.
+
+    Raises:
+        InputError: with what was given.
+    """
+    if not all(isinstance(x, Tensor) for x in (q, k, v, q if mask is None else mask)):
+        words = ", ".join(type(x).__name__ for x in (q, k, v, mask))
+        raise InputError(f"expected q, k, v and mask (or None) as tensors; got {words}")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise InputError(f"expected q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv]; got {shapes}")
@@ -218,3 +242,13 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(f"expected equal batch, rows and (for q and k) width; got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise InputError(f"the key heads must divide the query heads; got {shapes}")
+    if 0 in q.shape or 0 in v.shape:
+        raise InputError(f"expected no empty axis; got {shapes}")
+    # Norms of heads leave queries and keys wider than values under autocast.
+    same = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
+    if not same or not all(x.is_floating_point() for x in (q, k, v)):
+        dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        raise InputError(f"expected q, k and v in one floating-point dtype; got {dtypes}")
+    if mask is not None and mask.shape != (q.shape[0], q.shape[2]):
+        wanted = [q.shape[0], q.shape[2]]
+        raise InputError(f"expected a padding mask of shape {wanted}, got {list(mask.shape)}")

@@ -93,7 +93,7 @@ def linear_attention(
     Raises:
         InputError: if shapes do not fit, or the sequence is longer than the map allows.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     at_least_one(chunk=chunk)
     if not causal and (state is not None or return_state):
         raise InputError("a state exists only for causal=True")

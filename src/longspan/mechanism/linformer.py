@@ -52,7 +52,7 @@ def linformer_attention(
     Raises:
         InputError: if shapes do not fit, or the sequence is longer than the projections.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     rows = k.shape[2]
     if e.dim() != 3 or f.shape != e.shape or e.shape[0] not in (1, k.shape[1]):
         raise InputError(

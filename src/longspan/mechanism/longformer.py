@@ -74,8 +74,9 @@ class LongformerAttention(MechanismLayer):
             self.refuse_causal()
         local = longformer(window, dilation=dilation)
         local.check(heads)
-        if any(not isinstance(t, int) or t < 0 for t in global_tokens):
-            raise InputError(f"global_tokens must be places from 0, got {list(global_tokens)!r}")
+        listed = isinstance(global_tokens, Sequence) and not isinstance(global_tokens, str)
+        if not listed or any(not isinstance(t, int) or t < 0 for t in global_tokens):
+            raise InputError(f"global_tokens must be places from 0, got {global_tokens!r}")
         self.local, self.impl = str(local), impl
         self.global_tokens = tuple(global_tokens)
         bias, width = self.query.bias is not None, self.kv_heads * self.head_dim

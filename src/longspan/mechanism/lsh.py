@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError, Refusal
 from longspan.mechanism._lsh_attention import check_names, hash_buckets, lsh_attention
 from longspan.mechanism._lsh_rounds import over_window
-from longspan.mechanism.layer import Count, MechanismLayer, at_least_one, positions, seen
+from longspan.mechanism.layer import Count, MechanismLayer, at_least, at_least_one, positions, seen
 from longspan.nn.attention import check
 
 
@@ -106,8 +106,9 @@ class LSHAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, shared_key=True, **kwargs)
         at_least_one(rounds=rounds, chunk=chunk)
+        at_least(0, before=before, after=after)
         self.buckets = tuple(buckets) if isinstance(buckets, tuple | list) else (buckets,)
-        if any(not isinstance(b, int) or b < 2 or b % 2 for b in self.buckets):
+        if not self.buckets or any(not isinstance(b, int) or b < 2 or b % 2 for b in self.buckets):
             raise InputError(f"buckets must be even numbers, got {buckets!r}")
         self.options: dict[str, Any] = {
             "chunk": chunk,

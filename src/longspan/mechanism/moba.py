@@ -64,7 +64,7 @@ def moba_attention(
     Raises:
         InputError: if shapes or sizes do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     at_least_one(block=block, top=top)
     q, k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, block, top, share_blocks, scale, impl)

@@ -34,9 +34,10 @@ from longspan.errors import InputError
 from longspan.mechanism._nsa_branches import compression, selection
 from longspan.mechanism._past import PastLayer
 from longspan.mechanism.layer import at_least_one
+from longspan.nn.attention import frequencies
 from longspan.nn.rotary import rotate
 from longspan.ops import attend
-from longspan.position import Frequencies, default
+from longspan.position import Frequencies
 
 
 class NSA(PastLayer):
@@ -95,7 +96,7 @@ class NSA(PastLayer):
         self.phi_key = _Phi(block, self.head_dim, **self.place) if learned else None
         self.phi_value = _Phi(block, self.head_dim, **self.place) if learned else None
         # The base class would rotate what compression compares.
-        turns = default(self.head_dim, rope) if isinstance(rope, int | float) else rope
+        turns = frequencies(rope, self.head_dim)
         self.factor = 1.0 if turns is None else turns.attention_factor
         self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)
 

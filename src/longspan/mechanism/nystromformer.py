@@ -52,7 +52,7 @@ def nystrom_attention(
     Returns:
         out [B, H, N, Dv]; 0 at padding.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     repeat = q.shape[1] // k.shape[1]
     gqa = repeat > 1
     valid = hidden = seen_key = None

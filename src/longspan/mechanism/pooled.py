@@ -35,9 +35,9 @@ from longspan.errors import InputError
 from longspan.mechanism._summaries import Summaries
 from longspan.mechanism._summary_state import SummaryState
 from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads, cleared
-from longspan.nn.attention import check
+from longspan.nn.attention import check, frequencies
 from longspan.ops import merge
-from longspan.position import Frequencies, default
+from longspan.position import Frequencies
 
 COMBINE = ("sum", "joint")
 
@@ -85,9 +85,9 @@ def pooled_chunk_attention(
     Raises:
         InputError: if shapes or options do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     _check(chunk, causal, combine, count_bias, state is not None or return_state)
-    turns = default(q.shape[-1], rope) if isinstance(rope, int | float) else rope
+    turns = frequencies(rope, q.shape[-1])
     how = Summaries(
         chunk=chunk,
         causal=causal,
@@ -144,7 +144,7 @@ class PooledChunkAttention(MechanismLayer):
         self.chunk, self.causal, self.impl = chunk, causal, impl
         self.combine, self.count_bias = combine, count_bias
         # The base class would rotate keys before they are pooled.
-        turns = default(self.head_dim, rope) if isinstance(rope, int | float) else rope
+        turns = frequencies(rope, self.head_dim)
         self.factor = 1.0 if turns is None else turns.attention_factor
         self._inv_freq = None if turns is None else torch.from_numpy(turns.inv_freq)
         self.pool = None

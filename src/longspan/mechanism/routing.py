@@ -38,7 +38,7 @@ from longspan.errors import Refusal
 from longspan.mechanism._buckets import take
 from longspan.mechanism._routing_attention import check_names, routing_attention
 from longspan.mechanism._routing_selections import nearest, over_window, similarity
-from longspan.mechanism.layer import Count, MechanismLayer, at_least_one, positions, seen
+from longspan.mechanism.layer import Count, MechanismLayer, at_least_one, positions, seen, share
 from longspan.nn.attention import check
 
 
@@ -98,6 +98,7 @@ class RoutingAttention(MechanismLayer):
     ) -> None:
         super().__init__(d_model, heads, shared_key=shared_key, **kwargs)
         at_least_one(clusters=clusters, window=window)
+        share(decay=decay)
         check_names(selection, causal)
         self.window, self.causal, self.selection = window, causal, selection
         self.shared_key, self.decay, self.impl = shared_key, decay, impl

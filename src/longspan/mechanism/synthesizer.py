@@ -74,8 +74,9 @@ class Synthesizer(PastLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
-        self.kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
+        several = isinstance(kind, Sequence) and not isinstance(kind, str)
+        self.kinds: tuple[Any, ...] = tuple(kind) if several else (kind,)
+        if not self.kinds or any(one not in KINDS for one in self.kinds):
             raise InputError(f"kind must be one or several of {', '.join(KINDS)}; got {kind!r}")
         if len(set(self.kinds)) != len(self.kinds):
             raise InputError(f"each kind can be mixed in once; got {kind!r}")

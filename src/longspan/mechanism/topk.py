@@ -57,7 +57,7 @@ def topk_attention(
     Raises:
         InputError: if shapes or sizes do not fit.
     """
-    check_heads(q, k, v)
+    check_heads(q, k, v, mask)
     at_least_one(keep=keep)
     q, k, v, place = in_order(q, k, v, mask)
     return _attend(q, k, v, place, keep, causal, scale)

@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(d_model, kv_heads * head_dim, bias=bias, **place)
         self.value = nn.Linear(d_model, kv_heads * head_dim, bias=bias, **place)
         self.output = nn.Linear(heads * head_dim, d_model, bias=bias, **place)
-        self.rope = _frequencies(rope, head_dim)
+        self.rope = frequencies(rope, head_dim)
         if self.rope is not None:
             # Not a buffer: model.bfloat16() would round the frequencies to eight bits.
             self._inv_freq = torch.from_numpy(self.rope.inv_freq)
@@ -173,7 +173,12 @@ def _places(x: Tensor, positions: Tensor | None, segments: Tensor | None) -> Ten
     return count_positions(segments)
 
 
-def _frequencies(rope: float | Frequencies | None, head_dim: int) -> Frequencies | None:
+def frequencies(rope: float | Frequencies | None, head_dim: int) -> Frequencies | None:
+    """Frequencies for heads of a width, from a base or given; None for no rotary embedding.
+
+    Raises:
+        InputError: if ``rope`` is neither, or belongs to heads of another width.
+    """
     if rope is None:
         return None
     if not isinstance(rope, float | int | Frequencies):

@@ -41,8 +41,8 @@ def default(dim: int, base: float) -> Frequencies:
     """
     if dim <= 0 or dim % 2:
         raise InputError(f"A rotary width must be even and positive, got dim={dim}.")
-    if base <= 1:
-        raise InputError(f"A rotary base must be above 1, got base={base}.")
+    if not 1 < base < np.inf:
+        raise InputError(f"A rotary base must be a number above 1, got base={base}.")
     return Frequencies(float(base) ** (-2.0 * np.arange(dim // 2) / dim), 1.0)
 
 
