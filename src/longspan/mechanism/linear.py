@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longspan.errors import InputError
+from longspan.mechanism import _linear_fused
 from longspan.mechanism._linear_chunks import causal_sums, lowest
 from longspan.mechanism.feature_maps import FeatureMap, build
 from longspan.mechanism.layer import (
@@ -84,7 +85,7 @@ def linear_attention(
         max_length: longest sequence, for ``cosformer``.
         state: continue after earlier rows (causal only).
         return_state: also return the state after these rows (causal only).
-        chunk: rows of a chunk; changes speed, not results.
+        chunk: rows of a chunk; changes speed, not results. GPU kernels have chunks of their own.
 
     Returns:
         out [B, H, N, Dv] in the dtype of ``q``, and with ``return_state`` the state. Computed in
@@ -115,22 +116,31 @@ def linear_attention(
         # Padding may hold anything, NaN included.
         hidden = ~valid[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-    phi_k, log_k = phi(k.to(work), places)
-    if valid is not None:
-        phi_k = phi_k.masked_fill(~valid[:, None, :, None], 0.0)
-        log_k = None if log_k is None else log_k.masked_fill(~valid[:, None], lowest(work))
+    before = None if state is None else (state.sum_BKRE, state.log_BK)
+    fused = causal and _linear_fused.fits(q, k, v)
+    kind = _linear_fused.kind_of(phi) if fused else "given"
     # The common factor of a query's features cancels.
-    phi_q = phi(q.to(work), places)[0].unflatten(1, (k.shape[1], -1))
-    v_BKNE = pad(v.to(work), (0, 1), value=1.0)
+    phi_q, phi_k, log_k = q, k, None
+    if kind == "given":
+        phi_q, (phi_k, log_k) = phi(q.to(work), places)[0], phi(k.to(work), places)
+    if valid is not None and log_k is not None:
+        log_k = log_k.masked_fill(~valid[:, None], lowest(work))
     sums = log = None
-    if causal:
-        before = None if state is None else (state.sum_BKRE, state.log_BK)
-        total, sums, log = causal_sums(phi_q, phi_k, log_k, v_BKNE, before, chunk)
+    if fused:
+        given = (phi_q, phi_k, v, log_k, valid, before, kind, phi.floor)
+        out, sums, log = _linear_fused.causal_attention(*given)
     else:
-        if log_k is not None:
-            phi_k = phi_k * (log_k - log_k.amax(dim=-1, keepdim=True)).exp()[..., None]
-        total = phi_q @ (phi_k.transpose(-1, -2) @ v_BKNE)[:, :, None]
-    out = _divide(total, phi.floor).flatten(1, 2).to(q.dtype)
+        if valid is not None:
+            phi_k = phi_k.masked_fill(~valid[:, None, :, None], 0.0)
+        phi_q = phi_q.unflatten(1, (k.shape[1], -1))
+        v_BKNE = pad(v.to(work), (0, 1), value=1.0)
+        if causal:
+            total, sums, log = causal_sums(phi_q, phi_k, log_k, v_BKNE, before, chunk)
+        else:
+            if log_k is not None:
+                phi_k = phi_k * (log_k - log_k.amax(dim=-1, keepdim=True)).exp()[..., None]
+            total = phi_q @ (phi_k.transpose(-1, -2) @ v_BKNE)[:, :, None]
+        out = _divide(total, phi.floor).flatten(1, 2).to(q.dtype)
     if valid is not None:
         out = out.masked_fill(~valid[:, None, :, None], 0.0)
     if sums is None or log is None or not return_state:

@@ -42,7 +42,7 @@ def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
         x_BHND: of any layout.
         row_cBGP: int32 [c, B or 1, G, P]; G divides H, neighbouring heads share; -1 for no row.
     """
-    x_BHND, row_cBGP = _rows_dense(x_BHND), row_cBGP.contiguous()
+    x_BHND, row_cBGP = rows_dense(x_BHND), row_cBGP.contiguous()
     batch, heads, _, width = x_BHND.shape
     count, row_batch, groups, places = row_cBGP.shape
     out_BHPD = x_BHND.new_empty(batch, heads, places, width)
@@ -74,7 +74,7 @@ def add_rows(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
             with -1 for none; None where places and rows agree.
     """
     flat = [
-        (_rows_dense(x), None if table is None else (one, True))
+        (rows_dense(x), None if table is None else (one, True))
         for x, table in parts
         for one in ([None] if table is None else table)
     ]
@@ -104,7 +104,7 @@ def merge_fused(
     """
     if tables is None:
         tables = [None] * len(parts)
-    flat = (x for out, lse in parts for x in (_rows_dense(out), lse.contiguous()))
+    flat = (x for out, lse in parts for x in (rows_dense(out), lse.contiguous()))
     return _Merge.apply(tuple(tables), *flat)
 
 
@@ -196,7 +196,8 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(n for x in tensors for n in (*x.stride()[:3], x.shape[2]))
 
 
-def _rows_dense(x: Tensor) -> Tensor:
+def rows_dense(x: Tensor) -> Tensor:
+    """Rows whose numbers lie side by side, as kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
