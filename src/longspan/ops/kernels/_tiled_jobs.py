@@ -197,9 +197,13 @@ def _hulls(lo_tTm: Ints, hi_tTm: Ints, keys: int, leaf: int) -> tuple[Ints, Ints
     )
     inside_SLX = (lo_SLX < hi_SLX) & (lo_SLX >= start_S[:, None, None])
     inside_SLX &= lo_SLX < stop_S[:, None, None]
-    start_SL = np.where(inside_SLX, lo_SLX, _FAR).min(axis=2) // ALIGN * ALIGN
-    stop_SL = -(-np.where(inside_SLX, hi_SLX, -_FAR).max(axis=2) // ALIGN) * ALIGN
-    stop_SL = np.minimum(stop_SL, keys)
+    first_SL = np.where(inside_SLX, lo_SLX, _FAR).min(axis=2)
+    # Where all rows begin at one key there is nothing to hide on the left, and shapes are equal as
+    # counted from there.
+    same_SL = first_SL == np.where(inside_SLX, lo_SLX, -_FAR).max(axis=2)
+    start_SL = np.where(same_SL, first_SL, first_SL // ALIGN * ALIGN)
+    wide_SL = np.where(inside_SLX, hi_SLX, -_FAR).max(axis=2) - start_SL
+    stop_SL = np.minimum(start_SL + -(-wide_SL // ALIGN) * ALIGN, keys)
     return tile_S, start_SL, stop_SL
 
 

@@ -129,6 +129,8 @@ class Biases:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        # Views of what is kept; they take no room of their own.
+        self._views: dict[tuple[object, ...], tuple[Tensor]] = {}
         self._room = _ROOM
 
     def edges(self, mask: Mask, like: Tensor) -> tuple[Tensor, ...]:
@@ -143,15 +145,14 @@ class Biases:
         until the canvas is drawn on again."""
         like = canvas.like
         name = (mask, heads, like.dtype, like.device)
-        found = self._kept.get(name)
+        found = self._kept.get(name) or self._views.get(name)
         if found is not None:
             return found
         left_TL, right_TR, *blind = self.edges(mask, like)
         if mask.left == 0:
             bias_XS = self._behind_zeros(mask, heads, right_TR)
             if bias_XS is not None:
-                # A view of what is kept takes no room of its own.
-                self._kept[name] = (bias_XS,)
+                self._views[name] = (bias_XS,)
                 return (bias_XS,)
         blind = tuple(blind_T.repeat(heads) for blind_T in blind)
         if heads == 1 and mask.left == mask.span:
@@ -173,11 +174,13 @@ class Biases:
         name = ("behind zeros", wide, shape, heads, right_TR.dtype, right_TR.device)
         (kept_XZ,) = self._kept.get(name, (right_TR[:0],))
         if kept_XZ.shape[1] < mask.span or len(kept_XZ) == 0:
-            # Spans grow: twice as many zeros as this one needs.
-            width = 2 * mask.span
-            if heads * rows * width > self._room - _ROOM // 2:
+            # Spans grow: more zeros than this one needs.
+            width = mask.span + mask.span // 4
+            more = heads * rows * width - kept_XZ.numel()
+            if more > self._room - _ROOM // 2:
                 return None
-            self._room -= heads * rows * width
+            self._room -= more
+            self._views.clear()
             kept_XZ = right_TR.new_zeros(heads * rows, width)
             kept_XZ[:, width - wide :] = right_TR.repeat(heads, 1)
             self._kept[name] = (kept_XZ,)
