@@ -205,6 +205,19 @@ def test_padding_is_absent():
     assert_padding_is_absent(layer(), torch.randn(2, 21, 16, dtype=torch.float64), 5, 9)
 
 
+def test_padding_may_hold_anything():
+    q, k, v = qkv(batch=2, n=20)
+    segments = np.zeros((2, 20), np.int64)
+    segments[0, :4], segments[1, 9], segments[1, 17:] = -1, -1, -1
+    hidden = torch.from_numpy(segments < 0)[:, None, :, None]
+    config = DualChunk(chunk=6, local=4)
+    found = dual_chunk_attention(
+        *(x.masked_fill(hidden, torch.nan) for x in (q, k, v)), config, segments=segments
+    )
+    wanted = dual_chunk_attention(q, k, v, config, segments=segments)
+    torch.testing.assert_close(found, wanted.masked_fill(hidden, 0.0))
+
+
 def test_packed_documents_equal_separate_runs():
     q, k, v = qkv(batch=1, n=40)
     config = DualChunk(chunk=6, local=4)

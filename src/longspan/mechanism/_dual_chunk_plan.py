@@ -176,3 +176,11 @@ def lay_out(
 
 
 plain_plan = lru_cache(maxsize=16)(lay_out)
+
+
+def tokens(n: int, keys: int, **rows: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which query rows [B, N] and key rows [B, M] are no padding; rows as for ``lay_out``."""
+    found = layouts(n, keys, **rows)
+    names = ("query_segment", "key_segment")
+    query, key = (np.stack([getattr(layout, name) for layout in found]) >= 0 for name in names)
+    return query, key

@@ -30,8 +30,15 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
+from longspan.mechanism._dual_chunk_plan import (
+    DualChunk,
+    DualChunkPlan,
+    lay_out,
+    plain_plan,
+    tokens,
+)
 from longspan.mechanism._past import PastLayer
+from longspan.mechanism.layer import cleared
 from longspan.nn.attention import frequencies
 from longspan.nn.rotary import rotate
 from longspan.ops import attend, merge
@@ -100,6 +107,9 @@ def dual_chunk_attention(
     inv_freq, factor = torch.from_numpy(turns.inv_freq), turns.attention_factor
     lay = lay_out if rows else plain_plan
     laid = lay(config, q.shape[2], q.shape[1], keys=k.shape[2], **rows)
+    if rows:
+        of_q, of_k = (torch.from_numpy(x) for x in tokens(q.shape[2], k.shape[2], **rows))
+        (q,), (k, v) = cleared(of_q.to(q.device), q), cleared(of_k.to(k.device), k, v)
 
     def queries(index: int) -> Tensor:
         return rotate(q, laid.table(index, q.device), inv_freq, factor)
