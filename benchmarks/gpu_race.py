@@ -32,6 +32,7 @@ def compare(
     rounds: int,
     more: Mapping[str, Any] | None = None,
     inner: slice = slice(None),
+    against: Sequence[str] | None = None,
 ) -> None:
     """Check rivals and dense attention on one pattern, and time those that are right.
 
@@ -45,9 +46,11 @@ def compare(
         rounds: rounds that count.
         more: what the records of timings say beyond that.
         inner: rows that all compute alike; the others are not compared.
+        against: dense attention of these libraries; None is all that are there.
     """
     calls, first = agreeing(makers, inputs, row_error, log, about, inner=inner)
-    race(calls, pairs, inputs, log, {**about, **(more or {})}, rounds=rounds, first=first)
+    about = {**about, **(more or {})}
+    race(calls, pairs, inputs, log, about, rounds=rounds, first=first, against=against)
 
 
 def agreeing(
@@ -107,11 +110,15 @@ def agreeing(
     return calls, first
 
 
-def dense_calls(inputs: list[Tensor], log: Log) -> dict[str, Call]:
-    """Dense causal attention of each library that is there."""
+def dense_calls(
+    inputs: list[Tensor], log: Log, against: Sequence[str] | None = None
+) -> dict[str, Call]:
+    """Dense causal attention of each library that is there, or of those that are named."""
     found = {}
     offered = dense.on_cpu() if device_of_this_run() == "cpu" else dense.on_gpu()
     for name, call in offered.items():
+        if against is not None and name not in against:
+            continue
         try:
             with torch.no_grad():
                 call(*inputs)
@@ -130,6 +137,7 @@ def race(
     *,
     rounds: int,
     first: Mapping[str, float],
+    against: Sequence[str] | None = None,
 ) -> None:
     """Time rivals and dense attention in turns, both ways, a record for each.
 
@@ -141,9 +149,10 @@ def race(
         about: what every record says.
         rounds: rounds that count.
         first: seconds of each rival's first call.
+        against: as for ``compare``.
     """
     width, n = inputs[0].shape[3], inputs[0].shape[2]
-    calls = {**calls, **dense_calls(inputs, log)}
+    calls = {**calls, **dense_calls(inputs, log, against)}
     dense_pairs = inputs[0].shape[1] * n * (n + 1) // 2
     for way, flops in WAYS.items():
         steps = {}

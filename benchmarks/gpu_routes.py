@@ -8,7 +8,8 @@
 2. N 32768, bfloat16, batch 1, 32 heads over 8 key heads: forward, and forward + backward, of each
    kernel that was right, in turns with dense causal attention. Results at full length are compared
    with each other, and some rows with float32.
-3. N 131072, then more patterns.
+3. More patterns at N 32768, also beside FlexAttention with a mask by hand where one is written;
+   then at N 131072 beside FlashAttention-4 alone, and at width 64.
 4. Length: forward at N 131072 and 1,048,576 with peak memory, some rows against float32; alone
    with ``--only length`` (``--seconds 85``).
 
@@ -40,6 +41,7 @@ import longspan as ls
 from gpu_harness import (
     HEADS,
     KERNELS,
+    KEY_HEADS,
     LIBRARIES,
     RESULTS,
     Log,
@@ -53,7 +55,8 @@ from gpu_harness import (
     unshare,
 )
 from longspan.bench import oracle
-from longspan.bench.setting import Call, both_ways
+from longspan.bench.peers.flex import flex
+from longspan.bench.setting import Call, Setting, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
 from longspan.ops.kernels import _cudnn_plan
@@ -68,6 +71,8 @@ CORE = (
     "scca.flow(2048)",
 )
 MORE = (
+    "window(2048)",
+    "chunk(2048, causal=false)",
     "shifted_chunk(2048)",
     "scca.flow(1024)",
     "scca.fixed(2048)",
@@ -80,7 +85,15 @@ MORE = (
     "longnet([2048, 8192, 32768], [1, 4, 16])",
     "neighborhood(2048)",
     "random_blocks(128, 16)",
+    "dilated(2048, [1, 2, 4, 8])",
+    "longmixed(2048, 8)",
+    "longformer(2048, tokens=[0, 100, 20000])",
+    "window(1024) | global(0, 5000, 20000, causal=true)",
+    "bigbird(128, 3)",
+    'sparse_transformer(128, kind="fixed")',
 )
+LONG = ("window(1024)", "window(4096)", "shifted_chunk(8192)", "scca.flow(2048)")
+BY_HAND = "FlexAttention by hand"
 LONGNET = "longnet([2048, 32768, 524288], [1, 16, 256])"
 SHORT_N, LONG_N = 1 << 17, 1 << 20
 # What grows eightfold: the same pattern, or SSA with as many strided keys for a query.
@@ -212,9 +225,28 @@ def verdicts(log: Log) -> dict[tuple[str, int], str]:
 
 
 def compare(
-    text: str, n: int, width: int, rivals: tuple[str, ...], log: Log, *, rounds: int
+    text: str,
+    n: int,
+    width: int,
+    rivals: tuple[str, ...],
+    log: Log,
+    *,
+    rounds: int,
+    by_hand: bool = False,
+    against: tuple[str, ...] | None = None,
 ) -> None:
-    """Check and time some kernels and dense attention on one pattern."""
+    """Check and time some kernels and dense attention on one pattern.
+
+    Args:
+        text: the pattern.
+        n: rows.
+        width: of a head.
+        rivals: kernels of ours.
+        log: where the records go.
+        rounds: rounds that count.
+        by_hand: also FlexAttention with a mask written by hand, where there is one.
+        against: dense attention of these libraries; None is all.
+    """
     about = {"kind": "speed", "pattern": text, "n": n, "width": width}
     start = time.perf_counter()
     plan = ls.plan(ls.parse(text), n, HEADS)
@@ -222,13 +254,23 @@ def compare(
     inputs = tensors(n, width)
     rows = partial(oracle.row_error, plan, inputs, rows=[0, n // 3, n - 1])
     makers = {kernel: lambda kernel=kernel: through(kernel, fresh(plan)) for kernel in rivals}
+    if by_hand:
+        setting = Setting(
+            n=n, heads=HEADS, key_heads=KEY_HEADS, width=width, dtype="bfloat16", device="cuda"
+        )
+        makers[BY_HAND] = lambda: flex(ls.parse(text), setting)
     more = {
         "passes": len(plan.passes),
         "keys": plan.pairs / (HEADS * n),
         "apart": len({one for p in plan.passes for one in p.head_class}) > 1,
         "plan_seconds": planned,
     }
-    gpu_race.compare(makers, inputs, rows, plan.pairs, log, about, rounds=rounds, more=more)
+    gpu_race.compare(
+        makers, inputs, rows, plan.pairs, log, about, rounds=rounds, more=more, against=against
+    )
+    if by_hand:
+        # Each mask is a graph of its own, and after eight of one function no more are compiled.
+        torch.compiler.reset()
 
 
 # Step 3.
@@ -354,6 +396,9 @@ def main() -> None:
         help="records whose other cases stay in the tables",
     )
     parser.add_argument("--match", nargs="+", help="only cases whose name holds one of these")
+    parser.add_argument(
+        "--by-hand", action="store_true", help="also FlexAttention with a mask, compiled for each"
+    )
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -394,7 +439,9 @@ def main() -> None:
             (
                 f"more {t} 128",
                 6,
-                lambda t=t: compare(t, 32768, 128, right(128, ("cudnn",)), log, rounds=7),
+                lambda t=t: compare(
+                    t, 32768, 128, right(128, ("cudnn",)), log, rounds=7, by_hand=options.by_hand
+                ),
             )
             for t in MORE
         ),
@@ -402,9 +449,25 @@ def main() -> None:
             (
                 f"131072 {t}",
                 10,
-                lambda t=t: compare(t, 131072, 128, right(128, ("cudnn",)), log, rounds=3),
+                lambda t=t: compare(
+                    t,
+                    131072,
+                    128,
+                    right(128, ("cudnn",)),
+                    log,
+                    rounds=3,
+                    against=("FlashAttention-4",),
+                ),
             )
-            for t in ("window(1024)", "shifted_chunk(8192)", "scca.flow(2048)", "ssa(1024, 8)")
+            for t in (*LONG, *MORE)
+        ),
+        *(
+            (
+                f"narrow {t} 64",
+                6,
+                lambda t=t: compare(t, 32768, 64, right(64, ("cudnn",)), log, rounds=7),
+            )
+            for t in MORE
         ),
         *(
             (f"core {t} 64", 8, lambda t=t: compare(t, 32768, 64, right(64), log, rounds=9))

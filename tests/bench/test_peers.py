@@ -17,8 +17,9 @@ from tests.ops import block_sparse as library
 import longspan as ls
 from longspan.bench import peers, run
 from longspan.bench.dense import sdpa
-from longspan.bench.peers import block_sparse, flex
+from longspan.bench.peers import block_sparse
 from longspan.bench.peers.block_maps import BlockMap, block_map
+from longspan.bench.peers.flex_masks import mask_of
 from longspan.bench.peers.longlora import longlora
 from longspan.bench.run import Bench
 from longspan.bench.setting import Setting
@@ -116,14 +117,37 @@ def test_flex_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "per_head"),
-    [("causal()", False), ("window(20)", False), ("shifted_chunk(32)", True)],
+    [
+        ("causal()", False),
+        ("window(20)", False),
+        ("window(20, causal=false)", False),
+        ("window(9) | sink(3)", False),
+        ("chunk(32)", False),
+        ("shifted_chunk(32)", True),
+        ("scca.fixed(16)", True),
+        ("scca.fixed(16, shift=5)", True),
+        ("scca.flow(16)", True),
+        ("strided(7)", True),
+        ("dilated(5, 7)", False),
+        ("ssa(9, 7)", True),
+        ("sda(16, 3)", True),
+        ("sda.neighborhood(5, 3)", True),
+        ("neighborhood(15)", False),
+        ("neighborhood(100)", False),
+    ],
 )
 def test_masks_by_hand_are_the_patterns(text, per_head):
-    mask, apart = flex._mask(ls.parse(text), 4)
+    mask, apart = mask_of(ls.parse(text), 4, 90)
     assert apart == per_head
     h, i, j = (torch.arange(x) for x in (4, 90, 90))
     seen = mask(torch.tensor(0), h[:, None, None], i[:, None], j).expand(4, 90, 90)
     assert (seen.numpy() == ls.parse(text).mask(90, 4)).all()
+
+
+@pytest.mark.parametrize("text", ["bigbird(4)", "sink(3) | strided(7)", "dilated(5, [1, 2])"])
+def test_masks_that_nobody_wrote_are_refused(text):
+    with pytest.raises(Refusal, match="no mask is written"):
+        mask_of(ls.parse(text), 4, 90)
 
 
 @pytest.mark.parametrize("size", [128, 64])

@@ -5,20 +5,17 @@ Axes: H query heads, G range groups, N rows, C tiles of keys, Q tiles of queries
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from longspan.bench.peers.flex_masks import mask_of
 from longspan.bench.setting import Call, Setting
 from longspan.errors import Refusal
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.run import load
-from longspan.pattern import Causal, Pattern, ShiftedChunk, Window
+from longspan.pattern import Pattern
 from longspan.planning import plan
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def flex_over(ranges: KeyRanges, n: int, scale: float, tile: int = 128) -> Call:
@@ -62,26 +59,9 @@ def flex(pattern: Pattern, setting: Setting) -> Call:
 
 
 def _flex_by_hand(pattern: Pattern, setting: Setting) -> Call:
-    mask, per_head = _mask(pattern, setting.heads)
+    mask, per_head = mask_of(pattern, setting.heads, setting.n)
     compiled = torch.compile(create_block_mask, dynamic=False)
     heads = setting.heads if per_head else None
     blocks = compiled(mask, None, heads, setting.n, setting.n, device=setting.device)
     fused = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: fused(q, k, v, block_mask=blocks, scale=setting.scale, enable_gqa=True)
-
-
-def _mask(pattern: Pattern, heads: int) -> tuple[MaskMod, bool]:
-    """The mask as its documentation would write it, and whether heads differ."""
-    if isinstance(pattern, Causal):
-        return lambda b, h, i, j: j <= i, False
-    if isinstance(pattern, Window) and pattern.causal:
-        return lambda b, h, i, j: (j <= i) & (i - j < pattern.size), False
-    if isinstance(pattern, ShiftedChunk) and pattern.causal:
-        size = pattern.size
-
-        def shifted(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            shift = torch.where(h >= heads // 2, size // 2, 0)
-            return (j <= i) & ((i + size - shift) // size == (j + size - shift) // size)
-
-        return shifted, True
-    raise Refusal("no mask is written for this pattern")
