@@ -33,6 +33,7 @@ class Capability:
         adds_by_key_tile: whether in its backward one program adds up the gradients of a key tile,
             so that keys which most queries see are worth copies.
         shares_keys: whether it takes keys with one batch row for queries with many.
+        reads_in_place: whether it reads and writes rows where they lie, given their order.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Capability:
     lse_gradient: bool = True
     adds_by_key_tile: bool = False
     shares_keys: bool = False
+    reads_in_place: bool = False
 
     def reasons(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
@@ -69,6 +71,11 @@ class Capability:
         """The kernel function."""
         return getattr(importlib.import_module(f"longspan.ops.kernels.{self.name}"), self.name)
 
+    def load_passes(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Of one that reads rows where they lie, the function over several passes."""
+        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
+        return getattr(module, f"{self.name}_passes")
+
 
 KERNELS = (
     Capability(
@@ -90,6 +97,12 @@ KERNELS = (
         devices=("cuda",),
         note="cuDNN's block-sparse attention over whole blocks of 64, for Hopper",
         lse_gradient=False,
+    ),
+    Capability(
+        name="native",
+        devices=("cpu",),
+        note="compiled tiles that read rows where they lie",
+        reads_in_place=True,
     ),
     Capability(name="tiled", devices=(), note="batched tiles in plain PyTorch"),
     Capability(name="reference", devices=(), note="dense masked softmax, the oracle"),

@@ -6,11 +6,13 @@ Axes: B batch, H query heads, N query rows, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from longspan.ops.merge import Part
+from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
 
@@ -47,6 +49,21 @@ class Loaded:
         return tuple(
             x if order is None else order.take(x)
             for x, order in zip(each, self.orders, strict=True)
+        )
+
+    @cached_property
+    def places(self) -> Places:
+        """For a kernel that reads rows where they lie."""
+        queries, keys = (
+            None if order is None else order.table.row_cBGP[0].contiguous()
+            for order in (self.queries, self.keys)
+        )
+        return Places(
+            query_rows=queries,
+            key_rows=keys,
+            query_heads=self.heads,
+            key_heads=self.kv_heads,
+            covers=self.heads is None and (self.queries is None or self.queries.covers),
         )
 
     def outputs(self, out: Tensor, lse: Tensor) -> Part:

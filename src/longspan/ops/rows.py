@@ -228,6 +228,11 @@ class Order:
         """Number of places P."""
         return self.table.row_cBGP.shape[-1]
 
+    @cached_property
+    def covers(self) -> bool:
+        """Whether every row has a place."""
+        return self.back is None or bool((self.back.row_cBGP[0] >= 0).all())
+
     @property
     def place(self) -> tuple[Tensor, bool]:
         """The place of each row [B or 1, G, N], and whether every place holds a row."""

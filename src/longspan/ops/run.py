@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import choose, needs_grad
+from longspan.ops.capability import Capability, choose, needs_grad
 from longspan.ops.copies import copies_of
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
@@ -76,6 +76,10 @@ def compute(
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
+    if q.device.type == "cpu":
+        kernel = choose(impl, q, k, v, load(passes[0], q, k).ranges, use_lse=use_lse)
+        if kernel.reads_in_place:
+            return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
     loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for one in passes]
     together = _together(loaded, q, k, v)
     parts = []
@@ -93,6 +97,21 @@ def compute(
                 lanes.keep(lane, own, (part.out, part.lse))
             parts.append(part)
     return parts
+
+
+def _in_place(
+    loaded: Sequence[Loaded | Views],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Capability,
+    scale: float,
+) -> list[Part]:
+    """What a kernel gives that needs no order of rows in memory."""
+    plain = [(one.ranges, one.places) for one in loaded if isinstance(one, Loaded)]
+    views = [one for one in loaded if isinstance(one, Views)]
+    parts = [one.outputs(*kernel.load()(*one.inputs(q, k, v), one.ranges, scale)) for one in views]
+    return [*parts, Part(*kernel.load_passes()(q, k, v, plain, scale))] if plain else parts
 
 
 def _suited(

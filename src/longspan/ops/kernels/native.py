@@ -1,0 +1,343 @@
+"""Attention on a CPU by compiled code: the tiles that the ranges touch, rows where they lie.
+
+FlashAttention's recurrence (Dao, arXiv 2307.08691, Algorithms 1 and 2) for tiles of 24 or 48 query
+rows against blocks of 64 keys,
+
+    S = K Q^T,   O^T = V^T P,   dP = V dO^T,   dQ^T = K^T dS,   dK = dS Q,   dV = P dO
+
+with scores turned so that the columns of a vector are queries: each key and value is read one
+number at a time from wherever its row lies. So rows need no order in memory: a pass in residue
+order gathers nothing and puts nothing back, and keys that lie apart make one block. Time
+O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradients for each part.
+
+The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
+compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512; half precision is computed
+in float32.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
+G range groups, m ranges per query.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import gcd
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from longspan.ops.places import Places
+from longspan.ops.ranges import KeyRanges
+from longspan.ops.workers import can_share_threads, run_parts
+
+LIBRARY = Path(__file__).parents[1] / "native" / "native.so"
+# Widths are multiples of the widest vector.
+_LANES = 16
+# Calls with fewer multiplications than this are over before other threads have started.
+_WORTH_THREADS = 1 << 22
+
+_costs: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
+
+
+class _Steps(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
+
+
+def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Task(ctypes.Structure):
+    """``Task`` of native.h."""
+
+    _fields_ = [
+        *_fields("batch heads key_heads rows keys width value_width ranges", ctypes.c_int64),
+        *_fields("share level add", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *_fields("q k v", ctypes.c_void_p),
+        *_fields("q_steps k_steps v_steps", _Steps),
+        *_fields("q_heads k_heads q_rows k_rows", ctypes.c_void_p),
+        *_fields("q_row_batches q_row_groups k_row_batches k_row_groups", ctypes.c_int64),
+        *_fields("lo hi group out lse", ctypes.c_void_p),
+        *_fields("out_steps lse_steps", _Steps),
+        *_fields("d_out d_lse", ctypes.c_void_p),
+        *_fields("d_out_steps d_lse_steps", _Steps),
+        *_fields("dq dk dv", ctypes.c_void_p),
+        *_fields("dq_steps dk_steps dv_steps", _Steps),
+        *_fields("dk_part dv_part parts", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+    ]
+
+
+@cache
+def library() -> Any:
+    """The compiled code, or None where there is none that fits this file."""
+    if not LIBRARY.exists():
+        return None
+    found = ctypes.CDLL(str(LIBRARY))
+    for name in ("task", "level", "tile", "forward", "backward"):
+        getattr(found, f"longspan_{name}").restype = ctypes.c_int64
+    if found.longspan_task() != ctypes.sizeof(_Task):
+        return None
+    found.longspan_tile.argtypes = [ctypes.c_int64]
+    return found
+
+
+def level() -> int:
+    """What this machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512."""
+    return 0 if library() is None else library().longspan_level()
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
+    """Why these inputs cannot be taken."""
+    del k, v, ranges
+    if library() is None:
+        return [
+            "was not compiled for this version: there was no C compiler, or no x86-64 machine, "
+            "when longspan was installed (have gcc or clang, then install longspan again)"
+        ]
+    if not level():
+        return ["this processor has no AVX2 with FMA"]
+    if q.dtype == torch.float64:
+        return ["computes in float32, the tensors are float64"]
+    return []
+
+
+def native(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    places: Places | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend over the given key ranges.
+
+    Args:
+        q_BHND: queries [B, H, N, D].
+        k_BKMD: keys [B, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
+        v_BKMD: values [B, K, M, Dv].
+        ranges: visible keys, in places.
+        scale: factor on the logits.
+        places: where rows and heads of ``ranges`` lie in the tensors; None: as they are.
+
+    Returns:
+        out [B, H, N, Dv] in the dtype of ``q``, and lse [B, H, N] in float32, as the tensors lie:
+        0 and -inf for rows without a place. Both are differentiable, once.
+    """
+    return native_passes(q_BHND, k_BKMD, v_BKMD, [(ranges, places or Places())], scale)
+
+
+def native_passes(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    passes: Sequence[tuple[KeyRanges, Places]],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend over several passes; a key that several of them see counts in each.
+
+    Each pass joins what those before it gave, in place, and in the backward pass the weights of
+    all are taken from the log-sum-exp of all, so that no pass needs an output of its own.
+    """
+    return _Native.apply(q_BHND, k_BKMD, v_BKMD, tuple(passes), scale)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHND: Tensor,
+        k_BKMD: Tensor,
+        v_BKMD: Tensor,
+        passes: tuple[tuple[KeyRanges, Places], ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_rows(x) for x in (q_BHND, k_BKMD, v_BKMD))
+        covers = passes[0][1].covers
+        out_BHND = _like(q_BHND, v.shape[-1], zeros=not covers)
+        lse_BHN = out_BHND.new_full(out_BHND.shape[:3], -torch.inf)
+        for index, (ranges, places) in enumerate(passes):
+            call = _Call(q, k, v, ranges, scale, places, add=index > 0 or not covers)
+            call.set("out", out_BHND)
+            call.set("lse", lse_BHN)
+            call.run("forward")
+        out_BHND = out_BHND[..., : v_BKMD.shape[-1]].to(q_BHND.dtype)
+        ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
+        ctx.passes, ctx.scale = passes, scale
+        return out_BHND, lse_BHN
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, out_BHND, lse_BHN = ctx.saved_tensors
+        q, k, v = (_rows(x) for x in inputs)
+        out, d_out = _rows(out_BHND), _rows(grad_outputs[0])
+        covers = ctx.passes[0][1].covers
+        calls = [
+            _Call(q, k, v, ranges, ctx.scale, places, add=index > 0 or not covers)
+            for index, (ranges, places) in enumerate(ctx.passes)
+        ]
+        parts = max(call.parts() for call in calls)
+        dq = _like(inputs[0], q.shape[-1], zeros=not covers)
+        dk, dv = (x.new_zeros(parts, *x.shape) for x in (k, v))
+        for call in calls:
+            call.set("out", out)
+            call.set("lse", lse_BHN)
+            call.set("d_out", d_out)
+            call.set("d_lse", grad_outputs[1].float())
+            call.set("dq", dq)
+            call.set("dk", dk[0])
+            call.set("dv", dv[0])
+            call.task.dk_part, call.task.dv_part = dk.stride(0), dv.stride(0)
+            call.split(parts)
+            call.run("backward")
+        grads = (dq, *(x[0] if parts == 1 else x.sum(0) for x in (dk, dv)))
+        dq, dk, dv = (
+            grad[..., : x.shape[-1]].to(x.dtype) for grad, x in zip(grads, inputs, strict=True)
+        )
+        return dq, dk, dv, None, None
+
+
+class _Call:
+    """A task, and the tensors that it points to."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: KeyRanges,
+        scale: float,
+        places: Places,
+        *,
+        add: bool,
+    ) -> None:
+        self.ranges = ranges
+        self.task = task = _Task()
+        self._kept: list[Tensor] = []
+        query_heads, key_heads = (
+            torch.arange(x.shape[1]) if own is None else own
+            for x, own in ((q, places.query_heads), (k, places.key_heads))
+        )
+        task.batch, task.heads, task.key_heads = len(q), len(query_heads), len(key_heads)
+        _, task.rows, task.ranges = ranges.lo_GNm.shape
+        task.keys, task.scale, task.level = ranges.keys, scale, level()
+        task.width, task.value_width, task.add = q.shape[-1], v.shape[-1], add
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            self.set(name, x)
+        self.group_BH = ranges.group_BH.expand(len(q), -1).contiguous()
+        self.keep(q_heads=query_heads, k_heads=key_heads, group=self.group_BH)
+        self.keep(lo=ranges.lo_GNm, hi=ranges.hi_GNm)
+        for name, rows in (("q_row", places.query_rows), ("k_row", places.key_rows)):
+            if rows is not None:
+                self.keep(**{f"{name}s": rows})
+                setattr(task, f"{name}_batches", rows.shape[0])
+                setattr(task, f"{name}_groups", rows.shape[1])
+        self.tile = library().longspan_tile(task.level)
+        task.share = self._share()
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Point to contiguous tensors."""
+        for name, x in tensors.items():
+            own = x.contiguous()
+            self._kept.append(own)
+            setattr(self.task, name, own.data_ptr())
+
+    def set(self, name: str, x: Tensor) -> None:
+        """Point to a tensor that lies in steps."""
+        self._kept.append(x)
+        setattr(self.task, name, x.data_ptr())
+        setattr(self.task, f"{name}_steps", _Steps(*x.stride()[:3]))
+
+    def run(self, what: str) -> None:
+        """Do the work, with all threads if it is worth them."""
+        function: Callable[[Any], int] = getattr(library(), f"longspan_{what}")
+        failed = []
+
+        def part(_: int) -> None:
+            if function(ctypes.byref(self.task)):
+                failed.append(what)
+
+        work = int(self._cost(1).sum()) * self.task.width
+        threads = torch.get_num_threads() if can_share_threads() else 1
+        run_parts(part, threads if work >= _WORTH_THREADS else 1)
+        if failed:
+            raise MemoryError(f"no memory for the {what} pass over {self.task.rows} rows")
+
+    def parts(self) -> int:
+        """How many parts of a head's rows have gradients of keys of their own.
+
+        No more than it takes to give every thread its share.
+        """
+        units = self.task.batch * self.task.key_heads
+        threads = torch.get_num_threads()
+        even = units % threads == 0 or units >= 4 * threads
+        return -(-threads // units) if units < threads or even else 2
+
+    def split(self, parts: int) -> None:
+        """Cut the rows of each head into parts that take equally long."""
+        before_t = (self._cost(self.tile // self.task.share).sum(0) + 1).cumsum(0)
+        goal = before_t[-1] * torch.arange(1, parts) // parts
+        inner = torch.searchsorted(before_t, goal) + 1
+        ends = (torch.tensor([0]), inner, torch.tensor([len(before_t)]))
+        self.keep(first=torch.cat(ends).clamp(max=len(before_t)))
+        self.task.parts = parts
+
+    def _cost(self, height: int) -> Tensor:
+        """Visible pairs of each group of ranges, weighed by its heads, in tiles [G, tiles]."""
+        kept = _costs.setdefault(self.ranges, {})
+        name = (self.task.batch, height)
+        if name not in kept:
+            pairs_GN = (self.ranges.hi_GNm - self.ranges.lo_GNm).sum(2, dtype=torch.int64)
+            tiles = -(-pairs_GN.shape[1] // height)
+            cost_Gt = pad(pairs_GN, (0, tiles * height - pairs_GN.shape[1])).unflatten(
+                1, (tiles, height)
+            )
+            times_G = torch.bincount(self.group_BH.flatten(), minlength=len(pairs_GN))
+            kept[name] = cost_Gt.sum(2) * times_G[:, None]
+        return kept[name]
+
+    def _share(self) -> int:
+        """How many query heads a tile holds side by side: what needs the fewest tiles."""
+        task, each = self.task, self.task.heads // self.task.key_heads
+        group_BKe = self.group_BH.unflatten(1, (-1, each))
+        alike = bool((group_BKe == group_BKe[..., :1]).all())
+        if each == 1 or not alike:
+            return 1
+        if task.q_row_groups:
+            each = gcd(each, task.heads // task.q_row_groups)
+
+        def tiles(share: int) -> int:
+            return -(-task.rows // (self.tile // share)) * (task.heads // share)
+
+        fit = [d for d in range(1, min(each, self.tile) + 1) if each % d == 0]
+        return min(reversed(fit), key=tiles)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """In float32, with columns side by side, and as many of them as vectors take."""
+    x = x.float()
+    rest = -x.shape[-1] % _LANES
+    if rest:
+        return pad(x, (0, rest))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: Tensor, width: int, *, zeros: bool) -> Tensor:
+    """A tensor [..., width] in float32 that lies as ``x`` does."""
+    new = torch.zeros_like if zeros else torch.empty_like
+    if width == x.shape[-1] and x.stride(-1) == 1:
+        return new(x, dtype=torch.float32)
+    wide = x[..., :1].expand(*x.shape[:-1], width)
+    return new(wide, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -1,0 +1,39 @@
+/* Sixteen numbers at a time: AVX-512. */
+#include <immintrin.h>
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
+#define SUFFIX(name) name##_avx512
+#define LANES 16
+/* Rows of a block of the products that broadcast keys: 8 x VECTORS sums stay in registers. */
+#define ROWS 8
+#define VECTORS 3
+/* Rows and vectors of the product that gives rows of keys. */
+#define KEY_ROWS 6
+#define KEY_VECTORS 4
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __mmask16 vm;
+#define v_load(p) _mm512_loadu_ps(p)
+#define v_store(p, x) _mm512_storeu_ps(p, x)
+#define v_set(x) _mm512_set1_ps(x)
+#define v_add(a, b) _mm512_add_ps(a, b)
+#define v_sub(a, b) _mm512_sub_ps(a, b)
+#define v_mul(a, b) _mm512_mul_ps(a, b)
+#define v_div(a, b) _mm512_div_ps(a, b)
+#define v_max(a, b) _mm512_max_ps(a, b)
+#define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define v_less(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define v_choose(m, yes, no) _mm512_mask_blend_ps(m, no, yes)
+#define v_any(m) (m != 0)
+#define v_iload(p) _mm512_loadu_si512(p)
+#define v_iset(x) _mm512_set1_epi32(x)
+#define v_isub(a, b) _mm512_sub_epi32(a, b)
+/* a < b of numbers without a sign. */
+#define v_below(a, b) _mm512_cmplt_epu32_mask(a, b)
+#define v_at_most(a, b) _mm512_cmple_epi32_mask(a, b)
+#define v_or(a, b) ((vm)((a) | (b)))
+#define v_and(a, b) ((vm)((a) & (b)))
+#define v_none ((vm)0)
+#define v_all(m) ((m) == (vm)0xffff)
+/* a 2^n for whole n. */
+#define v_scale(a, n) _mm512_scalef_ps(a, n)
+#define v_round(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)

@@ -1,0 +1,357 @@
+"""The compiled kernel against the reference, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tests.ops.cases import (
+    CASES,
+    Case,
+    causal,
+    key_ranges,
+    make_qkv,
+    run,
+    scattered,
+    scca_flow,
+    window,
+)
+from tests.ops.test_tiled import assert_same
+
+import longspan as ls
+from longspan.errors import Refusal
+from longspan.ops.capability import choose
+from longspan.ops.kernels import native as module
+from longspan.ops.kernels.native import native, native_passes
+from longspan.ops.kernels.reference import reference
+from longspan.ops.places import Places
+
+BY_NAME = {case.name: case for case in CASES}
+LEVELS = {1: "AVX2", 2: "AVX-512"}
+
+pytestmark = pytest.mark.skipif(
+    module.library() is None,
+    reason="the CPU kernel was not compiled: no C compiler, or not x86-64",
+)
+
+
+@pytest.fixture(params=LEVELS.values())
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {name: level for level, name in LEVELS.items()}[request.param]
+    if own > module.level():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(module, "level", lambda: own)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These inputs are too small to share, and test processes already fill the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference(case: Case) -> None:
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    found = run(native, qkv, ranges)
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    assert_same(found, run(reference, [x.double() for x in qkv], ranges), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_reference_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    qkv, ranges = make_qkv(case, dtype), case.ranges()
+    found = run(native, qkv, ranges)
+    assert found["lse"].dtype == torch.float32
+    assert {x.dtype for name, x in found.items() if name != "lse"} == {dtype}
+    assert_same(found, run(reference, [x.double() for x in qkv], ranges), 1e-2)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("width", [8, 40, 64, 96])
+def test_equals_reference_on_random_ranges(seed: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, keys = (int(x) for x in rng.integers(1, 300, size=2))
+    key_heads, share, batch, ranges = (int(x) for x in rng.integers(1, 4, size=4))
+    case = Case(
+        name=f"random-{seed}",
+        make=lambda c: scattered(c.N, c.B, c.H, c.keys, ranges, seed, smooth=bool(seed % 2)),
+        B=batch,
+        H=key_heads * share,
+        K=key_heads,
+        N=n,
+        M=keys,
+        D=width,
+    )
+    qkv, made = make_qkv(case, torch.float32), case.ranges()
+    wanted = run(reference, [x.double() for x in qkv], made)
+    assert_same(run(native, qkv, made), wanted, 1e-5)
+
+
+@pytest.mark.parametrize(("heads", "n"), [(4, 300), (6, 50), (7, 90), (8, 1), (32, 40), (64, 3)])
+def test_heads_of_one_key_head_share_tiles(heads: int, n: int) -> None:
+    i = np.arange(n)
+    ranges = key_ranges(0 * i, i + 1, heads=heads, keys=n)
+    case = Case(name="", make=lambda c: ranges, B=2, H=heads, K=1, N=n, D=16)
+    qkv = make_qkv(case, torch.float32)
+    assert_same(run(native, qkv, ranges), run(reference, [x.double() for x in qkv], ranges), 1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", ["gqa-4", "scca-flow-odd-gqa", "segments", "scattered-8"])
+def test_several_threads_compute_the_same_every_time(
+    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WORTH_THREADS", 0)
+    case = BY_NAME[name]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    alone = run(native, qkv, ranges)
+    torch.set_num_threads(threads)
+    once, again = run(native, qkv, ranges), run(native, qkv, ranges)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    # Only gradients of keys are added up in parts.
+    assert all(torch.equal(once[name], alone[name]) for name in ("out", "lse", "dq"))
+    assert_same(once, alone, 1e-5)
+
+
+def test_parts_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Call, "parts", lambda self: 7)
+    for name in ("one-token", "gqa-4", "causal"):
+        case = BY_NAME[name]
+        qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+        wanted = run(reference, [x.double() for x in qkv], ranges)
+        assert_same(run(native, qkv, ranges), wanted, 1e-5)
+
+
+def test_reads_and_gives_any_layout() -> None:
+    case = BY_NAME["gqa-4"]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    wanted = run(native, qkv, ranges)
+    for order in ((0, 2, 1, 3), (1, 2, 0, 3), (2, 0, 1, 3)):
+        back = [order.index(axis) for axis in range(4)]
+        moved = [x.permute(order).contiguous().permute(back) for x in qkv]
+        assert_same(run(native, moved, ranges), wanted, 1e-6)
+        out, _ = native(*moved, ranges, 0.3)
+        assert out.permute(order).is_contiguous()
+    q, k, v = qkv
+    odd = [q, k.mT.contiguous().mT, torch.cat([v, v], dim=-1)[..., : v.shape[-1]]]
+    assert_same(run(native, odd, ranges), wanted, 1e-6)
+
+
+# Rows of a pass in another order, some of them without a place, and some heads left out.
+@pytest.mark.usefixtures("instructions")
+def test_rows_and_heads_where_they_lie() -> None:
+    rng = np.random.default_rng(0)
+    batch, heads, key_heads, rows, keys, n, m = 2, 6, 3, 70, 90, 60, 80
+    query_heads, kv_heads = [2, 3, 4, 5], [1, 2]
+    # Queries differ per key head, keys per batch row.
+    table_q = np.stack([rng.permutation(rows)[:n] for _ in range(2)])[None]
+    table_q[:, :, 5:8] = -1
+    table_k = np.stack([rng.permutation(keys)[:m] for _ in range(2)])[:, None]
+    ranges = scattered(n, batch, 4, m, 3, 1)
+    places = Places(
+        query_rows=torch.from_numpy(table_q),
+        key_rows=torch.from_numpy(table_k),
+        query_heads=torch.tensor(query_heads),
+        key_heads=torch.tensor(kv_heads),
+        covers=False,
+    )
+    shapes = [(heads, rows), (key_heads, keys), (key_heads, keys)]
+    torch.manual_seed(0)
+    qkv = [torch.randn(batch, *shape, 16) for shape in shapes]
+
+    def moved(q, k, v, ranges, scale):
+        out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf)
+        group = ranges.group_BH.expand(batch, -1)
+        for b in range(batch):
+            for h, head in enumerate(query_heads):
+                places = np.flatnonzero(table_q[0, h // 2] >= 0)
+                own = [
+                    torch.from_numpy(table_q[0, h // 2][places]),
+                    torch.from_numpy(table_k[b, 0]),
+                ]
+                one = key_ranges(
+                    *(x[group[b, h]][places][None] for x in (ranges.lo_GNm, ranges.hi_GNm)),
+                    heads=1,
+                    keys=m,
+                )
+                own_q = q[b, head, own[0]]
+                own_k, own_v = (x[b, kv_heads[h // 2], own[1]] for x in (k, v))
+                found = reference(*(x[None, None] for x in (own_q, own_k, own_v)), one, scale)
+                out = out.index_put((torch.tensor(b), torch.tensor(head), own[0]), found[0][0, 0])
+                lse = lse.index_put((torch.tensor(b), torch.tensor(head), own[0]), found[1][0, 0])
+        return out, lse
+
+    found = run(partial(native, places=places), qkv, ranges)
+    assert_same(found, run(moved, [x.double() for x in qkv], ranges), 1e-5)
+
+
+# Overlapping passes: a key that several see counts in each, as LongNet wants it.
+@pytest.mark.usefixtures("instructions")
+def test_passes_are_joined() -> None:
+    n = 200
+    nothing = key_ranges(np.zeros(n), np.zeros(n), heads=4, keys=n)
+    cases = [window(n, 4, 30), nothing, scca_flow(n, 4, 20), causal(n, 4)]
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, heads, n, 16) for heads in (4, 2, 2)]
+
+    def joined(q, k, v, ranges, scale):
+        parts = [reference(q, k, v, one, scale) for one in cases]
+        lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
+        weights = [(own - lse).exp().nan_to_num(0.0)[..., None] for _, own in parts]
+        return sum(w * out for w, (out, _) in zip(weights, parts, strict=True)), lse
+
+    def ours(q, k, v, ranges, scale):
+        return native_passes(q, k, v, [(one, Places()) for one in cases], scale)
+
+    found = run(ours, qkv, cases[0])
+    assert_same(found, run(joined, [x.double() for x in qkv], cases[0]), 1e-5)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("name", ["window", "scca-flow", "shifted-chunk", "sink-window", "causal"])
+def test_later_keys_change_no_bit_of_earlier_rows(name: str) -> None:
+    case = BY_NAME[name]
+    q, k, v = make_qkv(case, torch.float32)
+    out, lse = native(q, k, v, case.ranges(), 0.25)
+    t = case.N * 5 // 8 + 1
+    _, other_k, other_v = make_qkv(case, torch.float32, seed=9)
+    k[:, :, t:], v[:, :, t:] = other_k[:, :, t:], other_v[:, :, t:]
+    changed_out, changed_lse = native(q, k, v, case.ranges(), 0.25)
+    assert torch.equal(out[:, :, :t], changed_out[:, :, :t])
+    assert torch.equal(lse[:, :, :t], changed_lse[:, :, :t])
+    assert not torch.equal(out[:, :, t:], changed_out[:, :, t:])
+
+
+@pytest.mark.usefixtures("instructions")
+def test_keys_that_nobody_sees_may_hold_anything() -> None:
+    lo, hi = np.array([[3, 20]] * 100), np.array([[9, 50]] * 100)
+    ranges = key_ranges(lo[None], hi[None], heads=2, keys=60)
+    q, k, v = (torch.randn(1, 2, rows, 16) for rows in (100, 60, 60))
+    wanted = run(native, [q, k, v], ranges)
+    unseen = torch.ones(60, dtype=torch.bool)
+    unseen[3:9], unseen[20:50] = False, False
+    k[:, :, unseen], v[:, :, unseen] = torch.nan, torch.inf
+    found = run(native, [q, k, v], ranges)
+    assert all(torch.equal(found[name], want) for name, want in wanted.items())
+
+
+@pytest.mark.usefixtures("instructions")
+def test_large_logits_stay_finite() -> None:
+    case = BY_NAME["window"]
+    qkv = [x * 30 for x in make_qkv(case, torch.float32)]
+    found = run(native, qkv, case.ranges())
+    expected = run(reference, [x.double() for x in qkv], case.ranges())
+    assert_same({"out": found["out"]}, {"out": expected["out"]}, 1e-3)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_rows_that_see_nothing_have_no_gradient() -> None:
+    lo, hi = np.zeros(100), np.arange(100) + 1
+    hi[::3] = 0
+    case = Case(name="holes", make=lambda c: key_ranges(lo, hi, heads=c.H, keys=c.N), N=100)
+    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
+    out, lse = native(q, k, v, case.ranges(), 0.25)
+    assert (out[:, :, ::3] == 0).all()
+    assert lse[:, :, ::3].isneginf().all()
+    # The infinite lse of those rows goes into the loss on purpose.
+    dq, dk, dv = torch.autograd.grad(out.sum() + lse.exp().sum(), (q, k, v))
+    assert (dq[:, :, ::3] == 0).all()
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def test_autocast_rounds_nothing() -> None:
+    case = BY_NAME["window"]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    plain = run(native, qkv, ranges)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(native, qkv, ranges)
+    assert all(torch.equal(found[name], want) for name, want in plain.items())
+
+
+def test_works_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WORTH_THREADS", 0)
+    torch.set_num_threads(2)
+    case = BY_NAME["gqa-4"]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    with torch.inference_mode():
+        out, _ = native(*[x + 0 for x in qkv], ranges, 0.25)
+    assert torch.equal(out, native(*qkv, ranges, 0.25)[0])
+
+
+def test_second_derivative_is_refused() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
+    out, _ = native(q, k, v, case.ranges(), 0.25)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "strided(5)",
+        "dilated(9, [1, 4])",
+        "sda.neighborhood(7, 3)",
+        "ssa(20, 5)",
+        "longnet([16, 32, 64], [1, 2, 4])",
+        "diagonals(5)",
+        "longformer(20, tokens=[0, 50])",
+        "longmixed(16, 3)",
+    ],
+)
+@pytest.mark.parametrize(("n", "heads", "key_heads"), [(120, 8, 2), (97, 4, 4)])
+def test_orders_need_no_gathering(
+    text: str, n: int, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("rows were moved")
+
+    plan = ls.plan(ls.parse(text), n, heads)
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, h, n, 16) for h in (heads, key_heads, key_heads)]
+
+    def through(impl: str) -> Callable:
+        return lambda q, k, v, *_: ls.attend(q, k, v, plan, return_lse=True, impl=impl, scale=0.3)
+
+    wanted = run(through("reference"), [x.double() for x in qkv], None)
+    monkeypatch.setattr("longspan.ops.rows.Table.take", never)
+    assert_same(run(through("native"), qkv, None), wanted, 1e-5)
+
+
+def test_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["window"]
+    qkv, ranges = make_qkv(case), case.ranges()
+    with pytest.raises(Refusal, match="computes in float32, the tensors are float64"):
+        choose("native", *qkv, ranges)
+    single = [x.float() for x in qkv]
+    assert choose("auto", *single, ranges).name == "native"
+    monkeypatch.setattr(module, "level", lambda: 0)
+    with pytest.raises(Refusal, match="no AVX2"):
+        choose("native", *single, ranges)
+    monkeypatch.setattr(module, "library", lambda: None)
+    with pytest.raises(Refusal, match="was not compiled"):
+        choose("native", *single, ranges)
+    assert choose("auto", *single, ranges).name == "tiled"
+
+
+def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = [*module._Task._fields_, ("more", ctypes.c_int64)]
+
+    monkeypatch.setattr(module, "_Task", Longer)
+    module.library.cache_clear()
+    try:
+        assert module.library() is None
+    finally:
+        module.library.cache_clear()
