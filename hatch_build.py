@@ -26,14 +26,18 @@ class CompileHook(BuildHookInterface):
         root = Path(self.root)
         compiler = shlex.split(os.environ.get("CC", "cc"))
         sources = sorted(str(path) for path in (root / FOLDER).glob("*.c"))
-        target = root / LIBRARY
+        target, said = root / LIBRARY, ""
         # A running process may have the old one open: it keeps what it has.
         target.unlink(missing_ok=True)
         command = [*compiler, "-O3", "-fPIC", "-shared", "-o", str(target), *sources, "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", "") or str(error)
+        # Compilers before gcc 11 and clang 12 do not know AMX.
+        for options in ([], ["-DLONGSPAN_WITHOUT_AMX"]):
+            try:
+                subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+                break
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = getattr(error, "stderr", "") or str(error)
+        else:
             self.app.display_warning(f"the CPU kernel was not compiled: {said.strip()[:2000]}")
             return
         build_data["artifacts"].append(str(LIBRARY))

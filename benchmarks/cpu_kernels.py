@@ -1,9 +1,9 @@
-"""The tiled kernel against dense attention and FlexAttention on the CPU: speed, memory, exactness.
+"""Our CPU kernels against dense attention and FlexAttention: speed, memory, exactness.
 
     python benchmarks/cpu_kernels.py [--rounds 9] [--lengths 4096,16384] [--write NAME]
 
-Batch 1, 8 heads, width 64; causal window(512), scca.flow(512), shifted_chunk(1024). Before
-anything is timed, outputs and all gradients are compared with the reference, and a wrong one
+Batch 1, 8 heads, width 64; causal window(512), scca.flow(512), shifted_chunk(1024), on the
+compiled kernel ``native`` and on ``tiled``, which is plain PyTorch. Before anything is timed, outputs and all gradients are compared with the reference, and a wrong one
 stops the run. Rivals take turns within each round, so that whatever else the machine does hits
 all of them. What is compared is *useful pairs per second*: pairs that the pattern allows, over
 the time of a call; dense attention is PyTorch's own causal one. Memory is the peak of a fresh
@@ -37,6 +37,7 @@ from longspan.bench.memory import peak
 from longspan.bench.peers.flex import flex_over
 from longspan.bench.timing import in_turns
 from longspan.eval.environment import environment
+from longspan.ops.kernels.native import level, native
 from longspan.ops.kernels.reference import reference
 from longspan.ops.kernels.tiled import tiled
 from longspan.ops.ranges import KeyRanges
@@ -48,6 +49,7 @@ PATTERNS = ("window(512)", "scca.flow(512)", "shifted_chunk(1024)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative to the norm of the exact result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+INSTRUCTIONS = ("none", "AVX2", "AVX-512", "AMX")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -68,18 +70,19 @@ def useful_pairs(ranges: KeyRanges) -> int:
     return int(pairs_G[ranges.group_BH].sum())
 
 
-def check(pattern: str, dtype: str) -> dict[str, float]:
+def check(pattern: str, dtype: str, kernel: Any) -> dict[str, float]:
     """Relative errors of out, lse and the gradients through both, against float64."""
     n = 1500
     ranges = ranges_of(pattern, n)
     errors = oracle.errors(
-        lambda *x: tiled(*x, ranges, SCALE),
+        lambda *x: kernel(*x, ranges, SCALE),
         lambda *x: reference(*x, ranges, SCALE),
         tensors(n, DTYPES[dtype]),
     )
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
     if wrong:
-        sys.exit(f"{pattern} in {dtype} is wrong, nothing is timed: relative errors {wrong}")
+        name = f"{kernel.__name__}: {pattern} in {dtype}"
+        sys.exit(f"{name} is wrong, nothing is timed: relative errors {wrong}")
     return errors
 
 
@@ -94,8 +97,9 @@ def compare(
         "dense": lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
     }
     for pattern, ranges in made.items():
-        attend[pattern] = lambda ranges=ranges: tiled(q, k, v, ranges, SCALE)[0]
-        pairs[pattern] = useful_pairs(ranges)
+        for name, kernel in ((pattern, native), (f"{pattern} tiled", tiled)):
+            attend[name] = lambda kernel=kernel, ranges=ranges: kernel(q, k, v, ranges, SCALE)[0]
+            pairs[name] = useful_pairs(ranges)
         if with_flex:
             rival = flex_over(ranges, n, SCALE)
             attend[f"{pattern} flex"] = lambda rival=rival: rival(q, k, v)
@@ -135,9 +139,9 @@ def peak_memory(n: int) -> None:
     q, k, v = tensors(n, torch.float32, grad=True)
     # Threads and libraries are loaded by a short call first.
     short = tensors(256, torch.float32)
-    tiled(*short, ranges_of(PATTERNS[0], 256), SCALE)
+    native(*short, ranges_of(PATTERNS[0], 256), SCALE)
     before, most = peak(
-        lambda: torch.autograd.grad(tiled(q, k, v, ranges, SCALE)[0].sum(), (q, k, v))
+        lambda: torch.autograd.grad(native(q, k, v, ranges, SCALE)[0].sum(), (q, k, v))
     )
     print(json.dumps({"length": n, "before_mib": before / 2**20, "peak_mib": most / 2**20}))
 
@@ -178,7 +182,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     lines = [
-        f"# CPU kernels: {report['machine']['processor']}, {report['machine']['threads']} threads",
+        "# CPU kernels: {processor}, {threads} threads, {instructions}".format(
+            **report["machine"]
+        ),
         "",
         f"`python benchmarks/cpu_kernels.py`, torch {report['machine']['torch']}. Least of "
         f"{report['rounds']} rounds taken in turns; load of the machine while it ran: "
@@ -207,7 +213,12 @@ def main() -> None:
         return
     load_before = os.getloadavg()[0]
     report: dict[str, Any] = {
-        "errors": {f"{p} {d}": check(p, d) for p in PATTERNS for d in DTYPES},
+        "errors": {
+            f"{p} {d} {kernel.__name__}": check(p, d, kernel)
+            for p in PATTERNS
+            for d in DTYPES
+            for kernel in (native, tiled)
+        },
         "rounds": options.rounds,
         "speed": [],
     }
@@ -224,6 +235,7 @@ def main() -> None:
         "processor": environment()["cpu"],
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "instructions": INSTRUCTIONS[level()],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "longspan": ls.__version__,

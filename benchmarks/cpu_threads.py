@@ -1,4 +1,4 @@
-"""How the tiled kernel gains from a second core, next to dense attention.
+"""How the compiled kernel gains from a second core, next to dense attention.
 
     python benchmarks/cpu_threads.py [--length 16384] [--rounds 5] [--write NAME]
 
@@ -27,7 +27,7 @@ import longspan as ls
 from cpu_kernels import RESULTS, SCALE, ranges_of, tensors
 from longspan.bench.timing import in_turns
 from longspan.eval.environment import environment
-from longspan.ops.kernels.tiled import tiled
+from longspan.ops.kernels.native import native
 
 PATTERN = "window(512)"
 
@@ -54,7 +54,7 @@ def measure(n: int, rounds: int) -> list[dict[str, Any]]:
     ranges = ranges_of(PATTERN, n)
     add(
         PATTERN,
-        lambda q, k, v: tiled(q, k, v, ranges, SCALE)[0],
+        lambda q, k, v: native(q, k, v, ranges, SCALE)[0],
         tensors(n, torch.float32, grad=True),
     )
     add(

@@ -31,7 +31,7 @@ from longspan.ops.kernels.reference import reference
 from longspan.ops.places import Places
 
 BY_NAME = {case.name: case for case in CASES}
-LEVELS = {1: "AVX2", 2: "AVX-512"}
+LEVELS = {1: "AVX2", 2: "AVX-512", 3: "AMX"}
 
 pytestmark = pytest.mark.skipif(
     module.library() is None,
@@ -65,6 +65,7 @@ def test_equals_reference(case: Case) -> None:
     assert_same(found, run(reference, [x.double() for x in qkv], ranges), 1e-5)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_reference_in_half_precision(case: Case, dtype: torch.dtype) -> None:
@@ -218,13 +219,14 @@ def test_passes_are_joined() -> None:
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["window", "scca-flow", "shifted-chunk", "sink-window", "causal"])
-def test_later_keys_change_no_bit_of_earlier_rows(name: str) -> None:
+def test_later_keys_change_no_bit_of_earlier_rows(name: str, dtype: torch.dtype) -> None:
     case = BY_NAME[name]
-    q, k, v = make_qkv(case, torch.float32)
+    q, k, v = make_qkv(case, dtype)
     out, lse = native(q, k, v, case.ranges(), 0.25)
     t = case.N * 5 // 8 + 1
-    _, other_k, other_v = make_qkv(case, torch.float32, seed=9)
+    _, other_k, other_v = make_qkv(case, dtype, seed=9)
     k[:, :, t:], v[:, :, t:] = other_k[:, :, t:], other_v[:, :, t:]
     changed_out, changed_lse = native(q, k, v, case.ranges(), 0.25)
     assert torch.equal(out[:, :, :t], changed_out[:, :, :t])
@@ -233,10 +235,11 @@ def test_later_keys_change_no_bit_of_earlier_rows(name: str) -> None:
 
 
 @pytest.mark.usefixtures("instructions")
-def test_keys_that_nobody_sees_may_hold_anything() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_nobody_sees_may_hold_anything(dtype: torch.dtype) -> None:
     lo, hi = np.array([[3, 20]] * 100), np.array([[9, 50]] * 100)
     ranges = key_ranges(lo[None], hi[None], heads=2, keys=60)
-    q, k, v = (torch.randn(1, 2, rows, 16) for rows in (100, 60, 60))
+    q, k, v = (torch.randn(1, 2, rows, 16, dtype=dtype) for rows in (100, 60, 60))
     wanted = run(native, [q, k, v], ranges)
     unseen = torch.ones(60, dtype=torch.bool)
     unseen[3:9], unseen[20:50] = False, False

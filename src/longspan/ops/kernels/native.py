@@ -11,8 +11,9 @@ order gathers nothing and puts nothing back, and keys that lie apart make one bl
 O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradients for each part.
 
 The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
-compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512; half precision is computed
-in float32.
+compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX for the
+forward pass where there is one, with softmax in float32; all else in half precision is computed in
+float32.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
 G range groups, m ranges per query.
@@ -38,8 +39,9 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.workers import can_share_threads, run_parts
 
 LIBRARY = Path(__file__).parents[1] / "native" / "native.so"
-# Widths are multiples of the widest vector.
-_LANES = 16
+# Widths are multiples of these: a vector of float32, or a row of a tile register.
+_LANES, _AMX_LANES = 16, 32
+_AMX = 3
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 22
 
@@ -59,7 +61,7 @@ class _Task(ctypes.Structure):
 
     _fields_ = [
         *_fields("batch heads key_heads rows keys width value_width ranges", ctypes.c_int64),
-        *_fields("share level add", ctypes.c_int64),
+        *_fields("share level add half", ctypes.c_int64),
         ("scale", ctypes.c_float),
         *_fields("q k v", ctypes.c_void_p),
         *_fields("q_steps k_steps v_steps", _Steps),
@@ -92,7 +94,7 @@ def library() -> Any:
 
 
 def level() -> int:
-    """What this machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512."""
+    """What this machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX."""
     return 0 if library() is None else library().longspan_level()
 
 
@@ -161,12 +163,18 @@ class _Native(torch.autograd.Function):
         passes: tuple[tuple[KeyRanges, Places], ...],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_rows(x) for x in (q_BHND, k_BKMD, v_BKMD))
+        amx = q_BHND.dtype == torch.bfloat16 and level() == _AMX
+        own = (torch.bfloat16, _AMX_LANES) if amx else (torch.float32, _LANES)
+        q, k, v = (_rows(x, *own) for x in (q_BHND, k_BKMD, v_BKMD))
         covers = passes[0][1].covers
-        out_BHND = _like(q_BHND, v.shape[-1], zeros=not covers)
-        lse_BHN = out_BHND.new_full(out_BHND.shape[:3], -torch.inf)
+        # What several passes give is rounded once, at the end.
+        half = amx and covers and len(passes) == 1
+        dtype = torch.bfloat16 if half else torch.float32
+        out_BHND = _like(q_BHND, v.shape[-1], dtype, zeros=not covers)
+        lse_BHN = out_BHND.new_full(out_BHND.shape[:3], -torch.inf, dtype=torch.float32)
         for index, (ranges, places) in enumerate(passes):
             call = _Call(q, k, v, ranges, scale, places, add=index > 0 or not covers)
+            call.task.half = half
             call.set("out", out_BHND)
             call.set("lse", lse_BHN)
             call.run("forward")
@@ -189,7 +197,7 @@ class _Native(torch.autograd.Function):
             for index, (ranges, places) in enumerate(ctx.passes)
         ]
         parts = max(call.parts() for call in calls)
-        dq = _like(inputs[0], q.shape[-1], zeros=not covers)
+        dq = _like(inputs[0], q.shape[-1], torch.float32, zeros=not covers)
         dk, dv = (x.new_zeros(parts, *x.shape) for x in (k, v))
         for call in calls:
             call.set("out", out)
@@ -232,7 +240,8 @@ class _Call:
         )
         task.batch, task.heads, task.key_heads = len(q), len(query_heads), len(key_heads)
         _, task.rows, task.ranges = ranges.lo_GNm.shape
-        task.keys, task.scale, task.level = ranges.keys, scale, level()
+        task.keys, task.scale = ranges.keys, scale
+        task.level = _AMX if q.dtype == torch.bfloat16 else min(level(), _AMX - 1)
         task.width, task.value_width, task.add = q.shape[-1], v.shape[-1], add
         for name, x in (("q", q), ("k", k), ("v", v)):
             self.set(name, x)
@@ -325,19 +334,19 @@ class _Call:
         return min(reversed(fit), key=tiles)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """In float32, with columns side by side, and as many of them as vectors take."""
-    x = x.float()
-    rest = -x.shape[-1] % _LANES
+def _rows(x: Tensor, dtype: torch.dtype = torch.float32, lanes: int = _LANES) -> Tensor:
+    """With columns side by side, a multiple of ``lanes`` of them."""
+    x = x.to(dtype)
+    rest = -x.shape[-1] % lanes
     if rest:
         return pad(x, (0, rest))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like(x: Tensor, width: int, *, zeros: bool) -> Tensor:
-    """A tensor [..., width] in float32 that lies as ``x`` does."""
+def _like(x: Tensor, width: int, dtype: torch.dtype, *, zeros: bool) -> Tensor:
+    """A tensor [..., width] that lies as ``x`` does."""
     new = torch.zeros_like if zeros else torch.empty_like
     if width == x.shape[-1] and x.stride(-1) == 1:
-        return new(x, dtype=torch.float32)
+        return new(x, dtype=dtype)
     wide = x[..., :1].expand(*x.shape[:-1], width)
-    return new(wide, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return new(wide, dtype=dtype, memory_format=torch.contiguous_format)

@@ -3,10 +3,6 @@
 #define TARGET __attribute__((target("avx2,fma")))
 #define SUFFIX(name) name##_avx2
 #define LANES 8
-#define ROWS 4
-#define VECTORS 3
-#define KEY_ROWS 6
-#define KEY_VECTORS 2
 typedef __m256 vf;
 typedef __m256i vi;
 typedef __m256 vm;

@@ -3,12 +3,6 @@
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
 #define SUFFIX(name) name##_avx512
 #define LANES 16
-/* Rows of a block of the products that broadcast keys: 8 x VECTORS sums stay in registers. */
-#define ROWS 8
-#define VECTORS 3
-/* Rows and vectors of the product that gives rows of keys. */
-#define KEY_ROWS 6
-#define KEY_VECTORS 4
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __mmask16 vm;

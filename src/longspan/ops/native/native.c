@@ -5,24 +5,35 @@ int64_t longspan_forward_avx2(Task *), longspan_backward_avx2(Task *), longspan_
 int64_t longspan_forward_avx512(Task *), longspan_backward_avx512(Task *);
 int64_t longspan_tile_avx512(void);
 
+#ifdef LONGSPAN_WITHOUT_AMX
+/* The compiler does not know it. */
+static int64_t longspan_forward_amx(Task *task) { return task == 0; }
+static int64_t longspan_tile_amx(void) { return 1; }
+static int64_t longspan_amx(void) { return 0; }
+#else
+int64_t longspan_forward_amx(Task *), longspan_tile_amx(void), longspan_amx(void);
+#endif
+
 int64_t longspan_task(void) { return sizeof(Task); }
 
 int64_t longspan_level(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return 2;
+        return longspan_amx() ? 3 : 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
 int64_t longspan_tile(int64_t level) {
-    return level >= 2 ? longspan_tile_avx512() : longspan_tile_avx2();
+    if (level == 3) return longspan_tile_amx();
+    return level == 2 ? longspan_tile_avx512() : longspan_tile_avx2();
 }
 
 int64_t longspan_forward(Task *task) {
-    return task->level >= 2 ? longspan_forward_avx512(task) : longspan_forward_avx2(task);
+    if (task->level == 3) return longspan_forward_amx(task);
+    return task->level == 2 ? longspan_forward_avx512(task) : longspan_forward_avx2(task);
 }
 
 int64_t longspan_backward(Task *task) {
-    return task->level >= 2 ? longspan_backward_avx512(task) : longspan_backward_avx2(task);
+    return task->level == 2 ? longspan_backward_avx512(task) : longspan_backward_avx2(task);
 }

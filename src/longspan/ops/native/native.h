@@ -21,13 +21,16 @@ typedef struct {
     int64_t level;
     /* Whether out and lse, or dq, hold what earlier passes gave: this one joins them. */
     int64_t add;
+    /* Level 3: whether out is in bfloat16, not in float32; then nothing is joined. */
+    int64_t half;
     float scale;
     const void *q, *k, *v;
     Steps q_steps, k_steps, v_steps;
     /* Which heads of the arrays take part [H] and [K]. */
     const int64_t *q_heads, *k_heads;
     /* Which row of the arrays stands at each place, -1 for none, or NULL where they are the same:
-     * [batches, groups, N] and [batches, groups, M], shared by batch rows and neighbouring heads. */
+     * [batches, groups, N] and [batches, groups, M], shared by batch rows and by neighbouring
+     * heads. */
     const int64_t *q_rows, *k_rows;
     int64_t q_row_batches, q_row_groups, k_row_batches, k_row_groups;
     /* Ranges in places of keys [G, N, m], and the group of each head [B, H]. */
@@ -54,7 +57,8 @@ typedef struct {
 
 /* Bytes of a task: a caller of another version stays away. */
 int64_t longspan_task(void);
-/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512. */
+/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which the forward
+ * pass of bfloat16 is computed (D a multiple of 32, E of 16); all else is float32 and level 2. */
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
