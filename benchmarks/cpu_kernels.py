@@ -3,11 +3,12 @@
     python benchmarks/cpu_kernels.py [--rounds 9] [--lengths 4096,16384] [--write NAME]
 
 Batch 1, 8 heads, width 64; causal window(512), scca.flow(512), shifted_chunk(1024), on the
-compiled kernel ``native`` and on ``tiled``, which is plain PyTorch. Before anything is timed, outputs and all gradients are compared with the reference, and a wrong one
-stops the run. Rivals take turns within each round, so that whatever else the machine does hits
-all of them. What is compared is *useful pairs per second*: pairs that the pattern allows, over
-the time of a call; dense attention is PyTorch's own causal one. Memory is the peak of a fresh
-process for one forward and backward.
+compiled kernel ``native`` and on ``tiled``, which is plain PyTorch. Before anything is timed,
+outputs and all gradients are compared with the reference, and a wrong one stops the run. Rivals
+take turns within each round, so that whatever else the machine does hits all of them. What is
+compared is *useful pairs per second*: pairs that the pattern allows, over the time of a call;
+dense attention is PyTorch's own causal one. Memory is the peak of a fresh process for one forward
+and backward.
 
 ``--write NAME`` stores benchmarks/results/NAME.json and NAME.md.
 """
