@@ -38,7 +38,7 @@ from longspan.bench.memory import peak
 from longspan.bench.peers.flex import flex_over
 from longspan.bench.timing import in_turns
 from longspan.eval.environment import environment
-from longspan.ops.kernels.native import level, native
+from longspan.ops.kernels.native import instructions, native
 from longspan.ops.kernels.reference import reference
 from longspan.ops.kernels.tiled import tiled
 from longspan.ops.ranges import KeyRanges
@@ -50,7 +50,6 @@ PATTERNS = ("window(512)", "scca.flow(512)", "shifted_chunk(1024)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative to the norm of the exact result.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-INSTRUCTIONS = ("none", "AVX2", "AVX-512", "AMX")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -236,7 +235,7 @@ def main() -> None:
         "processor": environment()["cpu"],
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "instructions": INSTRUCTIONS[level()],
+        "instructions": instructions(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "longspan": ls.__version__,

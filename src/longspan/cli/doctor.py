@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,7 @@ def doctor(
         )
     if not found["cuda"]:
         table.add_row("gpu", "none that torch sees")
+    table.add_row("cpu kernel", found["cpu_kernel"] or "not compiled")
     console = Console()
     console.print(table)
     for problem in problems:
@@ -62,4 +64,10 @@ def _problems(found: dict[str, Any]) -> list[str]:
         problems.append("peft missing: `longspan extend` needs `pip install longspan[train]`")
     if found["cuda"] and not packages["triton"]:
         problems.append("triton missing: the CUDA kernels need it (it comes with torch for CUDA)")
+    if not found["cpu_kernel"] and platform.machine() in ("x86_64", "AMD64"):
+        problems.append(
+            "the CPU kernel is not compiled (there was no C compiler when longspan was installed, "
+            "or it is another version's): attention on the CPU takes about twice as long; install "
+            "gcc or clang, then longspan again"
+        )
     return problems

@@ -27,6 +27,8 @@ def environment() -> dict[str, Any]:
     """Versions of packages (None: not installed) and the hardware, as plain JSON values."""
     import torch
 
+    from longspan.ops.kernels.native import instructions
+
     cuda = []
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -37,6 +39,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "packages": {name: version(name) for name in PACKAGES},
         "cpu": _cpu_name(),
+        "cpu_kernel": instructions(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),

@@ -98,6 +98,11 @@ def level() -> int:
     return 0 if library() is None else library().longspan_level()
 
 
+def instructions() -> str | None:
+    """Name of what this machine can do; None where there is no compiled code for it."""
+    return (None, "AVX2", "AVX-512", "AVX-512 and AMX")[level()]
+
+
 def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
     """Why these inputs cannot be taken."""
     del k, v, ranges
