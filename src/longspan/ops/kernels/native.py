@@ -236,6 +236,9 @@ class _Call:
         *,
         add: bool,
     ) -> None:
+        # The compiled code would read past the end.
+        assert places.key_rows is not None or ranges.keys <= k.shape[2]
+        assert places.query_rows is not None or ranges.queries <= q.shape[2]
         self.ranges = ranges
         self.task = task = _Task()
         self._kept: list[Tensor] = []

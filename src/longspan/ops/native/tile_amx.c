@@ -351,22 +351,6 @@ static void do_block(Work *w, const Task *task, int64_t keys) {
     }
 }
 
-/* What each strip sees, from the first key to the last. */
-static void look_closer(Work *w, const Task *task, int64_t count) {
-    for (int64_t i = 0; i < STRIPS; i++) {
-        w->least[i] = INT32_MAX;
-        w->most[i] = 0;
-    }
-    for (int64_t t = 0; t < task->ranges; t++)
-        for (int64_t l = 0; l < count; l++) {
-            const int32_t lo = w->sight.lo_mT[t * TILE + l];
-            const int32_t hi = lo + w->sight.count_mT[t * TILE + l];
-            if (lo >= hi) continue;
-            if (lo < w->least[l / WIDE]) w->least[l / WIDE] = lo;
-            if (hi > w->most[l / WIDE]) w->most[l / WIDE] = hi;
-        }
-}
-
 TARGET static void forward_tile(
     Work *w, const Task *task, int64_t b, int64_t h, int64_t first) {
     const int64_t kv = h / (task->heads / task->key_heads), head = task->k_heads[kv];
@@ -384,7 +368,7 @@ TARGET static void forward_tile(
                                                      task->q_heads[sight->head_T[i]],
                                                      sight->row_T[i]);
     turn_queries(w->q_D2, w->q_T, sight->count, D, task->scale);
-    look_closer(w, task, sight->count);
+    hulls(sight, task->ranges, WIDE, w->least, w->most);
     memset(w->out_EW[0], 0, E * TILE * sizeof(float));
     for (int i = 0; i < TILE; i++) {
         w->base_T[i] = -INFINITY;
