@@ -356,6 +356,16 @@ def test_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", *single, ranges).name == "tiled"
 
 
+def test_few_queries_over_many_keys_are_left_to_tiled() -> None:
+    def chosen(heads: int, n: int, keys: int) -> str:
+        q, k = torch.randn(1, heads, n, 16), torch.randn(1, 2, keys, 16)
+        ranges = key_ranges(np.zeros(n), np.full(n, keys), heads=heads, keys=keys)
+        return choose("auto", q, k, k, ranges).name
+
+    assert chosen(2, 1, 4096) == chosen(4, 2, 4096) == "tiled"
+    assert chosen(2, 1, 200) == chosen(2, 16, 4096) == chosen(8, 4, 4096) == "native"
+
+
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Longer(ctypes.Structure):
         _fields_ = [*module._Task._fields_, ("more", ctypes.c_int64)]

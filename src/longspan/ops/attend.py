@@ -125,6 +125,8 @@ def explain(
             why = "; ".join(kernel.reasons(*own, use_lse=use_lse))
             if not why and kernel.name in tflops:
                 why = f"possible, {tflops[kernel.name]:.0f} TFLOP/s there"
+            if not why and not kernel.worth(*own):
+                why = "possible, slower for so few queries"
             lines.append(f"  not {kernel.name}: {why or 'possible, comes later in the order'}")
     return "\n".join(lines)
 

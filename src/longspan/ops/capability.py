@@ -67,6 +67,12 @@ class Capability:
         more = getattr(module, "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
 
+    def worth(self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> bool:
+        """Whether ``auto`` should take it for inputs that it can take."""
+        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
+        own = getattr(module, "worth", None)
+        return own is None or own(q, k, v, ranges)
+
     def load(self) -> Kernel:
         """The kernel function."""
         return getattr(importlib.import_module(f"longspan.ops.kernels.{self.name}"), self.name)
@@ -147,7 +153,8 @@ def choose(
 
     known = {kernel.name: kernel for kernel in KERNELS}
     if impl == "auto":
-        return next(c for c in in_order(q, k, v, ranges)[0] if not refused(c))
+        able = (c for c in in_order(q, k, v, ranges)[0] if not refused(c))
+        return next(c for c in able if c.worth(q, k, v, ranges))
     if impl not in known:
         raise Refusal(f'impl must be "auto" or one of {", ".join(known)}; got {impl!r}')
     if why := refused(known[impl]):
