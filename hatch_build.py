@@ -27,13 +27,16 @@ class CompileHook(BuildHookInterface):
         compiler = shlex.split(os.environ.get("CC", "cc"))
         sources = sorted(str(path) for path in (root / FOLDER).glob("*.c"))
         target, said = root / LIBRARY, ""
-        # A running process may have the old one open: it keeps what it has.
+        # A running process may have the old one open, and keeps what it has; another may start
+        # meanwhile, and finds none or a whole one.
         target.unlink(missing_ok=True)
-        command = [*compiler, "-O3", "-fPIC", "-shared", "-o", str(target), *sources, "-lm"]
+        fresh = target.with_suffix(f".{os.getpid()}.so")
+        command = [*compiler, "-O3", "-fPIC", "-shared", "-o", str(fresh), *sources, "-lm"]
         # Compilers before gcc 11 and clang 12 do not know AMX.
         for options in ([], ["-DLONGSPAN_WITHOUT_AMX"]):
             try:
                 subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+                fresh.replace(target)
                 break
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", "") or str(error)

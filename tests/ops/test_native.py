@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +155,24 @@ def test_reads_and_gives_any_layout() -> None:
     assert_same(run(native, odd, ranges), wanted, 1e-6)
 
 
+# Rows that overlap, fewer than columns: tensors like these may lie with their rows innermost.
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("rows", [3, 16])
+def test_windows_of_one_row(rows: int) -> None:
+    i = np.arange(rows)
+    ranges = key_ranges(0 * i, i + 1, heads=2, keys=rows)
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, 2, rows + 31).unfold(2, 32, 1).requires_grad_() for _ in range(3)]
+
+    def gradients(kernel: Callable, own: list[torch.Tensor]) -> list[torch.Tensor]:
+        out, lse = kernel(*own, ranges, 0.3)
+        return [out, lse, *torch.autograd.grad(out.square().sum(), own)]
+
+    wanted = gradients(reference, [x.detach().double().requires_grad_() for x in qkv])
+    for found, want in zip(gradients(native, qkv), wanted, strict=True):
+        torch.testing.assert_close(found.double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
 # Rows of a pass in another order, some of them without a place, and some heads left out.
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -253,6 +273,39 @@ def test_keys_that_nobody_sees_may_hold_anything(dtype: torch.dtype) -> None:
     k[:, :, unseen], v[:, :, unseen] = torch.nan, torch.inf
     found = run(native, [q, k, v], ranges)
     assert all(torch.equal(found[name], want) for name, want in wanted.items())
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_see_nothing_may_hold_anything(value: float, dtype: torch.dtype) -> None:
+    lo, hi = np.zeros(100), np.arange(100) + 1
+    hi[::3] = 0
+    case = Case(name="holes", make=lambda c: key_ranges(lo, hi, heads=c.H, keys=c.N), N=100, D=32)
+    qkv, d_out = make_qkv(case, dtype), make_qkv(case, dtype, seed=1)[0]
+
+    def gradients() -> list[torch.Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in qkv)
+        out, _ = native(q, k, v, case.ranges(), 0.25)
+        return [out, *torch.autograd.grad(out, (q, k, v), d_out)]
+
+    wanted = gradients()
+    qkv[0][:, :, ::3], d_out[:, :, ::3] = value, value
+    assert all(torch.equal(*pair) for pair in zip(gradients(), wanted, strict=True))
+
+
+# A training loop finds out by it that a step went wrong.
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 1])
+def test_nan_is_not_hidden(at: int, value: float, dtype: torch.dtype) -> None:
+    case = BY_NAME["window"]
+    qkv, ranges = make_qkv(case, dtype), case.ranges()
+    qkv[at][:, :, case.N // 2] = value
+    found = run(native, qkv, ranges)
+    own = {name: x[:, :, case.N // 2] for name, x in found.items()}
+    assert all(x.isnan().flatten(1).any(1).all() for x in own.values())
 
 
 @pytest.mark.usefixtures("instructions")
@@ -376,3 +429,19 @@ def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPa
         assert module.library() is None
     finally:
         module.library.cache_clear()
+
+
+@pytest.mark.parametrize("what", [b"", b"\x7fELF of another machine"])
+def test_a_broken_library_is_left_alone(
+    what: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "native.so"
+    broken.write_bytes(what)
+    other = ctypes.util.find_library("m")
+    for found in (broken, Path(other) if other else broken):
+        monkeypatch.setattr(module, "LIBRARY", found)
+        module.library.cache_clear()
+        try:
+            assert module.library() is None
+        finally:
+            module.library.cache_clear()

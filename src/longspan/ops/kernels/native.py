@@ -83,11 +83,13 @@ class _Task(ctypes.Structure):
 @cache
 def library() -> Any:
     """The compiled code, or None where there is none that fits this file."""
-    if not LIBRARY.exists():
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+        for name in ("task", "level", "tile", "forward", "backward"):
+            getattr(found, f"longspan_{name}").restype = ctypes.c_int64
+    except (OSError, AttributeError):
+        # Not there, half written, for another machine, or of another version.
         return None
-    found = ctypes.CDLL(str(LIBRARY))
-    for name in ("task", "level", "tile", "forward", "backward"):
-        getattr(found, f"longspan_{name}").restype = ctypes.c_int64
     if found.longspan_task() != ctypes.sizeof(_Task):
         return None
     found.longspan_tile.argtypes = [ctypes.c_int64]
@@ -356,7 +358,7 @@ class _Call:
 
 def _rows(x: Tensor, dtype: torch.dtype = torch.float32, lanes: int = _LANES) -> Tensor:
     """With columns side by side, a multiple of ``lanes`` of them."""
-    x = x.to(dtype)
+    x = x.to(dtype).resolve_neg()
     rest = -x.shape[-1] % lanes
     if rest:
         return pad(x, (0, rest))
@@ -367,6 +369,9 @@ def _like(x: Tensor, width: int, dtype: torch.dtype, *, zeros: bool) -> Tensor:
     """A tensor [..., width] that lies as ``x`` does."""
     new = torch.zeros_like if zeros else torch.empty_like
     if width == x.shape[-1] and x.stride(-1) == 1:
-        return new(x, dtype=dtype)
+        found = new(x, dtype=dtype)
+        # Where rows of ``x`` overlap torch may choose any order of the axes.
+        if found.stride(-1) == 1:
+            return found
     wide = x[..., :1].expand(*x.shape[:-1], width)
     return new(wide, dtype=dtype, memory_format=torch.contiguous_format)
