@@ -32,6 +32,7 @@ from longspan.ops.kernels._cudnn_plan import (
     mask_words,
     plan_of,
 )
+from longspan.ops.libraries import aligned
 from longspan.ops.ranges import KeyRanges
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -164,16 +165,6 @@ def cudnn(
     if empty_BHN is not None:
         lse_BHN = lse_BHN.masked_fill(empty_BHN, -torch.inf)
     return out_BNHD.transpose(1, 2), lse_BHN
-
-
-def aligned(x: Tensor, step: int = 0) -> Tensor:
-    """The tensor as the kernels load it: 16 bytes at a time, 128 where rows are widest."""
-    step = step or (128 if x.shape[-1] == 256 else 16)
-    units = step // x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % step == 0
-    if fits and all(stride and stride % units == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _CleanGradients(torch.autograd.Function):

@@ -33,8 +33,9 @@ from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
-from longspan.ops.kernels.cudnn import DTYPES, aligned, cudnn
+from longspan.ops.kernels.cudnn import DTYPES, cudnn
 from longspan.ops.kernels.cudnn import reasons as reasons_over_ranges
+from longspan.ops.libraries import aligned
 from longspan.ops.merge import merge
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.whole_blocks import SIZE, whole_blocks

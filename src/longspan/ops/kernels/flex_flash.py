@@ -17,7 +17,6 @@ m ranges per query; Z and Y are the batch rows and heads that differ in what the
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
@@ -34,6 +33,7 @@ from torch.nn.functional import pad
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
 from longspan.ops.kernels._flex_tiles import TILE, TileLists, count_tiles, tile_lists
+from longspan.ops.libraries import missing_flash_attention
 from longspan.ops.ranges import KeyRanges
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -117,14 +117,7 @@ def missing_stack() -> str | None:
     """What has to be installed, None if nothing."""
     if importlib.util.find_spec("torch._inductor.kernel.flex.flex_flash_attention") is None:
         return f"torch {torch.__version__} has no FLASH backend, torch 2.11 and newer have one"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn-4 is not installed: pip install --pre flash-attn-4"
-    try:
-        importlib.import_module("flash_attn.cute.interface")
-    # Whatever the stack of compilers and drivers below raises, the sentence for people is this.
-    except Exception as error:
-        return f"flash_attn.cute does not load: pip install --pre flash-attn-4 ({error})"
-    return None
+    return missing_flash_attention()
 
 
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
