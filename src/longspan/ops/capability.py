@@ -93,6 +93,11 @@ KERNELS = (
     ),
     Capability(name="cudnn", devices=("cuda",), note="cuDNN's interval attention, for Hopper"),
     Capability(
+        name="flash",
+        devices=("cuda",),
+        note="FlashAttention-4's own windows and segments",
+    ),
+    Capability(
         name="flex_flash",
         devices=("cuda",),
         note="FlexAttention with the kernels of FlashAttention-4",
