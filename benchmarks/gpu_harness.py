@@ -25,11 +25,15 @@ from longspan.errors import Refusal
 from longspan.eval.environment import environment, version
 from longspan.eval.records import read_lines
 
-KERNELS = ("cudnn", "flex_flash", "flex")
+KERNELS = ("cudnn", "flash", "flex_flash", "flex")
 RESULTS = Path(__file__).parent / "results"
 HEADS, KEY_HEADS = 32, 8
 # What the libraries below our kernels call themselves.
-LIBRARIES = {"cudnn": "FLEX_ATTENTION", "flex_flash": "FLASH_ATTENTION"}
+LIBRARIES = {
+    "cudnn": "FLEX_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "flex_flash": "FLASH_ATTENTION",
+}
 STACK = ("nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "flash-attn-4")
 Work = tuple[str, float, Callable[[], None]]
 

@@ -1,6 +1,6 @@
 """LongLoRA's shifted groups on one GPU: our kernels against its own roll and reshape.
 
-    PYTHONPATH=src python benchmarks/gpu_longlora.py --out FOLDER [--budget-s 90]
+    PYTHONPATH=src python benchmarks/gpu_longlora.py --out FOLDER [--budget-s 90] [--kernel cudnn]
 
 Groups of 2,048 and 8,192 at N 32768 and 131072, batch 1, 32 heads over 8 key heads, width 128,
 bfloat16, forward and forward + backward. LongLoRA's way runs with cuDNN, FlashAttention-4 and
@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,13 +41,12 @@ def insides() -> dict[str, Call]:
     return {**found, "SDPA": dense.sdpa}
 
 
-def compare(size: int, n: int, log: Log, *, rounds: int) -> None:
-    """Check and time one size."""
+def compare(size: int, n: int, kernels: Sequence[str], log: Log, *, rounds: int) -> None:
+    """Check and time one size, ours with some kernels."""
     pattern = f"shifted_chunk({size})"
     plan = ls.plan(ls.parse(pattern), n, HEADS)
     inputs = tensors(n, WIDTH)
     about = {"kind": "speed", "pattern": pattern, "n": n, "width": WIDTH}
-    kernels = KERNELS if device_of_this_run() == "cuda" else ("tiled",)
     makers: dict[str, Callable[[], Call]] = {
         f"longspan {kernel}": lambda kernel=kernel: through(kernel, fresh(plan))
         for kernel in kernels
@@ -84,6 +83,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--n", type=int, help="rows of a rehearsal, in groups of an eighth")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--kernel", nargs="+", help="of ours: all for CUDA, or in a rehearsal tiled, unless named"
+    )
     options = parser.parse_args()
     os.environ["LONGSPAN_BENCH_DEVICE"] = options.device
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -92,9 +94,10 @@ def main() -> None:
     begin = time.monotonic()
     log = Log(options.out / "longlora.jsonl")
     log.machine()
+    kernels = options.kernel or (KERNELS if options.device == "cuda" else ("tiled",))
     cases = ((options.n // 8, options.n),) if options.n else CASES
     work: list[Work] = [
-        (f"{size} {n}", 5, partial(compare, size, n, log, rounds=options.rounds))
+        (f"{size} {n}", 5, partial(compare, size, n, kernels, log, rounds=options.rounds))
         for size, n in cases
     ]
 

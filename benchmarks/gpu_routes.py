@@ -1,4 +1,4 @@
-"""The CUDA routes (cudnn, flex_flash, flex) on one GPU: right first, then how fast.
+"""The CUDA routes (cudnn, flash, flex_flash, flex) on one GPU: right first, then how fast.
 
     PYTHONPATH=src python benchmarks/gpu_routes.py --out FOLDER [--seconds 450] [--only length]
 
@@ -13,10 +13,11 @@
 4. Length: forward at N 131072 and 1,048,576 with peak memory, some rows against float32; alone
    with ``--only length`` (``--seconds 85``).
 
-A kernel that is wrong is not timed. Every finished record is a line of FOLDER/routes.jsonl; what
-fails is a line too, with its error. FOLDER/measured.json is the table that ``auto`` goes by: copy
-it to src/longspan/ops/measured.json. FOLDER/routes.md is for people. Records of an ``--earlier``
-run stand in front, and those of its cases that this one did not do again stay in the tables.
+A kernel that is wrong is not timed, nor one that refuses a pattern. Every finished record is a
+line of FOLDER/routes.jsonl; what fails is a line too, with its error. FOLDER/measured.json is the
+table that ``auto`` goes by: copy it to src/longspan/ops/measured.json. FOLDER/routes.md is for
+people. Records of an ``--earlier`` run stand in front, and those of its cases that this one did
+not do again stay in the tables.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ MORE = (
     "bigbird(128, 3)",
     'sparse_transformer(128, kind="fixed")',
 )
+# Kernels that are timed on all patterns, not on the first ones alone.
+RIVALS = ("cudnn", "flash")
 LONG = ("window(1024)", "window(4096)", "shifted_chunk(8192)", "scca.flow(2048)")
 BY_HAND = "FlexAttention by hand"
 LONGNET = "longnet([2048, 32768, 524288], [1, 16, 256])"
@@ -128,6 +131,7 @@ def check_cases() -> dict[str, tuple[str, int, np.ndarray | None]]:
         "shifted": ("shifted_chunk(512)", n, None),
         "two ranges": ("window(200) | sink(64)", n, None),
         "odd length": ("scca.flow(250)", 1999, None),
+        "packed": ("window(400)", n, np.maximum(documents, 0)),
         "packed, padded": ("window(400)", n, documents),
         "two passes": ("ssa(256, 8)", n, None),
     }
@@ -440,7 +444,7 @@ def main() -> None:
                 f"more {t} 128",
                 6,
                 lambda t=t: compare(
-                    t, 32768, 128, right(128, ("cudnn",)), log, rounds=7, by_hand=options.by_hand
+                    t, 32768, 128, right(128, RIVALS), log, rounds=7, by_hand=options.by_hand
                 ),
             )
             for t in MORE
@@ -453,7 +457,7 @@ def main() -> None:
                     t,
                     131072,
                     128,
-                    right(128, ("cudnn",)),
+                    right(128, RIVALS),
                     log,
                     rounds=3,
                     against=("FlashAttention-4",),
@@ -465,7 +469,7 @@ def main() -> None:
             (
                 f"narrow {t} 64",
                 6,
-                lambda t=t: compare(t, 32768, 64, right(64, ("cudnn",)), log, rounds=7),
+                lambda t=t: compare(t, 32768, 64, right(64, RIVALS), log, rounds=7),
             )
             for t in MORE
         ),
