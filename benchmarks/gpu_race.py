@@ -205,6 +205,10 @@ def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, A
         for case in cases
         if len(case["tflops"]) > 1 or case.get("fill", 1.0) < 0.9
     }
+    # Kernels that this run left out keep their rates.
+    for case in old["cases"]:
+        if name(case) in new:
+            new[name(case)]["tflops"] = {**case["tflops"], **new[name(case)]["tflops"]}
     kept = [case for case in old["cases"] if name(case) not in new]
     commands = [one for one in old.get("command", "").split("; ") if one and one != command]
     found["gpus"][gpu] = {
