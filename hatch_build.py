@@ -24,7 +24,7 @@ class CompileHook(BuildHookInterface):
         if os.name != "posix" or platform.machine() not in ("x86_64", "AMD64"):
             return
         root = Path(self.root)
-        compiler = shlex.split(os.environ.get("CC", "cc"))
+        compiler = shlex.split(os.environ.get("CC") or "cc")
         sources = sorted(str(path) for path in (root / FOLDER).glob("*.c"))
         target, said = root / LIBRARY, ""
         # A running process may have the old one open, and keeps what it has; another may start
