@@ -114,30 +114,32 @@ def test_heads_of_one_key_head_share_tiles(heads: int, n: int, dtype: torch.dtyp
     assert_same(run(native, qkv, ranges), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("name", ["gqa-4", "scca-flow-odd-gqa", "segments", "scattered-8"])
 def test_several_threads_compute_the_same_every_time(
-    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    name: str, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_WORTH_THREADS", 0)
     case = BY_NAME[name]
-    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    qkv, ranges = make_qkv(case, dtype), case.ranges()
     alone = run(native, qkv, ranges)
     torch.set_num_threads(threads)
     once, again = run(native, qkv, ranges), run(native, qkv, ranges)
     assert all(torch.equal(once[name], again[name]) for name in once)
     # Only gradients of keys are added up in parts.
     assert all(torch.equal(once[name], alone[name]) for name in ("out", "lse", "dq"))
-    assert_same(once, alone, 1e-5)
+    assert_same(once, alone, TOLERANCE[dtype])
 
 
-def test_parts_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_parts_hold_every_row_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Call, "parts", lambda self: 7)
     for name in ("one-token", "gqa-4", "causal"):
         case = BY_NAME[name]
-        qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+        qkv, ranges = make_qkv(case, dtype), case.ranges()
         wanted = run(reference, [x.double() for x in qkv], ranges)
-        assert_same(run(native, qkv, ranges), wanted, 1e-5)
+        assert_same(run(native, qkv, ranges), wanted, TOLERANCE[dtype])
 
 
 def test_reads_and_gives_any_layout() -> None:
@@ -319,11 +321,13 @@ def test_large_logits_stay_finite(dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for x in found.values())
 
 
-def test_rows_that_see_nothing_have_no_gradient() -> None:
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_that_see_nothing_have_no_gradient(dtype: torch.dtype) -> None:
     lo, hi = np.zeros(100), np.arange(100) + 1
     hi[::3] = 0
     case = Case(name="holes", make=lambda c: key_ranges(lo, hi, heads=c.H, keys=c.N), N=100)
-    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
+    q, k, v = (x.requires_grad_() for x in make_qkv(case, dtype))
     out, lse = native(q, k, v, case.ranges(), 0.25)
     assert (out[:, :, ::3] == 0).all()
     assert lse[:, :, ::3].isneginf().all()

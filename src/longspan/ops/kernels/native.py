@@ -11,9 +11,9 @@ order gathers nothing and puts nothing back, and keys that lie apart make one bl
 O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradients for each part.
 
 The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
-compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX for the
-forward pass where there is one, with softmax in float32; all else in half precision is computed in
-float32.
+compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX where
+there is one: products of bfloat16, summed in float32 and with softmax in float32. All else in half
+precision is computed in float32.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
 G range groups, m ranges per query.
@@ -42,6 +42,8 @@ LIBRARY = Path(__file__).parents[1] / "native" / "native.so"
 # Widths are multiples of these: a vector of float32, or a row of a tile register.
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
+# ``longspan_version`` of native.c.
+_VERSION = 1
 _FEW_KEYS = 256
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 22
@@ -85,12 +87,12 @@ def library() -> Any:
     """The compiled code, or None where there is none that fits this file."""
     try:
         found = ctypes.CDLL(str(LIBRARY))
-        for name in ("task", "level", "tile", "forward", "backward"):
+        for name in ("task", "version", "level", "tile", "forward", "backward"):
             getattr(found, f"longspan_{name}").restype = ctypes.c_int64
     except (OSError, AttributeError):
         # Not there, half written, for another machine, or of another version.
         return None
-    if found.longspan_task() != ctypes.sizeof(_Task):
+    if (found.longspan_task(), found.longspan_version()) != (ctypes.sizeof(_Task), _VERSION):
         return None
     found.longspan_tile.argtypes = [ctypes.c_int64]
     return found
@@ -182,12 +184,10 @@ class _Native(torch.autograd.Function):
         passes: tuple[tuple[KeyRanges, Places], ...],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        amx = q_BHND.dtype == torch.bfloat16 and level() == _AMX
-        own = (torch.bfloat16, _AMX_LANES) if amx else (torch.float32, _LANES)
-        q, k, v = (_rows(x, *own) for x in (q_BHND, k_BKMD, v_BKMD))
+        q, k, v = _rows(q_BHND, k_BKMD, v_BKMD)
         covers = passes[0][1].covers
         # What several passes give is rounded once, at the end.
-        half = amx and covers and len(passes) == 1
+        half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
         dtype = torch.bfloat16 if half else torch.float32
         out_BHND = _like(q_BHND, v.shape[-1], dtype, zeros=not covers)
         lse_BHN = out_BHND.new_full(out_BHND.shape[:3], -torch.inf, dtype=torch.float32)
@@ -208,8 +208,7 @@ class _Native(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         *inputs, out_BHND, lse_BHN = ctx.saved_tensors
-        q, k, v = (_rows(x) for x in inputs)
-        out, d_out = _rows(out_BHND), _rows(grad_outputs[0])
+        q, k, v, out, d_out = _rows(*inputs, out_BHND, grad_outputs[0])
         covers = ctx.passes[0][1].covers
         calls = [
             _Call(q, k, v, ranges, ctx.scale, places, add=index > 0 or not covers)
@@ -217,7 +216,7 @@ class _Native(torch.autograd.Function):
         ]
         parts = max(call.parts() for call in calls)
         dq = _like(inputs[0], q.shape[-1], torch.float32, zeros=not covers)
-        dk, dv = (x.new_zeros(parts, *x.shape) for x in (k, v))
+        dk, dv = (x.new_zeros(parts, *x.shape, dtype=torch.float32) for x in (k, v))
         for call in calls:
             call.set("out", out)
             call.set("lse", lse_BHN)
@@ -356,13 +355,17 @@ class _Call:
         return min(reversed(fit), key=tiles)
 
 
-def _rows(x: Tensor, dtype: torch.dtype = torch.float32, lanes: int = _LANES) -> Tensor:
-    """With columns side by side, a multiple of ``lanes`` of them."""
-    x = x.to(dtype).resolve_neg()
-    rest = -x.shape[-1] % lanes
-    if rest:
-        return pad(x, (0, rest))
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """As the compiled code takes them: columns side by side, a multiple of its lanes of them."""
+    amx = level() == _AMX and all(x.dtype == torch.bfloat16 for x in tensors)
+    dtype, lanes = (torch.bfloat16, _AMX_LANES) if amx else (torch.float32, _LANES)
+    found = []
+    for x in tensors:
+        own, rest = x.to(dtype).resolve_neg(), -x.shape[-1] % lanes
+        if rest:
+            own = pad(own, (0, rest))
+        found.append(own if own.stride(-1) == 1 else own.contiguous())
+    return found
 
 
 def _like(x: Tensor, width: int, dtype: torch.dtype, *, zeros: bool) -> Tensor:

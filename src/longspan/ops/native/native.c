@@ -8,13 +8,17 @@ int64_t longspan_tile_avx512(void);
 #ifdef LONGSPAN_WITHOUT_AMX
 /* The compiler does not know it. */
 static int64_t longspan_forward_amx(Task *task) { return task == 0; }
+static int64_t longspan_backward_amx(Task *task) { return task == 0; }
 static int64_t longspan_tile_amx(void) { return 1; }
 static int64_t longspan_amx(void) { return 0; }
 #else
-int64_t longspan_forward_amx(Task *), longspan_tile_amx(void), longspan_amx(void);
+int64_t longspan_forward_amx(Task *), longspan_backward_amx(Task *);
+int64_t longspan_tile_amx(void), longspan_amx(void);
 #endif
 
 int64_t longspan_task(void) { return sizeof(Task); }
+
+int64_t longspan_version(void) { return 1; }
 
 int64_t longspan_level(void) {
     __builtin_cpu_init();
@@ -35,5 +39,6 @@ int64_t longspan_forward(Task *task) {
 }
 
 int64_t longspan_backward(Task *task) {
+    if (task->level == 3) return longspan_backward_amx(task);
     return task->level == 2 ? longspan_backward_avx512(task) : longspan_backward_avx2(task);
 }

@@ -40,8 +40,9 @@ typedef struct {
     void *out;
     float *lse;
     Steps out_steps, lse_steps;
-    /* Backward only: gradients of out and lse. */
-    const float *d_out, *d_lse;
+    /* Backward only: gradients of out and lse. At level 3 out and its gradient are in bfloat16. */
+    const void *d_out;
+    const float *d_lse;
     Steps d_out_steps, d_lse_steps;
     /* Gradients, as long as the arrays that they belong to. Those of keys are added to, and each
      * part has its own: dk [parts, batch, key heads, rows, D], dv with E. */
@@ -55,10 +56,11 @@ typedef struct {
     int64_t next;
 } Task;
 
-/* Bytes of a task: a caller of another version stays away. */
-int64_t longspan_task(void);
-/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which the forward
- * pass of bfloat16 is computed (D a multiple of 32, E of 16); all else is float32 and level 2. */
+/* Bytes of a task, and how often its meaning changed while these did not: a caller of another
+ * version stays away. */
+int64_t longspan_task(void), longspan_version(void);
+/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which bfloat16 is
+ * computed (D and E multiples of 32); all else is float32 and level 2. */
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);

@@ -1,8 +1,6 @@
 /* The forward pass in bfloat16 with tile registers (AMX): Sapphire Rapids and later.
  *
- * Scores lie as [key, query], as in tile.inc. A tile register holds 16 rows of 16 dwords, and an
- * instruction adds A B to C: A [16, 32] in bfloat16 by rows, B [32, 16] with its rows in pairs
- * (rows 2i and 2i + 1 side by side, column by column), C [16, 16] in float32. So
+ * Scores lie as [key, query], as in tile.inc. With tiles as amx.inc has them,
  *
  *     S = K Q^T     takes keys as they lie, and queries turned once for the tile;
  *     O^T = V^T P   takes weights whose pairs are two rows of S, and values turned for each block.
@@ -14,37 +12,26 @@
  * values, m ranges per row; a trailing 2 is a pair.
  */
 #ifndef LONGSPAN_WITHOUT_AMX
-#include "lanes_avx512.h"
-#define VECTORS 4
-enum { STRIP = 2, BLOCK = 64 };
-#include "ranges.inc"
+#include "amx.inc"
 #include <cpuid.h>
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-#define TARGET_AND(more) __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma," more)))
-#define TILES TARGET_AND("amx-tile,amx-bf16,avx512bf16")
-/* Numbers of a row of A, rows and columns of C, and query rows of a strip. */
-enum { DEEP = 32, SIDE = 16, WIDE = STRIP * LANES, STRIPS = VECTORS / STRIP };
 /* Weights may grow to 2^8 before sums are brought down to the new maximum. */
 #define LAZY 8.0f
-typedef uint16_t bf16;
 
 /* What a thread works on, one allocation. */
-typedef struct {
+struct Work {
     Sight sight;
     const bf16 *q_T[TILE], *v_S[BLOCK];
     /* By strips: scores [S, W], in whose place weights [S / 2, W, 2] come; and results [E, W]. */
     float *s_SW[STRIPS], *out_EW[STRIPS];
     /* [T / 16, D / 2, 16, 2] and [S / 32, E, 32]. */
     bf16 *q_D2, *v_ES;
-    /* Rows that lie apart, side by side [S, D]; and E zeros. */
-    bf16 *near_SD, *zero_E;
-    /* Where each 16 keys of a block begin, and the step from one to the next. */
-    const bf16 *k_at[BLOCK / SIDE];
-    int64_t k_step[BLOCK / SIDE];
+    Rows k;
+    bf16 *zero_E;
     /* The first key that a strip sees, and the end of the last. */
     int32_t least[STRIPS], most[STRIPS];
     float base_T[TILE], sum_T[TILE], keep_T[TILE];
@@ -52,86 +39,11 @@ typedef struct {
      * are done, and how many to do while the tile unit is at one step. */
     int64_t whole, at_hand, done, share;
     float factor;
-} Work;
-
-/* 16 rows of 16 dwords become columns. */
-TARGET static inline void turn(vi *row) {
-    vi a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
-            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
-        }
-    /* Now vector 4 i + j holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3. */
-    for (int j = 0; j < 4; j++) {
-        const vi even_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-        const vi odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-        const vi even_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-        const vi odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-        row[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        row[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        row[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-        row[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-}
-
-/* Queries of a tile as B; 0 beyond `count`. The sign of the scale goes with them, so that the
- * rest may take it to be positive; its size would round, and is left to the weights. */
-TARGET static void turn_queries(
-    bf16 *to, const bf16 *const *q_T, int64_t count, int64_t width, float scale) {
-    const vi keep = v_iset(scale == 0.0f ? 0 : -1);
-    const vi flip = v_iset(scale < 0.0f ? (int32_t)0x80008000 : 0);
-    for (int64_t i = 0; i < TILE; i += SIDE)
-        for (int64_t d = 0; d < width; d += DEEP) {
-            vi row[SIDE];
-            for (int64_t l = 0; l < SIDE; l++) {
-                const vi found =
-                    i + l < count ? v_iload(q_T[i + l] + d) : _mm512_setzero_si512();
-                row[l] = _mm512_xor_si512(_mm512_and_si512(found, keep), flip);
-            }
-            turn(row);
-            for (int64_t l = 0; l < SIDE; l++, to += DEEP) _mm512_storeu_si512(to, row[l]);
-        }
-}
-
-/* Values of a block as A: v[j / 32, e, j % 32] for `count` rows, a multiple of 32. */
-TARGET static void turn_values(bf16 *to, const bf16 *const *v_S, int64_t count, int64_t width) {
-    for (int64_t j = 0; j < count; j += DEEP)
-        for (int64_t e = 0; e < width; e += 8, to += 8 * DEEP) {
-            /* Lane l of vector i: 8 numbers of row 8 l + i. Then each lane is turned. */
-            vi a[8], b[8];
-            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
-#define EIGHT(l) _mm_loadu_si128((const __m128i *)(v_S[j + 8 * l + i] + e))
-                a[i] = _mm512_castsi128_si512(EIGHT(0));
-                a[i] = _mm512_inserti32x4(a[i], EIGHT(1), 1);
-                a[i] = _mm512_inserti32x4(a[i], EIGHT(2), 2);
-                a[i] = _mm512_inserti32x4(a[i], EIGHT(3), 3);
-#undef EIGHT
-            }
-            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                b[2 * i] = _mm512_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
-                b[2 * i + 1] = _mm512_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
-            }
-            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                const int at = i / 2 * 4 + i % 2;
-                a[2 * i] = _mm512_unpacklo_epi32(b[at], b[at + 2]);
-                a[2 * i + 1] = _mm512_unpackhi_epi32(b[at], b[at + 2]);
-            }
-            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                _mm512_storeu_si512(to + 2 * i * DEEP, _mm512_unpacklo_epi64(a[i], a[i + 4]));
-                _mm512_storeu_si512(
-                    to + (2 * i + 1) * DEEP, _mm512_unpackhi_epi64(a[i], a[i + 4]));
-            }
-        }
-}
+};
 
 /* Rows of the result: out_i[e] = sum_i from_e[i], beside what earlier passes gave, in float32; or
  * rounded, where this is the only pass. */
-TARGET_AND("avx512bf16") static void turn_out(const Work *w, const Task *task, int64_t b) {
+AND_BF16 static void turn_out(const Work *w, const Task *task, int64_t b) {
     const Sight *sight = &w->sight;
     for (int64_t i = 0; i < sight->count; i += SIDE) {
         const float *from = w->out_EW[i / WIDE] + i % WIDE;
@@ -157,39 +69,6 @@ TARGET_AND("avx512bf16") static void turn_out(const Work *w, const Task *task, i
             }
         }
     }
-}
-
-static int one_after_another(const int64_t *row_S) {
-    int all = 1;
-    for (int i = 1; i < SIDE; i++) all &= row_S[i] == row_S[0] + i;
-    return all;
-}
-
-/* Where the keys of a block lie, 16 by 16; a copy where they do not lie one step apart. Past the
- * last key: that key again, whose scores nobody reads. */
-static void find_keys(Work *w, const bf16 *k, int64_t step, int64_t count, int64_t width) {
-    const int64_t *row_S = w->sight.row_S;
-    for (int64_t j = 0; j < BLOCK && j < (count + DEEP - 1) / DEEP * DEEP; j += SIDE) {
-        const int whole = j + SIDE <= count && one_after_another(row_S + j);
-        bf16 *copy = w->near_SD + j * width;
-        w->k_at[j / SIDE] = whole ? k + row_S[j] * step : copy;
-        w->k_step[j / SIDE] = 2 * (whole ? step : width);
-        for (int64_t l = j; l < j + SIDE && !whole; l++)
-            memcpy(
-                copy + (l - j) * width, k + row_S[l < count ? l : count - 1] * step,
-                width * sizeof *copy);
-    }
-}
-
-/* 2^x to 1e-4, a fraction of what bfloat16 rounds off; 0 for -inf. */
-TARGET static inline vf exp2_near(vf x) {
-    const vf rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    vf sum = v_set(7.80245233e-2f);
-    sum = v_fma(sum, rest, v_set(2.26067159e-1f));
-    sum = v_fma(sum, rest, v_set(6.95833537e-1f));
-    sum = v_fma(sum, rest, v_set(9.99925219e-1f));
-    /* Times 2 to the whole part of x. */
-    return v_scale(sum, x);
 }
 
 /* New bases for the rows whose weights would grow too large; the others keep every bit. */
@@ -219,7 +98,7 @@ TARGET static void rebase(Work *w, int64_t value_width) {
 
 /* P = exp2(factor S - base) in pairs of keys, in the place of S, for the next `share` keys of the
  * strip that is at hand. */
-TARGET_AND("avx512bf16") static void soften(Work *w, int64_t share) {
+AND_BF16 static void soften(Work *w, int64_t share) {
     const int64_t strip = w->at_hand, first = w->done;
     const int64_t stop = first + share < w->whole ? first + share : w->whole;
     if (first >= stop) return;
@@ -251,74 +130,22 @@ TARGET_AND("avx512bf16") static void soften(Work *w, int64_t share) {
     EACH_OF_STRIP v_store(w->sum_T + strip * WIDE + c * LANES, sum[c]);
 }
 
-/* The compiler does not know that tile registers read memory: what was written must be there. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
+AND_BF16 static void meanwhile(Work *w) { soften(w, w->share); }
 
-/* C = K Q^T for 32 keys from j on and 32 queries; it stays in the tile registers. A step of these
- * takes so long that weights are made meanwhile: few at a time, or the core looks not far enough
- * ahead to find them. */
-TILES static void scores(Work *w, int64_t j, int64_t strip, int64_t width) {
-    const bf16 *k_0 = w->k_at[j / SIDE], *k_1 = w->k_at[j / SIDE + 1];
-    const int64_t step_0 = w->k_step[j / SIDE], step_1 = w->k_step[j / SIDE + 1];
-    const bf16 *q_0 = w->q_D2 + strip * WIDE * width, *q_1 = q_0 + SIDE * width;
-    WRITTEN;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < width; d += DEEP) {
-        _tile_loadd(4, k_0 + d, step_0);
-        _tile_loadd(6, q_0 + d * SIDE, 2 * DEEP);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, q_1 + d * SIDE, 2 * DEEP);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, k_1 + d, step_1);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        soften(w, w->share);
-    }
-}
-
-/* C = O^T + V^T P for 32 columns of values from e on, or for 16 if these are all. */
+/* O^T += V^T P for 32 columns of values from e on, or for 16 if these are all. */
 TILES static void weigh(Work *w, int64_t e, int64_t strip, int64_t width) {
-    const int two = e + SIDE < width;
-    const float *out = w->out_EW[strip] + e * WIDE;
-    WRITTEN;
-    _tile_loadd(0, out, 4 * WIDE);
-    _tile_loadd(1, out + SIDE, 4 * WIDE);
-    if (two) {
-        _tile_loadd(2, out + SIDE * WIDE, 4 * WIDE);
-        _tile_loadd(3, out + SIDE * WIDE + SIDE, 4 * WIDE);
-    }
-    for (int64_t j = 0; j < w->whole; j += DEEP) {
-        const bf16 *v = w->v_ES + j * width + e * DEEP;
-        const float *p = w->s_SW[strip] + j * WIDE;
-        _tile_loadd(4, v, 2 * DEEP);
-        _tile_loadd(6, p, 8 * WIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, p + SIDE, 8 * WIDE);
-        _tile_dpbf16ps(1, 4, 7);
-        if (two) {
-            _tile_loadd(5, v + SIDE * DEEP, 2 * DEEP);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        soften(w, w->share);
-    }
-}
-
-/* C to where it belongs, 16 or 32 rows of a strip. */
-TILES static void put(float *to, int two) {
-    _tile_stored(0, to, 4 * WIDE);
-    _tile_stored(1, to + SIDE, 4 * WIDE);
-    if (!two) return;
-    _tile_stored(2, to + SIDE * WIDE, 4 * WIDE);
-    _tile_stored(3, to + SIDE * WIDE + SIDE, 4 * WIDE);
+    float *out = w->out_EW[strip] + e * WIDE, *two = e + SIDE < width ? out + SIDE * WIDE : 0;
+    const bf16 *v = w->v_ES + e * DEEP, *p = (const bf16 *)w->s_SW[strip];
+    const Side a = {v, v + SIDE * DEEP, 2 * DEEP, 2 * DEEP, DEEP * width};
+    const Side b = {p, p + 2 * SIDE, 8 * WIDE, 8 * WIDE, 2 * DEEP * WIDE};
+    get(out, 4 * WIDE, two, 4 * WIDE);
+    multiply(w, a, b, w->whole / DEEP, two != 0);
+    put(out, 4 * WIDE, two, 4 * WIDE);
 }
 
 /* A block of keys for all strips that see some of it: scores of one strip, weights of the one
  * before, and sums of values of the one before that, at a time. */
-static void do_block(Work *w, const Task *task, int64_t keys) {
+TILES static void do_block(Work *w, const Task *task, int64_t keys) {
     const int64_t D = task->width, E = task->value_width;
     int64_t strips[STRIPS], many = 0;
     for (int64_t i = 0; i < STRIPS; i++)
@@ -333,20 +160,18 @@ static void do_block(Work *w, const Task *task, int64_t keys) {
             w->at_hand = strips[i - 1];
             w->done = 0;
             float *s = w->s_SW[w->at_hand];
-            hide(&w->sight, s, w->at_hand * STRIP, task->ranges, keys);
+            hide(&w->sight, s, w->at_hand * STRIP, task->ranges, 0, keys);
             for (int64_t j = keys * WIDE; j < w->whole * WIDE; j++) s[j] = -INFINITY;
             rebase(w, E);
         }
         if (i < many)
             for (int64_t j = 0; j < w->whole; j += DEEP) {
-                scores(w, j, strips[i], D);
-                put(w->s_SW[strips[i]] + j * WIDE, 1);
+                float *s = w->s_SW[strips[i]] + j * WIDE;
+                scores(w, &w->k, j, w->q_D2 + strips[i] * WIDE * D, D);
+                put(s, 4 * WIDE, s + SIDE * WIDE, 4 * WIDE);
             }
         if (i > 1)
-            for (int64_t e = 0; e < E; e += DEEP) {
-                weigh(w, e, strips[i - 2], E);
-                put(w->out_EW[strips[i - 2]] + e * WIDE, e + SIDE < E);
-            }
+            for (int64_t e = 0; e < E; e += DEEP) weigh(w, e, strips[i - 2], E);
         soften(w, w->whole);
     }
 }
@@ -381,7 +206,7 @@ TARGET static void forward_tile(
         for (int64_t j = 0; j < w->whole; j++)
             w->v_S[j] = j < keys ? v + sight->row_S[j] * task->v_steps.row : w->zero_E;
         turn_values(w->v_ES, w->v_S, w->whole, E);
-        find_keys(w, k, task->k_steps.row, keys, D);
+        find_keys(&w->k, sight, k, task->k_steps.row, keys, D);
         do_block(w, task, keys);
     }
     settle(sight, task, b, w->base_T, w->sum_T, w->keep_T);
@@ -401,19 +226,12 @@ static Work *begin(const Task *task) {
     for (int i = 0; i < STRIPS; i++) w->out_EW[i] = take(&all, 4 * WIDE * E);
     w->q_D2 = take(&all, 2 * TILE * D);
     w->v_ES = take(&all, 2 * BLOCK * E);
-    w->near_SD = take(&all, 2 * BLOCK * D);
+    w->k.near = take(&all, 2 * BLOCK * D);
     w->zero_E = take(&all, 2 * E);
     sight_take(&w->sight, &all, task->ranges);
     memset(w->zero_E, 0, 2 * E);
     return w;
 }
-
-/* All tile registers: 16 rows of 64 bytes. */
-static const struct {
-    uint8_t palette, start_row, none[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 TILES int64_t longspan_forward_amx(Task *task) {
     Work *w = begin(task);
