@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from longspan.ops.capability import choose
 from longspan.ops.kernels import native as module
 from longspan.ops.kernels.native import native, native_passes
 from longspan.ops.kernels.reference import reference
+from longspan.ops.native import build
 from longspan.ops.places import Places
 
 BY_NAME = {case.name: case for case in CASES}
@@ -423,11 +425,8 @@ def test_few_queries_over_many_keys_are_left_to_tiled() -> None:
     assert chosen(2, 1, 200) == chosen(2, 16, 4096) == chosen(8, 4, 4096) == "native"
 
 
-def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(ctypes.Structure):
-        _fields_ = [*module._Task._fields_, ("more", ctypes.c_int64)]
-
-    monkeypatch.setattr(module, "_Task", Longer)
+def test_a_library_of_other_sources_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "fingerprint", lambda: 1)
     module.library.cache_clear()
     try:
         assert module.library() is None
@@ -449,3 +448,22 @@ def test_a_broken_library_is_left_alone(
             assert module.library() is None
         finally:
             module.library.cache_clear()
+
+
+def test_builds_anew_and_says_why_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(build.FOLDER, tmp_path / "native")
+    (copy / "native.so").unlink()
+    monkeypatch.setattr(build, "FOLDER", copy)
+    monkeypatch.setattr(build, "LIBRARY", copy / "native.so")
+    assert build.build() == ""
+    assert ctypes.CDLL(str(copy / "native.so")).longspan_level() == module.level()
+    assert [path.name for path in copy.glob("*.so")] == ["native.so"]
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in build.build()
+    # What worked before is still there.
+    assert (copy / "native.so").exists()
+    before = build.fingerprint()
+    (copy / "native.h").write_text((copy / "native.h").read_text() + "\n")
+    assert build.fingerprint() != before

@@ -67,7 +67,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     if not found["cpu_kernel"] and platform.machine() in ("x86_64", "AMD64"):
         problems.append(
             "the CPU kernel is not compiled (there was no C compiler when longspan was installed, "
-            "or it is another version's): attention on the CPU takes about twice as long; install "
-            "gcc or clang, then longspan again"
+            "or it is another version's): attention on the CPU takes about twice as long; have "
+            "gcc or clang, then run `python -m longspan.ops.native.build`"
         )
     return problems

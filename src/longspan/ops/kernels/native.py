@@ -25,7 +25,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import gcd
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,16 +33,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from longspan.ops.native.build import LIBRARY, fingerprint
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.workers import can_share_threads, run_parts
 
-LIBRARY = Path(__file__).parents[1] / "native" / "native.so"
 # Widths are multiples of these: a vector of float32, or a row of a tile register.
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
-# ``longspan_version`` of native.c.
-_VERSION = 1
 _FEW_KEYS = 256
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 22
@@ -87,12 +84,13 @@ def library() -> Any:
     """The compiled code, or None where there is none that fits this file."""
     try:
         found = ctypes.CDLL(str(LIBRARY))
-        for name in ("task", "version", "level", "tile", "forward", "backward"):
+        for name in ("sources", "level", "tile", "forward", "backward"):
             getattr(found, f"longspan_{name}").restype = ctypes.c_int64
     except (OSError, AttributeError):
         # Not there, half written, for another machine, or of another version.
         return None
-    if (found.longspan_task(), found.longspan_version()) != (ctypes.sizeof(_Task), _VERSION):
+    # Sources may have changed since, in a folder that is installed as it lies.
+    if found.longspan_sources() != fingerprint():
         return None
     found.longspan_tile.argtypes = [ctypes.c_int64]
     return found
@@ -114,7 +112,7 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
     if library() is None:
         return [
             "was not compiled for this version: there was no C compiler, or no x86-64 machine, "
-            "when longspan was installed (have gcc or clang, then install longspan again)"
+            "when longspan was installed (python -m longspan.ops.native.build compiles it)"
         ]
     if not level():
         return ["this processor has no AVX2 with FMA"]

@@ -16,9 +16,10 @@ int64_t longspan_forward_amx(Task *), longspan_backward_amx(Task *);
 int64_t longspan_tile_amx(void), longspan_amx(void);
 #endif
 
-int64_t longspan_task(void) { return sizeof(Task); }
-
-int64_t longspan_version(void) { return 1; }
+#ifndef LONGSPAN_SOURCES
+#define LONGSPAN_SOURCES 0
+#endif
+int64_t longspan_sources(void) { return LONGSPAN_SOURCES; }
 
 int64_t longspan_level(void) {
     __builtin_cpu_init();

@@ -56,9 +56,8 @@ typedef struct {
     int64_t next;
 } Task;
 
-/* Bytes of a task, and how often its meaning changed while these did not: a caller of another
- * version stays away. */
-int64_t longspan_task(void), longspan_version(void);
+/* Which sources this was made of (build.py): a caller of others stays away. */
+int64_t longspan_sources(void);
 /* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which bfloat16 is
  * computed (D and E multiples of 32); all else is float32 and level 2. */
 int64_t longspan_level(void);
