@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +45,8 @@ def doctor(
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
+    from longspan.ops.native.build import supported
+
     packages = found["packages"]
     missing = [
         name for name in ("transformers", "safetensors", "tokenizers") if not packages[name]
@@ -64,7 +65,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
         problems.append("peft missing: `longspan extend` needs `pip install longspan[train]`")
     if found["cuda"] and not packages["triton"]:
         problems.append("triton missing: the CUDA kernels need it (it comes with torch for CUDA)")
-    if not found["cpu_kernel"] and platform.machine() in ("x86_64", "AMD64"):
+    if not found["cpu_kernel"] and supported():
         problems.append(
             "the CPU kernel is not compiled (there was no C compiler when longspan was installed, "
             "or it is another version's): attention on the CPU takes about twice as long; have "

@@ -20,6 +20,40 @@ def aligned(x: Tensor, step: int = 0) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+# What FlashAttention-4 computes; widths whose gradients are checked on a GPU.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_WIDTHS = (64, 96, 128)
+
+
+def why_no_flash_attention(kernel: str, q_BHND: Tensor, v_BKMD: Tensor) -> list[str]:
+    """Why FlashAttention-4 cannot take queries and values, one sentence each; empty where it can.
+
+    Args:
+        kernel: who asks, for the sentences.
+        q_BHND: queries.
+        v_BKMD: values.
+    """
+    device = q_BHND.device
+    if device.type != "cuda":
+        return [f"{kernel} needs CUDA tensors, got {device}"]
+    found = []
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in (9, 10):
+        found.append(
+            f"{kernel} needs compute capability 9 (Hopper) or 10 (Blackwell), this GPU has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    if q_BHND.dtype not in FLASH_DTYPES:
+        found.append(f"{kernel} computes bfloat16 and float16, got {q_BHND.dtype}")
+    widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
+    if widths[0] != widths[1] or widths[0] not in FLASH_WIDTHS:
+        found.append(
+            f"the head width must be one of {', '.join(map(str, FLASH_WIDTHS))} and that of the "
+            f"values the same, got {widths[0]} and {widths[1]}"
+        )
+    return found
+
+
 @functools.cache
 def missing_flash_attention() -> str | None:
     """What has to be installed for ``flash_attn.cute``, None if nothing."""

@@ -21,12 +21,8 @@ from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.kernels._flash_masks import Run, runs_of
-from longspan.ops.libraries import aligned, missing_flash_attention
+from longspan.ops.libraries import aligned, missing_flash_attention, why_no_flash_attention
 from longspan.ops.ranges import KeyRanges
-
-DTYPES = (torch.bfloat16, torch.float16)
-# Widths whose gradients are checked on a GPU.
-WIDTHS = (64, 96, 128)
 
 
 def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -> list[str]:
@@ -44,24 +40,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
 
 def tensor_reasons(q_BHND: Tensor, v_BKMD: Tensor) -> list[str]:
     """Why it cannot take queries and values, whatever the ranges are."""
-    device = q_BHND.device
-    if device.type != "cuda":
-        return [f"flash needs CUDA tensors, got {device}"]
-    found = []
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] not in (9, 10):
-        found.append(
-            "flash needs compute capability 9 (Hopper) or 10 (Blackwell), this GPU has "
-            f"{capability[0]}.{capability[1]}"
-        )
-    if q_BHND.dtype not in DTYPES:
-        found.append(f"flash computes bfloat16 and float16, got {q_BHND.dtype}")
-    widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
-    if widths[0] != widths[1] or widths[0] not in WIDTHS:
-        found.append(
-            f"the head width must be one of {', '.join(map(str, WIDTHS))} and that of the values "
-            f"the same, got {widths[0]} and {widths[1]}"
-        )
+    found = why_no_flash_attention("flash", q_BHND, v_BKMD)
     if not found and (missing := missing_flash_attention()):
         found.append(missing)
     return found
@@ -75,7 +54,7 @@ def flash(
     """Attend over the given key ranges.
 
     Args:
-        q_BHND: queries [B, H, N, D], bfloat16 or float16; D one of ``WIDTHS``.
+        q_BHND: queries [B, H, N, D], bfloat16 or float16; D one of ``FLASH_WIDTHS``.
         k_BKMD: keys [B, K, M, D], M = N; K divides H, query head h reads key head
             ``h // (H // K)``.
         v_BKMD: values [B, K, M, D].

@@ -33,12 +33,9 @@ from torch.nn.functional import pad
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
 from longspan.ops.kernels._flex_tiles import TILE, TileLists, count_tiles, tile_lists
-from longspan.ops.libraries import missing_flash_attention
+from longspan.ops.libraries import missing_flash_attention, why_no_flash_attention
 from longspan.ops.ranges import KeyRanges
 
-DTYPES = (torch.bfloat16, torch.float16)
-# Widths whose gradients are checked on a GPU; block-sparse gradients were wrong at some before.
-WIDTHS = (64, 96, 128)
 # Each range is two loads and two comparisons for every score of a partly visible tile.
 MOST_RANGES = 8
 LIST_BYTES = 2 << 30
@@ -70,24 +67,9 @@ _fused: dict[_ShapeClass, _Attend] = {}
 
 def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -> list[str]:
     """Why this kernel cannot take the given tensors, one sentence each; empty where it can."""
-    device = q_BHND.device
-    if device.type != "cuda":
-        return [f"flex_flash needs CUDA tensors, got {device}"]
-    found = []
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] not in (9, 10):
-        found.append(
-            "flex_flash needs compute capability 9 (Hopper) or 10 (Blackwell), this GPU has "
-            f"{capability[0]}.{capability[1]}"
-        )
-    if q_BHND.dtype not in DTYPES:
-        found.append(f"flex_flash computes bfloat16 and float16, got {q_BHND.dtype}")
-    widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
-    if widths[0] != widths[1] or widths[0] not in WIDTHS:
-        found.append(
-            f"the head width must be one of {', '.join(map(str, WIDTHS))} and that of the values "
-            f"the same, got {widths[0]} and {widths[1]}"
-        )
+    found = why_no_flash_attention("flex_flash", q_BHND, v_BKMD)
+    if q_BHND.device.type != "cuda":
+        return found
     lengths = (ranges.queries, ranges.keys)
     if any(length % TILE or length < 2 * TILE for length in lengths):
         found.append(
@@ -128,8 +110,8 @@ def flex_flash(
     """Attend over the given key ranges.
 
     Args:
-        q_BHND: queries [B, H, N, D], bfloat16 or float16; D one of ``WIDTHS``, N and M multiples
-            of 128 from 256.
+        q_BHND: queries [B, H, N, D], bfloat16 or float16; D one of ``FLASH_WIDTHS``, N and M
+            multiples of 128 from 256.
         k_BKMD: keys [B, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
         v_BKMD: values [B, K, M, D].
         ranges: visible keys, on the device of ``q``.

@@ -30,9 +30,14 @@ def fingerprint() -> int:
     return int.from_bytes(text.digest()[:8], "big") >> 1
 
 
+def supported() -> bool:
+    """Whether the kernel is written for such a machine."""
+    return os.name == "posix" and platform.machine() in ("x86_64", "AMD64")
+
+
 def build() -> str:
     """Compile the library; why it could not be done, or nothing."""
-    if os.name != "posix" or platform.machine() not in ("x86_64", "AMD64"):
+    if not supported():
         return f"it is written for x86-64 under Linux or macOS, this is {platform.platform()}"
     compiler = shlex.split(os.environ.get("CC") or "cc")
     sources = sorted(str(path) for path in FOLDER.glob("*.c"))

@@ -12,7 +12,6 @@ typedef __m256 vm;
 #define v_add(a, b) _mm256_add_ps(a, b)
 #define v_sub(a, b) _mm256_sub_ps(a, b)
 #define v_mul(a, b) _mm256_mul_ps(a, b)
-#define v_div(a, b) _mm256_div_ps(a, b)
 #define v_max(a, b) _mm256_max_ps(a, b)
 #define v_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define v_less(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
@@ -25,8 +24,6 @@ typedef __m256 vm;
 #define v_below(a, b) \
     _mm256_castsi256_ps(_mm256_xor_si256( \
         _mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a), _mm256_set1_epi32(-1)))
-#define v_at_most(a, b) \
-    _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpgt_epi32(a, b), _mm256_set1_epi32(-1)))
 #define v_or(a, b) _mm256_or_ps(a, b)
 #define v_and(a, b) _mm256_and_ps(a, b)
 #define v_none _mm256_setzero_ps()

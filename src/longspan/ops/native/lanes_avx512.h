@@ -12,7 +12,6 @@ typedef __mmask16 vm;
 #define v_add(a, b) _mm512_add_ps(a, b)
 #define v_sub(a, b) _mm512_sub_ps(a, b)
 #define v_mul(a, b) _mm512_mul_ps(a, b)
-#define v_div(a, b) _mm512_div_ps(a, b)
 #define v_max(a, b) _mm512_max_ps(a, b)
 #define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define v_less(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
@@ -23,7 +22,6 @@ typedef __mmask16 vm;
 #define v_isub(a, b) _mm512_sub_epi32(a, b)
 /* a < b of numbers without a sign. */
 #define v_below(a, b) _mm512_cmplt_epu32_mask(a, b)
-#define v_at_most(a, b) _mm512_cmple_epi32_mask(a, b)
 #define v_or(a, b) ((vm)((a) | (b)))
 #define v_and(a, b) ((vm)((a) & (b)))
 #define v_none ((vm)0)

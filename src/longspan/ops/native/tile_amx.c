@@ -237,14 +237,7 @@ TILES int64_t longspan_forward_amx(Task *task) {
     Work *w = begin(task);
     if (!w) return 1;
     _tile_loadconfig(&shape);
-    const int64_t tiles = tiles_of(task), bundles = task->heads / task->share;
-    const int64_t all = task->batch * bundles * tiles;
-    int64_t i;
-    while ((i = __atomic_fetch_add(&task->next, 1, __ATOMIC_RELAXED)) < all) {
-        const int64_t b = i / tiles / bundles, h = i / tiles % bundles * task->share;
-        /* The last rows of a causal pattern see most: they go first. */
-        forward_tile(w, task, b, h, (tiles - 1 - i % tiles) * (TILE / task->share));
-    }
+    share_forward(w, task, forward_tile);
     _tile_release();
     free(w);
     return 0;

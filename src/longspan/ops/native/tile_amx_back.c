@@ -293,17 +293,7 @@ TILES int64_t longspan_backward_amx(Task *task) {
     Work *w = begin(task);
     if (!w) return 1;
     _tile_loadconfig(&shape);
-    const int64_t each = task->heads / task->key_heads;
-    const int64_t all = task->batch * task->key_heads * task->parts;
-    int64_t i;
-    while ((i = __atomic_fetch_add(&task->next, 1, __ATOMIC_RELAXED)) < all) {
-        const int64_t part = i % task->parts, b = i / task->parts / task->key_heads;
-        const int64_t kv = i / task->parts % task->key_heads;
-        /* Gradients of keys add up in the part's own rows, tile by tile: always in one order. */
-        for (int64_t h = kv * each; h < (kv + 1) * each; h += task->share)
-            for (int64_t t = task->first[part]; t < task->first[part + 1]; t++)
-                backward_tile(w, task, b, h, t * (TILE / task->share), part);
-    }
+    share_backward(w, task, backward_tile);
     _tile_release();
     free(w);
     return 0;
