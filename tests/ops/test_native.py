@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from tests.ops.test_tiled import assert_same
 
 import longspan as ls
 from longspan.errors import Refusal
+from longspan.ops import workers
 from longspan.ops.capability import choose
 from longspan.ops.kernels import native as module
 from longspan.ops.kernels.native import native, native_passes
@@ -127,11 +131,36 @@ def test_several_threads_compute_the_same_every_time(
     qkv, ranges = make_qkv(case, dtype), case.ranges()
     alone = run(native, qkv, ranges)
     torch.set_num_threads(threads)
-    once, again = run(native, qkv, ranges), run(native, qkv, ranges)
+    once = run(native, qkv, ranges)
+    # Threads of OpenMP, where it is there, and ours.
+    monkeypatch.setattr(workers, "_team", lambda: None)
+    again = run(native, qkv, ranges)
     assert all(torch.equal(once[name], again[name]) for name in once)
     # Only gradients of keys are added up in parts.
     assert all(torch.equal(once[name], alone[name]) for name in ("out", "lse", "dq"))
     assert_same(once, alone, TOLERANCE[dtype])
+
+
+# A process of its own: what pytest and other tests have started stays out of the fork.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_several_threads_after_a_fork() -> None:
+    program = """
+import os, torch
+from tests.ops.cases import CASES, make_qkv
+from longspan.ops.kernels import native as module
+module._WORTH_THREADS = 0
+torch.set_num_threads(2)
+case = next(case for case in CASES if case.name == "window")
+qkv = make_qkv(case, torch.float32)
+wanted = module.native(*qkv, case.ranges(), 0.25)[0]
+child = os.fork()
+if not child:
+    same = torch.equal(wanted, module.native(*qkv, case.ranges(), 0.25)[0])
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    folder = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -22,7 +22,7 @@ G range groups, m ranges per query.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from math import gcd
 from typing import Any
@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 from longspan.ops.native.build import LIBRARY, fingerprint
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.workers import can_share_threads, run_parts
+from longspan.ops.workers import can_share_threads, run_compiled
 
 # Widths are multiples of these: a vector of float32, or a row of a tile register.
 _LANES, _AMX_LANES = 16, 32
@@ -75,7 +75,7 @@ class _Task(ctypes.Structure):
         *_fields("dq_steps dk_steps dv_steps", _Steps),
         *_fields("dk_part dv_part parts", ctypes.c_int64),
         ("first", ctypes.c_void_p),
-        ("next", ctypes.c_int64),
+        *_fields("next failed", ctypes.c_int64),
     ]
 
 
@@ -84,8 +84,10 @@ def library() -> Any:
     """The compiled code, or None where there is none that fits this file."""
     try:
         found = ctypes.CDLL(str(LIBRARY))
-        for name in ("sources", "level", "tile", "forward", "backward"):
+        for name in ("sources", "level", "tile"):
             getattr(found, f"longspan_{name}").restype = ctypes.c_int64
+        for name in ("forward", "backward"):
+            getattr(found, f"longspan_{name}").restype = None
     except (OSError, AttributeError):
         # Not there, half written, for another machine, or of another version.
         return None
@@ -290,17 +292,14 @@ class _Call:
 
     def run(self, what: str) -> None:
         """Do the work, with all threads if it is worth them."""
-        function: Callable[[Any], int] = getattr(library(), f"longspan_{what}")
-        failed = []
-
-        def part(_: int) -> None:
-            if function(ctypes.byref(self.task)):
-                failed.append(what)
-
         work = int(self._cost(1).sum()) * self.task.width
         threads = torch.get_num_threads() if can_share_threads() else 1
-        run_parts(part, threads if work >= _WORTH_THREADS else 1)
-        if failed:
+        run_compiled(
+            getattr(library(), f"longspan_{what}"),
+            ctypes.addressof(self.task),
+            threads if work >= _WORTH_THREADS else 1,
+        )
+        if self.task.failed:
             raise MemoryError(f"no memory for the {what} pass over {self.task.rows} rows")
 
     def parts(self) -> int:

@@ -34,12 +34,20 @@ int64_t longspan_tile(int64_t level) {
     return level == 2 ? longspan_tile_avx512() : longspan_tile_avx2();
 }
 
-int64_t longspan_forward(Task *task) {
+static int64_t forward(Task *task) {
     if (task->level == 3) return longspan_forward_amx(task);
     return task->level == 2 ? longspan_forward_avx512(task) : longspan_forward_avx2(task);
 }
 
-int64_t longspan_backward(Task *task) {
+static int64_t backward(Task *task) {
     if (task->level == 3) return longspan_backward_amx(task);
     return task->level == 2 ? longspan_backward_avx512(task) : longspan_backward_avx2(task);
+}
+
+void longspan_forward(Task *task) {
+    if (forward(task)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
+}
+
+void longspan_backward(Task *task) {
+    if (backward(task)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
 }

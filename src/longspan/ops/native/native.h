@@ -54,6 +54,8 @@ typedef struct {
     const int64_t *first;
     /* The next piece of work: all threads draw from it. */
     int64_t next;
+    /* Whether memory ran out for a thread. */
+    int64_t failed;
 } Task;
 
 /* Which sources this was made of (build.py): a caller of others stays away. */
@@ -63,7 +65,7 @@ int64_t longspan_sources(void);
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
-/* Work on a task, from any number of threads at once. 0, or 1 where memory ran out. */
-int64_t longspan_forward(Task *task);
-int64_t longspan_backward(Task *task);
+/* Work on a task, from any number of threads at once. */
+void longspan_forward(Task *task);
+void longspan_backward(Task *task);
 #endif
