@@ -22,6 +22,9 @@
 /* Weights may grow to 2^8 before sums are brought down to the new maximum. */
 #define LAZY 8.0f
 
+/* Rows of the next tile that are asked for along with a product of 32 keys or values. */
+enum { FETCH = 8 };
+
 /* What a thread works on, one allocation. */
 struct Work {
     Sight sight;
@@ -31,6 +34,7 @@ struct Work {
     /* [T / 16, D / 2, 16, 2] and [S / 32, E, 32]. */
     bf16 *q_D2, *v_ES;
     Rows k;
+    Ahead ahead;
     bf16 *zero_E;
     /* The first key that a strip sees, and the end of the last. */
     int32_t least[STRIPS], most[STRIPS];
@@ -166,18 +170,22 @@ TILES static void do_block(Work *w, const Task *task, int64_t keys) {
         }
         if (i < many)
             for (int64_t j = 0; j < w->whole; j += DEEP) {
+                fetch(&w->ahead, FETCH);
                 float *s = w->s_SW[strips[i]] + j * WIDE;
                 scores(w, &w->k, j, w->q_D2 + strips[i] * WIDE * D, D);
                 put(s, 4 * WIDE, s + SIDE * WIDE, 4 * WIDE);
             }
         if (i > 1)
-            for (int64_t e = 0; e < E; e += DEEP) weigh(w, e, strips[i - 2], E);
+            for (int64_t e = 0; e < E; e += DEEP) {
+                fetch(&w->ahead, FETCH);
+                weigh(w, e, strips[i - 2], E);
+            }
         soften(w, w->whole);
     }
 }
 
-TARGET static void forward_tile(
-    Work *w, const Task *task, int64_t b, int64_t h, int64_t first) {
+TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) {
+    const int64_t b = now.b, h = now.h;
     const int64_t kv = h / (task->heads / task->key_heads), head = task->k_heads[kv];
     const int64_t D = task->width, E = task->value_width;
     const bf16 *k = (const bf16 *)task->k + place_of(task->k_steps, b, head, 0);
@@ -186,8 +194,14 @@ TARGET static void forward_tile(
     Sight *sight = &w->sight;
     /* The sign is in the queries; a scale of 0 too. */
     w->factor = task->scale == 0.0f ? 1.0f : fabsf(task->scale) * LOG2E;
-    gather_rows(sight, task, b, h, first);
+    const Array rows[] = {
+        {task->q, task->q_steps, sizeof *k, D},
+        {task->out, task->out_steps, task->half ? sizeof *k : sizeof(float), E}};
+    const Array key_rows[] = {
+        {task->k, task->k_steps, sizeof *k, D}, {task->v, task->v_steps, sizeof *v, E}};
+    gather_rows(sight, task, b, h, now.first);
     look(sight, task, b);
+    look_ahead(&w->ahead, sight, task, now, next, rows, 2, key_rows, 2);
     for (int64_t i = 0; i < sight->count; i++)
         w->q_T[i] = (const bf16 *)task->q + place_of(task->q_steps, b,
                                                      task->q_heads[sight->head_T[i]],

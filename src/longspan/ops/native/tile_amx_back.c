@@ -14,6 +14,9 @@
 #ifndef LONGSPAN_WITHOUT_AMX
 #include "amx.inc"
 
+/* Rows of the next tile that are asked for along with the scores of 32 keys. */
+enum { FETCH = 16 };
+
 /* What a thread works on, one allocation. */
 struct Work {
     Sight sight;
@@ -29,6 +32,7 @@ struct Work {
     /* Keys turned [S / 32, D, 32]. */
     bf16 *k_DS;
     Rows k, v;
+    Ahead ahead;
     /* 32 rows of gradients that lie apart [32, D or E]; and zeros. */
     float *near;
     bf16 *zero;
@@ -194,6 +198,7 @@ TILES static void do_block(Work *w, const Task *task, float *dk, float *dv) {
         for (int64_t i = 0; i < STRIPS; i++) {
             w->sees[i][j / DEEP] = key_S[stop - 1] >= w->least[i] && key_S[j] < w->most[i];
             if (!w->sees[i][j / DEEP]) continue;
+            fetch(&w->ahead, FETCH);
             scores(w, &w->k, j, w->q_D2 + i * WIDE * D, D);
             put(s, 4 * WIDE, s + SIDE * WIDE, 4 * WIDE);
             scores(w, &w->v, j, w->dout_E2 + i * WIDE * E, E);
@@ -232,7 +237,8 @@ TARGET static void turn_out(const Work *w, const Task *task, int64_t b) {
 }
 
 TARGET static void backward_tile(
-    Work *w, const Task *task, int64_t b, int64_t h, int64_t first, int64_t part) {
+    Work *w, const Task *task, Spot now, Spot next, int64_t part) {
+    const int64_t b = now.b, h = now.h;
     const int64_t kv = h / (task->heads / task->key_heads), head = task->k_heads[kv];
     const int64_t D = task->width, E = task->value_width;
     const bf16 *k = (const bf16 *)task->k + place_of(task->k_steps, b, head, 0);
@@ -244,7 +250,18 @@ TARGET static void backward_tile(
     /* The sign is in the queries; a scale of 0 too. */
     w->factor = task->scale == 0.0f ? 1.0f : fabsf(task->scale) * LOG2E;
     w->scale = task->scale;
-    find_rows(w, task, b, h, first);
+    const Array rows[] = {
+        {task->q, task->q_steps, sizeof *k, D},
+        {task->d_out, task->d_out_steps, sizeof *k, E},
+        {task->out, task->out_steps, sizeof *k, E},
+        {task->dq, task->dq_steps, sizeof(float), D}};
+    const Array key_rows[] = {
+        {task->k, task->k_steps, sizeof *k, D},
+        {task->v, task->v_steps, sizeof *v, E},
+        {task->dk + part * task->dk_part, task->dk_steps, sizeof(float), D},
+        {task->dv + part * task->dv_part, task->dv_steps, sizeof(float), E}};
+    find_rows(w, task, b, h, now.first);
+    look_ahead(&w->ahead, sight, task, now, next, rows, 4, key_rows, 4);
     memset(w->dq_DW[0], 0, D * TILE * sizeof(float));
     while ((w->keys = next_block(sight, task->ranges, row_M))) {
         w->whole = (w->keys + DEEP - 1) / DEEP * DEEP;
