@@ -120,6 +120,20 @@ def test_heads_of_one_key_head_share_tiles(heads: int, n: int, dtype: torch.dtyp
     assert_same(run(native, qkv, ranges), wanted, TOLERANCE[dtype])
 
 
+# Values of 32 keys are kept by where they lie: keys 2048 apart take each other's place, within a
+# block and from tile to tile, and so do key heads and batch rows.
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("apart", [96, 2048])
+def test_kept_values_are_those_of_the_keys(apart: int, shift: int) -> None:
+    n, keys = 200, 4200
+    far = np.arange(n)[:, None] // 64 * shift + np.array([0, apart, 4096])
+    ranges = key_ranges(far[None], far[None] + 32, heads=4, keys=keys)
+    case = Case(name="", make=lambda c: ranges, B=2, H=4, K=2, N=n, M=keys, D=32)
+    qkv = make_qkv(case, torch.bfloat16)
+    wanted = run(reference, [x.double() for x in qkv], ranges)
+    assert_same(run(native, qkv, ranges), wanted, TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("name", ["gqa-4", "scca-flow-odd-gqa", "segments", "scattered-8"])

@@ -19,6 +19,9 @@
 #include <unistd.h>
 #endif
 
+/* So many times 32 keys' values are kept: what a window of 1024 sees, and more. */
+enum { KEPT = 64 };
+
 /* Weights may grow to 2^8 before sums are brought down to the new maximum. */
 #define LAZY 8.0f
 
@@ -28,20 +31,26 @@ enum { FETCH = 8 };
 /* What a thread works on, one allocation. */
 struct Work {
     Sight sight;
-    const bf16 *q_T[TILE], *v_S[BLOCK];
+    const bf16 *q_T[TILE], *v_S[DEEP];
     /* By strips: scores [S, W], in whose place weights [S / 2, W, 2] come; and results [E, W]. */
     float *s_SW[STRIPS], *out_EW[STRIPS];
-    /* [T / 16, D / 2, 16, 2] and [S / 32, E, 32]. */
-    bf16 *q_D2, *v_ES;
+    /* Queries [T / 16, D / 2, 16, 2]. */
+    bf16 *q_D2;
+    /* Values turned, 32 keys at a time [E, 32]: those of the block, room for them, and what is
+     * kept for the next tiles, with the first key of each and where keys are counted from. */
+    const bf16 *v_ES[BLOCK / DEEP];
+    bf16 *own_ES, *kept_ES;
+    int64_t kept[KEPT], kept_from;
     Rows k;
     Ahead ahead;
     bf16 *zero_E;
     /* The first key that a strip sees, and the end of the last. */
     int32_t least[STRIPS], most[STRIPS];
     float base_T[TILE], sum_T[TILE], keep_T[TILE];
-    /* Keys of the block in whole tiles; and weights at hand: of which strip, how many keys of it
-     * are done, and how many to do while the tile unit is at one step. */
-    int64_t whole, at_hand, done, share;
+    /* Keys of the block in whole tiles, and from which to which a strip sees some; and weights at
+     * hand: of which strip, which key is next, and how many to do while the tile unit is at one
+     * step. */
+    int64_t whole, from[STRIPS], to[STRIPS], at_hand, done, share;
     float factor;
 };
 
@@ -79,10 +88,15 @@ AND_BF16 static void turn_out(const Work *w, const Task *task, int64_t b) {
 TARGET static void rebase(Work *w, int64_t value_width) {
     const int64_t strip = w->at_hand;
     const float *s = w->s_SW[strip];
-    vf most[STRIP];
-    EACH_OF_STRIP most[c] = v_set(-INFINITY);
-    for (int64_t j = 0; j < w->whole; j++)
-        EACH_OF_STRIP most[c] = v_max(most[c], v_load(s + j * WIDE + c * LANES));
+    /* Maxima of every other key, or each would wait for the one before. */
+    vf most[STRIP], others[STRIP];
+    EACH_OF_STRIP most[c] = others[c] = v_set(-INFINITY);
+    for (int64_t j = w->from[strip]; j < w->to[strip]; j += 2)
+        EACH_OF_STRIP {
+            most[c] = v_max(most[c], v_load(s + j * WIDE + c * LANES));
+            others[c] = v_max(others[c], v_load(s + (j + 1) * WIDE + c * LANES));
+        }
+    EACH_OF_STRIP most[c] = v_max(most[c], others[c]);
     EACH_OF_STRIP {
         float *base = w->base_T + strip * WIDE + c * LANES;
         float *sum = w->sum_T + strip * WIDE + c * LANES;
@@ -103,8 +117,8 @@ TARGET static void rebase(Work *w, int64_t value_width) {
 /* P = exp2(factor S - base) in pairs of keys, in the place of S, for the next `share` keys of the
  * strip that is at hand. */
 AND_BF16 static void soften(Work *w, int64_t share) {
-    const int64_t strip = w->at_hand, first = w->done;
-    const int64_t stop = first + share < w->whole ? first + share : w->whole;
+    const int64_t strip = w->at_hand, first = w->done, end = w->to[strip];
+    const int64_t stop = first + share < end ? first + share : end;
     if (first >= stop) return;
     w->done = stop;
     const vf by = v_set(w->factor);
@@ -139,37 +153,83 @@ AND_BF16 static void meanwhile(Work *w) { soften(w, w->share); }
 /* O^T += V^T P for 32 columns of values from e on, or for 16 if these are all. */
 TILES static void weigh(Work *w, int64_t e, int64_t strip, int64_t width) {
     float *out = w->out_EW[strip] + e * WIDE, *two = e + SIDE < width ? out + SIDE * WIDE : 0;
-    const bf16 *v = w->v_ES + e * DEEP, *p = (const bf16 *)w->s_SW[strip];
-    const Side a = {v, v + SIDE * DEEP, 2 * DEEP, 2 * DEEP, DEEP * width};
-    const Side b = {p, p + 2 * SIDE, 8 * WIDE, 8 * WIDE, 2 * DEEP * WIDE};
     get(out, 4 * WIDE, two, 4 * WIDE);
-    multiply(w, a, b, w->whole / DEEP, two != 0);
+    for (int64_t j = w->from[strip]; j < w->to[strip]; j += DEEP) {
+        const bf16 *v = w->v_ES[j / DEEP] + e * DEEP, *p = (bf16 *)(w->s_SW[strip] + j * WIDE);
+        const Side a = {v, v + SIDE * DEEP, 2 * DEEP, 2 * DEEP, 0};
+        const Side b = {p, p + 2 * SIDE, 8 * WIDE, 8 * WIDE, 0};
+        multiply(w, a, b, 1, two != 0);
+    }
     put(out, 4 * WIDE, two, 4 * WIDE);
+}
+
+/* Turn the values of a block, or take those that the tiles before have turned. */
+static void find_values(Work *w, const bf16 *v, int64_t step, int64_t keys, int64_t width) {
+    const int32_t *key_S = w->sight.key_S;
+    int64_t last = -1;
+    for (int64_t j = 0; j < w->whole; j += DEEP) {
+        const int64_t key = key_S[j], slot = key / DEEP % KEPT;
+        /* Not so many, not one after another, or in the place of those just found. */
+        const int alone = j + DEEP > keys || key_S[j + DEEP - 1] != key + DEEP - 1 || slot == last;
+        bf16 *at = alone ? w->own_ES + j * width : w->kept_ES + slot * DEEP * width;
+        w->v_ES[j / DEEP] = at;
+        if (!alone) {
+            last = slot;
+            if (w->kept[slot] == w->kept_from + key) continue;
+            w->kept[slot] = w->kept_from + key;
+        }
+        /* Past the last: weights of 0 for values of 0. */
+        for (int64_t l = j; l < j + DEEP; l++)
+            w->v_S[l - j] = l < keys ? v + w->sight.row_S[l] * step : w->zero_E;
+        turn_values(at, w->v_S, DEEP, width);
+    }
+}
+
+/* The scores of a strip that rows must not see. */
+AND_BF16 static void hide_keys(Work *w, const Task *task, int64_t strip, int64_t keys) {
+    const Sight *sight = &w->sight;
+    float *s = w->s_SW[strip];
+    for (int64_t j = w->from[strip]; j < w->to[strip]; j += DEEP) {
+        const int64_t stop = j + DEEP < keys ? j + DEEP : keys;
+        const int32_t first = sight->key_S[j], end = sight->key_S[stop - 1] + 1;
+        if (end - first == stop - j &&
+            all_see(sight, task->ranges, strip * STRIP, STRIP, first, end))
+            continue;
+        hide(sight, s + j * WIDE, strip * STRIP, task->ranges, j, stop);
+    }
+    for (int64_t j = keys * WIDE; j < w->to[strip] * WIDE; j++) s[j] = -INFINITY;
 }
 
 /* A block of keys for all strips that see some of it: scores of one strip, weights of the one
  * before, and sums of values of the one before that, at a time. */
 TILES static void do_block(Work *w, const Task *task, int64_t keys) {
     const int64_t D = task->width, E = task->value_width;
+    const int32_t *key_S = w->sight.key_S;
     int64_t strips[STRIPS], many = 0;
-    for (int64_t i = 0; i < STRIPS; i++)
-        if (w->least[i] <= w->sight.key_S[keys - 1] && w->most[i] > w->sight.key_S[0])
-            strips[many++] = i;
+    for (int64_t i = 0; i < STRIPS; i++) {
+        w->from[i] = w->whole;
+        w->to[i] = 0;
+        for (int64_t j = 0; j < w->whole; j += DEEP) {
+            const int64_t stop = j + DEEP < keys ? j + DEEP : keys;
+            if (key_S[stop - 1] < w->least[i] || key_S[j] >= w->most[i]) continue;
+            if (j < w->from[i]) w->from[i] = j;
+            w->to[i] = j + DEEP;
+        }
+        if (w->from[i] < w->to[i]) strips[many++] = i;
+    }
     /* An even share for each step of the tile unit. */
-    const int64_t steps = w->whole / DEEP * (D / DEEP + (E + DEEP - 1) / DEEP);
-    w->share = (w->whole / 2 + steps - 1) / steps * 2;
+    const int64_t steps = D / DEEP + (E + DEEP - 1) / DEEP;
+    w->share = (DEEP / 2 + steps - 1) / steps * 2;
     for (int64_t i = 0; i < many + 2; i++) {
         w->done = w->whole;
         if (i && i <= many) {
             w->at_hand = strips[i - 1];
-            w->done = 0;
-            float *s = w->s_SW[w->at_hand];
-            hide(&w->sight, s, w->at_hand * STRIP, task->ranges, 0, keys);
-            for (int64_t j = keys * WIDE; j < w->whole * WIDE; j++) s[j] = -INFINITY;
+            w->done = w->from[w->at_hand];
+            hide_keys(w, task, w->at_hand, keys);
             rebase(w, E);
         }
         if (i < many)
-            for (int64_t j = 0; j < w->whole; j += DEEP) {
+            for (int64_t j = w->from[strips[i]]; j < w->to[strips[i]]; j += DEEP) {
                 fetch(&w->ahead, FETCH);
                 float *s = w->s_SW[strips[i]] + j * WIDE;
                 scores(w, &w->k, j, w->q_D2 + strips[i] * WIDE * D, D);
@@ -213,13 +273,11 @@ TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) 
         w->base_T[i] = -INFINITY;
         w->sum_T[i] = 0.0f;
     }
+    w->kept_from = (b * task->key_heads + kv) * task->keys;
     int64_t keys;
     while ((keys = next_block(sight, task->ranges, row_M))) {
-        /* Whole tiles: weights of 0 for values of 0. */
         w->whole = (keys + DEEP - 1) / DEEP * DEEP;
-        for (int64_t j = 0; j < w->whole; j++)
-            w->v_S[j] = j < keys ? v + sight->row_S[j] * task->v_steps.row : w->zero_E;
-        turn_values(w->v_ES, w->v_S, w->whole, E);
+        find_values(w, v, task->v_steps.row, keys, E);
         find_keys(&w->k, sight, k, task->k_steps.row, keys, D);
         do_block(w, task, keys);
     }
@@ -231,19 +289,22 @@ TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) 
 static Work *begin(const Task *task) {
     const int64_t D = task->width, E = task->value_width;
     const int64_t bytes = sizeof(Work) + 4 * TILE * (BLOCK + E) +
-                          2 * (TILE * D + BLOCK * E + BLOCK * D + E) +
-                          sight_bytes(task->ranges) + 64 * (5 + 2 * STRIPS);
+                          2 * (TILE * D + (BLOCK + KEPT * DEEP) * E + BLOCK * D + E) +
+                          sight_bytes(task->ranges) + 64 * (6 + 2 * STRIPS);
     char *all = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (!all) return 0;
     Work *w = take(&all, sizeof *w);
     for (int i = 0; i < STRIPS; i++) w->s_SW[i] = take(&all, 4 * BLOCK * WIDE);
     for (int i = 0; i < STRIPS; i++) w->out_EW[i] = take(&all, 4 * WIDE * E);
     w->q_D2 = take(&all, 2 * TILE * D);
-    w->v_ES = take(&all, 2 * BLOCK * E);
+    w->own_ES = take(&all, 2 * BLOCK * E);
+    w->kept_ES = take(&all, 2 * KEPT * DEEP * E);
     w->k.near = take(&all, 2 * BLOCK * D);
     w->zero_E = take(&all, 2 * E);
     sight_take(&w->sight, &all, task->ranges);
     memset(w->zero_E, 0, 2 * E);
+    for (int i = 0; i < KEPT; i++) w->kept[i] = -1;
+    w->at_hand = 0;
     return w;
 }
 
