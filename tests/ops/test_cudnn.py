@@ -104,35 +104,92 @@ def aligned(x):
     return x.stride(-1) == 1 and all(s and s % 8 == 0 for s in x.stride()[:-1])
 
 
-class StandIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, seen, scale):
+def dense(q, k, v, seen, scale):
+    """What the library computes, in its layout, in operations that autograd knows."""
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    repeat = qh.shape[1] // kh.shape[1]
+    logits = qh @ kh.repeat_interleave(repeat, 1).mT * scale
+    empty = ~seen.any(-1).expand(logits.shape[:3])
+    logits = logits.masked_fill(~seen & ~empty[..., None], -math.inf)
+    lse = logits.logsumexp(-1)
+    out = (logits - lse[..., None]).exp() @ vh.repeat_interleave(repeat, 1)
+    # Rows without keys hold anything.
+    out, lse = out.masked_fill(empty[..., None], 7.0), lse.masked_fill(empty, 7.0)
+    return out.transpose(1, 2), lse
+
+
+class OneKernel:
+    """What the two kernels of the library have in common: they run for one layout and one plan."""
+
+    workspace_size = 256
+
+    def __init__(self, *sample):
+        *self.tensors, self.plan, self.last = sample
+        self.state = []
+
+    def check_support(self):
+        assert all(aligned(x) for x in self.tensors if x.dim() == 4)
+        self.state.append("checked")
+
+    def compile(self):
+        assert self.state == ["checked"]
+        self.state.append("compiled")
+        self.layout = [(x.shape, x.stride(), x.dtype) for x in self.tensors]
+        self.with_last = self.last is not None
+
+    def check(self, *given):
+        *tensors, plan, last = given
+        assert self.state == ["checked", "compiled"]
+        assert plan is self.plan
+        assert self.layout == [(x.shape, x.stride(), x.dtype) for x in tensors]
+        assert self.with_last == (last is not None)
+
+
+class FlexAttentionFwd(OneKernel):
+    prepared = 0
+
+    def _prepare(self, q, k, v, plan):
+        FlexAttentionFwd.prepared += 1
+        return q.shape, k.shape, v.shape
+
+    def execute(self, q, k, v, out, plan, lse, *, workspace, softmax_scale):
+        assert self._prepare(q, k, v, plan) == (q.shape, k.shape, v.shape)
+        self.check(q, k, v, out, plan, lse)
+        assert workspace.numel() == self.workspace_size
+        seen, _ = plan
+        with torch.no_grad():
+            found_out, found_lse = dense(q, k, v, seen, softmax_scale)
+            out.copy_(found_out)
+            lse.copy_(found_lse)
+
+
+class FlexAttentionBwd(OneKernel):
+    def __init__(self, *sample, deterministic):
+        super().__init__(*sample)
+        assert not deterministic
+
+    def execute(
+        self, q, k, v, out, dout, lse, dq, dk, dv, plan, dlse, *, workspace, softmax_scale
+    ):
+        self.check(q, k, v, out, dout, lse, dq, dk, dv, plan, dlse)
+        assert workspace.numel() == self.workspace_size
+        seen, has_backward = plan
+        assert has_backward
+        # What the library checks, in widths where a unit of 16 bytes is 8 numbers.
+        assert aligned(dout)
+        assert dlse is None or dlse.stride(-1) == 1
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            qh, kh, vh = (x.transpose(1, 2) for x in leaves)
-            repeat = qh.shape[1] // kh.shape[1]
-            logits = qh @ kh.repeat_interleave(repeat, 1).mT * scale
-            empty = ~seen.any(-1).expand(logits.shape[:3])
-            logits = logits.masked_fill(~seen & ~empty[..., None], -math.inf)
-            lse = logits.logsumexp(-1)
-            out = (logits - lse[..., None]).exp() @ vh.repeat_interleave(repeat, 1)
-            out = out.masked_fill(empty[..., None], 0.0).transpose(1, 2).contiguous()
-            lse = lse.masked_fill(empty, -math.inf)
-        ctx.set_materialize_grads(False)
-        ctx.graph = (leaves, out, lse, empty)
-        return out.detach(), lse.detach()
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        leaves, out, lse, empty = ctx.graph
-        given = [(x, d) for x, d in ((out, dout), (lse, dlse)) if d is not None]
-        # What the library checks, in widths where a unit of 16 bytes is 8 numbers.
-        assert dout is None or aligned(dout)
-        assert dlse is None or dlse.stride(-1) == 1
-        given = [(x, d if x is out else d.masked_fill(empty, 0.0)) for x, d in given]
-        outs, grads = zip(*given, strict=True)
-        grads = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
-        return *grads, None, None
+            own = dense(*leaves, seen, softmax_scale)
+        # What was saved is what was given, but for rows without keys.
+        some = seen.any(-1).expand(lse.shape)
+        for saved, again in ((out.transpose(1, 2), own[0].transpose(1, 2)), (lse, own[1])):
+            torch.testing.assert_close(saved[some], again[some].to(saved.dtype))
+        given = [(x, d) for x, d in zip(own, (dout, dlse), strict=True) if d is not None]
+        outs, slopes = zip(*((x, d.to(x.dtype)) for x, d in given), strict=True)
+        grads = torch.autograd.grad(outs, leaves, slopes)
+        for room, found in zip((dq, dk, dv), grads, strict=True):
+            room.copy_(found)
 
 
 @pytest.fixture
@@ -148,15 +205,10 @@ def library(monkeypatch):
         made.append(build_backward)
         return visible(mask_func, batch, k.shape[1]), build_backward
 
-    def flex_attn_func(q, k, v, *, mask_plan, softmax_scale, deterministic, return_lse):
-        assert all(aligned(x) for x in (q, k, v))
-        seen, has_backward = mask_plan
-        assert has_backward or not capability.needs_grad(q, k, v)
-        return StandIn.apply(q, k, v, seen, softmax_scale)
-
     package = types.ModuleType("cudnn")
     module = types.ModuleType("cudnn.flex_attention")
-    module.create_mask_plan, module.flex_attn_func = create_mask_plan, flex_attn_func
+    module.create_mask_plan = create_mask_plan
+    module.FlexAttentionFwd, module.FlexAttentionBwd = FlexAttentionFwd, FlexAttentionBwd
     monkeypatch.setitem(sys.modules, "cudnn", package)
     monkeypatch.setitem(sys.modules, "cudnn.flex_attention", module)
     monkeypatch.setattr(cudnn_module, "reasons", lambda *_: [])
@@ -176,6 +228,26 @@ def test_shared_cases_through_the_stand_in(case, library):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
     assert library == [True]
+
+
+def test_a_kernel_is_made_once_for_a_layout(library):
+    one, before = window(64, 9, heads=4), FlexAttentionFwd.prepared
+    q, k, v = tensors(2, 4, 2, 64, 64, 16, 16)
+    for _ in range(3):
+        cudnn_module.cudnn(q, k, v, one, 0.25)
+    assert FlexAttentionFwd.prepared == before + 1
+    cudnn_module.cudnn(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, one, 0.25)
+    assert FlexAttentionFwd.prepared == before + 2
+
+
+def test_results_lie_in_memory_as_their_inputs(library):
+    one = window(64, 9, heads=4)
+    for lay in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        q, k, v = (lay(x).requires_grad_() for x in tensors(2, 4, 2, 64, 64, 16, 16))
+        out, _ = cudnn_module.cudnn(q, k, v, one, 0.25)
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
+        for found, given in zip((out, *grads), (q, q, k, v), strict=True):
+            assert found.stride() == given.stride()
 
 
 def test_gradients_that_sums_broadcast_are_laid_out(library):

@@ -37,9 +37,10 @@ def test_lanes_equal_one_stream(monkeypatch):
     assert len(plan.passes) > 1
 
     def run():
+        # Kernels that add up gradients in any order would differ in the last bits.
         with torch.no_grad():
-            alone = ls.attend(*inputs, plan)
-        out = ls.attend(*inputs, plan)
+            alone = ls.attend(*inputs, plan, impl="flex")
+        out = ls.attend(*inputs, plan, impl="flex")
         return alone, out, *torch.autograd.grad(out, inputs, slope)
 
     with monkeypatch.context() as patch:

@@ -22,7 +22,7 @@ from longspan.errors import InputError
 from longspan.ops.capability import choose, in_order
 from longspan.ops.compiled import attend_compiled
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import compute, load
+from longspan.ops.run import calls_apart, compute, load
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
 
@@ -107,14 +107,17 @@ def explain(
     laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
     use_lse = return_lse or len(laid.passes) > 1
     lines = [str(laid)]
-    for index, one in enumerate(laid.passes):
-        loaded = load(one, q, k)
-        own_q, own_k, own_v = loaded.inputs(q, k, v)
-        own = (own_q, own_k, own_v, loaded.ranges)
+    calls = calls_apart(laid.passes, q, k) or ()
+    named = [(f"{one}", one) for one in calls] or [
+        (f"pass {index}", load(one, q, k)) for index, one in enumerate(laid.passes)
+    ]
+    for name, one in named:
+        own_q, own_k, own_v = one.inputs(q, k, v)
+        own = (own_q, own_k, own_v, one.ranges)
         chosen = choose(impl, *own, use_lse=use_lse)
         kernels, measured = in_order(*own)
         tflops = {} if measured is None else measured.tflops
-        lines.append(f"pass {index}: kernel {chosen.name}: {chosen.note}")
+        lines.append(f"{name}: kernel {chosen.name}: {chosen.note}")
         if measured is not None:
             lines.append(f"  measured on {measured.gpu}: {measured.case}")
         if chosen.name in tflops:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Capability:
         devices: device types it runs on; empty means any.
         note: one line for people.
         lse_gradient: whether gradients flow through its log-sum-exp.
-        adds_by_key_tile: whether in its backward one program adds up the gradients of a key tile,
-            so that keys which most queries see are worth copies.
+        adds_key_tiles: where in its backward one program adds up the gradients of a key tile, so
+            that keys which most queries see are worth copies: for which heads it does.
         shares_keys: whether it takes keys with one batch row for queries with many.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
     """
@@ -40,7 +41,7 @@ class Capability:
     devices: tuple[str, ...]
     note: str
     lse_gradient: bool = True
-    adds_by_key_tile: bool = False
+    adds_key_tiles: Literal["of a key head", "of a query head"] | None = None
     shares_keys: bool = False
     reads_in_place: bool = False
 
@@ -88,10 +89,15 @@ KERNELS = (
         name="flex",
         devices=("cuda",),
         note="FlexAttention over captured ranges",
-        adds_by_key_tile=True,
+        adds_key_tiles="of a key head",
         shares_keys=True,
     ),
-    Capability(name="cudnn", devices=("cuda",), note="cuDNN's interval attention, for Hopper"),
+    Capability(
+        name="cudnn",
+        devices=("cuda",),
+        note="cuDNN's interval attention, for Hopper",
+        adds_key_tiles="of a query head",
+    ),
     Capability(
         name="flash",
         devices=("cuda",),

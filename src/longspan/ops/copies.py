@@ -1,14 +1,14 @@
 """Keys that far more queries see than others, copied, so that programs share their gradients.
 
 In the backward of FlexAttention one program adds up dK and dV of a key tile, over all query tiles
-that see it, one after the other. A tile of a window is seen by few of them; the tile of a sink by
-all, and those of strided keys by most: when the other programs are done, these have hardly begun.
-Here the queries are cut into stretches, and each stretch sees copies of its own of such keys. The
-gradients of copies add up in the key. Nothing else changes: every query sees the same keys as
-before.
+that see it, one after the other; in that of cuDNN one does so for each query head. A tile of a
+window is seen by few of them; the tile of a sink by all, and those of strided keys by most: when
+the other programs are done, these have hardly begun. Here the queries are cut into stretches, and
+each stretch sees copies of its own of such keys. The gradients of copies add up in the key.
+Nothing else changes: every query sees the same keys as before.
 
 Axes: G range groups, N query rows, M key rows, m ranges per query, C key tiles, B batch, H query
-heads, K key heads, E rows behind the keys.
+heads, P programs of a key tile, K key heads, E rows behind the keys.
 """
 
 from __future__ import annotations
@@ -52,34 +52,40 @@ class Copies:
 _copies: WeakKeyDictionary[KeyRanges, dict[tuple[int, int], Copies | None]] = WeakKeyDictionary()
 
 
-def copies_of(ranges: KeyRanges, heads: int, key_heads: int) -> Copies | None:
-    """Copies of the hot keys, or None where no key is hot; kept as long as ``ranges`` lives."""
+def copies_of(ranges: KeyRanges, heads: int, programs: int) -> Copies | None:
+    """Copies of the hot keys, or None where no key is hot; kept as long as ``ranges`` lives.
+
+    Args:
+        ranges: visible keys.
+        heads: query heads.
+        programs: how many programs share the heads of one key tile; it divides ``heads``.
+    """
     kept = _copies.setdefault(ranges, {})
-    name = (heads, key_heads)
+    name = (heads, programs)
     if name not in kept:
-        kept[name] = found = _find(ranges, heads, key_heads)
+        kept[name] = found = _find(ranges, heads, programs)
         if found is not None:
             # Copied once is enough.
             _copies[found.ranges] = {name: None}
     return kept[name]
 
 
-def _find(ranges: KeyRanges, heads: int, key_heads: int) -> Copies | None:
+def _find(ranges: KeyRanges, heads: int, programs: int) -> Copies | None:
     counts = count_tiles(ranges)
     tile, queries, keys = counts.tile, ranges.queries, ranges.keys
     seen_GC = counts.q_GC + counts.full_q_GC
     group_BH = ranges.group_BH.expand(-1, heads)
-    work_BKC = seen_GC[group_BH].unflatten(1, (key_heads, -1)).sum(2).float()
-    used = work_BKC > 0
+    work_BPC = seen_GC[group_BH].unflatten(1, (programs, -1)).sum(2).float()
+    used = work_BPC > 0
     if not bool(used.any()):
         return None
-    work_C = work_BKC.amax((0, 1))
+    work_C = work_BPC.amax((0, 1))
     mean, total, most = torch.stack(
-        [work_BKC[used].mean(), work_BKC.sum(2).mean(), work_C.max()]
+        [work_BPC[used].mean(), work_BPC.sum(2).mean(), work_C.max()]
     ).tolist()
-    # Key heads come one after another, and dQ is as much work again: a program may also do as
-    # much as falls to each processor for one key head, because then the others do the rest.
-    fair = max(_MEANS * mean, 2 * total / _processors(work_BKC.device))
+    # Heads come one after another, and dQ is as much work again: a program may also do as much as
+    # falls to each processor for one head, because then the others do the rest.
+    fair = max(_MEANS * mean, 2 * total / _processors(work_BPC.device))
     if most <= max(_TOO_MUCH * fair, _LEAST):
         return None
     hot_C = work_C > _HOT * fair
@@ -119,6 +125,9 @@ def _by_stretch(ranges: KeyRanges, hot_C: Tensor, stretch: int, tile: int) -> Co
         found = (used * tile + torch.arange(tile, device=device)).flatten()
         row.append(found.where(found < ranges.keys, -1))
         end += len(found)
+    # Ranges in copies have moved behind the others.
+    first = lo_GNm.where(lo_GNm < hi_GNm, end).argsort(dim=2, stable=True)
+    lo_GNm, hi_GNm = lo_GNm.gather(2, first), hi_GNm.gather(2, first)
     return Copies(KeyRanges(lo_GNm, hi_GNm, ranges.group_BH, end), torch.cat(row))
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.ops.apart import Own, apart, join, split
 from longspan.ops.capability import Capability, choose, needs_grad
 from longspan.ops.copies import copies_of
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
@@ -27,6 +29,7 @@ from longspan.planning import Pass
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
+_loaded_apart: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 
 
 def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
@@ -80,6 +83,8 @@ def compute(
         kernel = choose(impl, q, k, v, load(passes[0], q, k).ranges, use_lse=use_lse)
         if kernel.reads_in_place:
             return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
+    if calls := calls_apart(passes, q, k):
+        return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
     loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for one in passes]
     together = _together(loaded, q, k, v)
     parts = []
@@ -114,6 +119,42 @@ def _in_place(
     return [*parts, Part(*kernel.load_passes()(q, k, v, plain, scale))] if plain else parts
 
 
+def calls_apart(passes: Sequence[Pass], q: Tensor, k: Tensor) -> tuple[Own, ...] | None:
+    """The passes as calls for heads of their own, on a GPU; kept while the first one lives."""
+    if q.device.type != "cuda":
+        return None
+    first, *rest = passes
+    kept = _loaded_apart.setdefault(first, {})
+    name = (q.device, q.shape[1:3], k.shape[1:3], len(q) == 1, *map(id, rest))
+    if name not in kept:
+        # With what the name speaks of, which has to live as long.
+        kept[name] = apart(passes, q, k), rest
+    return kept[name][0]
+
+
+def _compute_apart(
+    calls: tuple[Own, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    impl: str,
+    scale: float,
+    *,
+    use_lse: bool,
+) -> Part:
+    outs, lses = [], []
+    inputs = split(calls, q, k, v)
+    with Lanes(calls, (q, k, v), impl) as lanes:
+        for index, (one, own) in enumerate(zip(calls, inputs, strict=True)):
+            with lanes.lane(index) as lane:
+                kernel = choose(impl, *own, one.ranges, use_lse=use_lse).load()
+                out, lse = kernel(*own, one.ranges, scale)
+                lanes.keep(lane, own, (out, lse))
+            outs.append(out)
+            lses.append(lse)
+    return Part(*join(calls, outs, lses, q.shape[1]))
+
+
 def _suited(
     one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
 ) -> Loaded | Views:
@@ -123,10 +164,11 @@ def _suited(
         return found
     kernel = choose(impl, q, k, v, found.ranges, use_lse=use_lse)
     kept = _loaded[one]
-    if kernel.adds_by_key_tile and needs_grad(k, v):
-        name = ("copies", q.device, q.shape[1], k.shape[1:3])
+    if kernel.adds_key_tiles and needs_grad(k, v):
+        programs = k.shape[1] if kernel.adds_key_tiles == "of a key head" else q.shape[1]
+        name = ("copies", q.device, q.shape[1], k.shape[1:3], programs)
         if name not in kept:
-            kept[name] = _with_copies(one, found, q, k)
+            kept[name] = _with_copies(one, found, k.shape[2], programs)
         return kept[name]
     if kernel.shares_keys and len(q) == 1 and not needs_grad(q, k, v):
         name = ("shared keys", q.device, k.shape[1:3])
@@ -136,16 +178,15 @@ def _suited(
     return found
 
 
-def _with_copies(one: Pass, found: Loaded, q: Tensor, k: Tensor) -> Loaded:
+def _with_copies(one: Pass, found: Loaded, keys: int, programs: int) -> Loaded:
     """The pass with copies of keys that most queries see; as it is where there are none."""
-    copies = copies_of(found.ranges, q.shape[1], k.shape[1])
+    copies = copies_of(found.ranges, found.all_heads, programs)
     if copies is None:
         return found
-    keys = k.shape[2]
     order = np.arange(keys, dtype=np.int32)[None] if one.key_order is None else one.key_order
     row = copies.row_E.cpu().numpy()
     order = np.concatenate([order, np.where(row < 0, -1, order[:, row.clip(min=0)])], axis=1)
-    return replace(found, ranges=copies.ranges, keys=Order.of(order, keys, q.device))
+    return replace(found, ranges=copies.ranges, keys=Order.of(order, keys, copies.row_E.device))
 
 
 def _together(

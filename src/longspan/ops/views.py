@@ -4,8 +4,8 @@
 
 Where a query of remainder c sees keys of remainder c only (dilated windows and neighbourhoods,
 diagonals), one pass over a long row is the same pass over r short rows, and those are views: no
-key, query or gradient is copied. FlexAttention writes its output in the layout of the queries, so
-that it is in place too; what other kernels write is put back with one copy.
+key, query or gradient is copied. FlexAttention and cuDNN write their output in the layout of the
+queries, so that it is in place too; what other kernels write is put back with one copy.
 
 Where a query sees keys of other remainders (SDA's neighbourhoods), queries and outputs are views
 all the same for a kernel that takes one batch row of keys for many of queries. Keys, of which
@@ -53,7 +53,8 @@ class Views:
         return self._split(q), self._split(k), self._split(v)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x[0].unflatten(1, (-1, self.step)).permute(2, 0, 1, 3)
+        # Not x[0], whose gradient is copied into zeros.
+        return x.squeeze(0).unflatten(1, (-1, self.step)).permute(2, 0, 1, 3)
 
     def outputs(self, out_rHnD: Tensor, lse_rHn: Tensor) -> Part:
         """What the kernel gave, in place if its layout allows."""

@@ -16,10 +16,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
@@ -137,59 +139,130 @@ def cudnn(
     kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward, fixed)
     q_BNHD, k_BMKD, v_BMKD = (aligned(x.transpose(1, 2)) for x in (q_BHND, k_BKMD, v_BKMD))
 
-    def make(ends_HeN: Tensor) -> Any:
+    def make(ends_HeN: Tensor) -> _Ready:
         if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
             raise Refusal("cudnn cannot run here: " + "; ".join(found))
         create = importlib.import_module("cudnn.flex_attention").create_mask_plan
         made = create(ends_HeN, q_BNHD, k_BMKD, v_BMKD, build_backward=backward)
         if backward and not fixed:
             last_queries_first(made)
-        return made, empty_rows(ends_HeN, batch)
+        return _Ready(made, _index(empty_rows(ends_HeN, batch)))
 
-    plan, empty_BHN = plan_of(ranges, (*kind, q_BHND.device), batch, make)
-    attend = importlib.import_module("cudnn.flex_attention").flex_attn_func
-    out_BNHD, lse_BHN = attend(
-        q_BNHD,
-        k_BMKD,
-        v_BMKD,
-        mask_plan=plan,
-        softmax_scale=scale,
-        deterministic=fixed,
-        return_lse=True,
-    )
-    if empty_BHN is not None:
-        # In place, unseen by autograd: a copy of the output would take as long as a short kernel.
-        out_BNHD.data.masked_fill_(empty_BHN.transpose(1, 2)[..., None], 0.0)
-    if backward:
-        out_BNHD, lse_BHN = _CleanGradients.apply(out_BNHD, lse_BHN, empty_BHN)
-    if empty_BHN is not None:
-        lse_BHN = lse_BHN.masked_fill(empty_BHN, -torch.inf)
+    ready = plan_of(ranges, (*kind, q_BHND.device), batch, make)
+    out_BNHD, lse_BHN = _Attend.apply(q_BNHD, k_BMKD, v_BMKD, ready, scale, fixed)
     return out_BNHD.transpose(1, 2), lse_BHN
 
 
-class _CleanGradients(torch.autograd.Function):
-    """Nothing forward; backward lays out gradients, which sums broadcast, as the kernel needs.
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A plan with what belongs to it.
 
-    A NaN in the incoming gradient of a row without keys must not spread: it is set to 0.
+    Attributes:
+        plan: of the library.
+        empty: index of the rows [B, H, N] that see no key; None if every one sees some.
+        calls: the library's kernels for this plan and tensors of some layouts.
+    """
+
+    plan: Any
+    empty: tuple[Any, ...] | None
+    calls: dict[tuple[object, ...], Any] = field(default_factory=dict)
+
+    def call(self, name: str, *tensors: Tensor | None, **options: Any) -> Any:
+        """The library's kernel for tensors that lie in memory as these do, the last optional."""
+        key = (name, *(None if x is None else (x.shape, x.stride()) for x in tensors))
+        if key not in self.calls:
+            *first, last = tensors
+            build = getattr(importlib.import_module("cudnn.flex_attention"), name)
+            made = build(*first, self.plan, last, **options)
+            made.check_support()
+            made.compile()
+            self.calls[key] = _settled(made, *first[:3], self.plan)
+        return self.calls[key]
+
+
+def _settled(kernel: Any, *given: Any) -> Any:
+    """The kernel with what it works out in every call worked out once.
+
+    Its answer depends on the layout and the plan alone; a third of the time until it is launched.
+    """
+    if hasattr(kernel, "_prepare"):
+        found = kernel._prepare(*given)
+        kernel._prepare = lambda *_: found
+    return kernel
+
+
+def _index(empty_BHN: Tensor | None) -> tuple[Any, ...] | None:
+    """The marked rows as an index, over all heads where they are alike."""
+    if empty_BHN is None:
+        return None
+    batch, head, row = empty_BHN.nonzero(as_tuple=True)
+    return batch, slice(None) if empty_BHN.shape[1] == 1 else head, row
+
+
+def _fill(x_BHN: Tensor, index: tuple[Any, ...], value: float) -> Tensor:
+    """Overwrite some rows."""
+    # A number from the host would be waited for.
+    x_BHN[index] = x_BHN.new_full((), value)
+    return x_BHN
+
+
+class _Attend(torch.autograd.Function):
+    """The library's kernels, with results laid out in memory as the inputs that they belong to.
+
+    So what belongs to a view, as the rows of a remainder, comes back as one.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, out_BNHD: Tensor, lse_BHN: Tensor, empty_BHN: Tensor | None
+        ctx: Any,
+        q_BNHD: Tensor,
+        k_BMKD: Tensor,
+        v_BMKD: Tensor,
+        ready: _Ready,
+        scale: float,
+        fixed: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.empty_BHN = empty_BHN
+        batch, rows, heads, width = q_BNHD.shape
+        out_BNHD = torch.empty_like(q_BNHD)
+        if v_BMKD.shape[3] != width:
+            out_BNHD = q_BNHD.new_empty(batch, rows, heads, v_BMKD.shape[3])
+        numbers = torch.promote_types(q_BNHD.dtype, torch.float32)
+        lse_BHN = q_BNHD.new_empty(batch, heads, rows, dtype=numbers)
+        given = (q_BNHD, k_BMKD, v_BMKD, out_BNHD)
+        _run(ready.call("FlexAttentionFwd", *given, lse_BHN), *given, ready.plan, lse_BHN, scale)
+        ctx.save_for_backward(*given, lse_BHN)
+        ctx.ready, ctx.scale, ctx.fixed = ready, scale, fixed
         ctx.set_materialize_grads(False)
-        return out_BNHD.view_as(out_BNHD), lse_BHN.view_as(lse_BHN)
+        if ready.empty is not None:
+            _fill(out_BNHD.transpose(1, 2), ready.empty, 0.0)
+            lse_BHN = _fill(lse_BHN.clone(), ready.empty, -torch.inf)
+        return out_BNHD, lse_BHN
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout_BNHD: Tensor | None, dlse_BHN: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        if ctx.empty_BHN is not None and dout_BNHD is not None:
-            empty_BNH1 = ctx.empty_BHN.transpose(1, 2)[..., None]
-            dout_BNHD = torch.where(empty_BNH1, 0.0, dout_BNHD)
-        return (
-            None if dout_BNHD is None else aligned(dout_BNHD),
-            None if dlse_BHN is None else aligned(dlse_BHN),
-            None,
-        )
+    ) -> tuple[Tensor | None, ...]:
+        q_BNHD, k_BMKD, v_BMKD, out_BNHD, lse_BHN = ctx.saved_tensors
+        of_lse_alone = dout_BNHD is None
+        dout_BNHD = torch.zeros_like(out_BNHD) if dout_BNHD is None else aligned(dout_BNHD)
+        dlse_BHN = None if dlse_BHN is None else aligned(dlse_BHN)
+        if ctx.ready.empty is not None:
+            # A NaN in the gradient of a row without keys must not spread.
+            dout_BNHD = dout_BNHD.clone()
+            _fill(dout_BNHD.transpose(1, 2), ctx.ready.empty, 0.0)
+            if dlse_BHN is not None:
+                dlse_BHN = _fill(dlse_BHN.clone(), ctx.ready.empty, 0.0)
+        dq_BNHD, dk_BMKD, dv_BMKD = (torch.empty_like(x) for x in (q_BNHD, k_BMKD, v_BMKD))
+        given = (q_BNHD, k_BMKD, v_BMKD, out_BNHD, dout_BNHD, lse_BHN, dq_BNHD, dk_BMKD, dv_BMKD)
+        kernel = ctx.ready.call("FlexAttentionBwd", *given, dlse_BHN, deterministic=ctx.fixed)
+        _run(kernel, *given, ctx.ready.plan, dlse_BHN, ctx.scale)
+        return dq_BNHD, dk_BMKD, None if of_lse_alone else dv_BMKD, None, None, None
+
+
+def _run(kernel: Any, *given: Any) -> None:
+    """Run a kernel of the library; its scratch lives as long as the call."""
+    *tensors, scale = given
+    device = tensors[0].device
+    scratch = torch.empty(kernel.workspace_size, dtype=torch.uint8, device=device)
+    kernel.execute(*tensors, workspace=scratch, softmax_scale=scale)

@@ -1,0 +1,122 @@
+"""Heads with orders of their own, as kernel calls over views: the same attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.ops.test_flex import gpu
+
+import longspan as ls
+from longspan.ops.apart import apart, join, split
+from longspan.ops.kernels.reference import reference
+
+PATTERNS = {
+    "dilated(64, [1, 2, 4, 8])": (8, 4),
+    "heads(window(64), dilated(64, 4))": (8, 2),
+    "heads(neighborhood(65), neighborhood(65, dilation=4), diagonals(4), window(9))": (4, 4),
+}
+
+
+def inputs_of(heads, key_heads, n=512, **how):
+    make = torch.Generator(how.get("device", "cpu")).manual_seed(0)
+    return [
+        torch.randn(1, h, n, 64, generator=make, requires_grad=True, **how)
+        for h in (heads, key_heads, key_heads)
+    ]
+
+
+def in_calls(calls, q, k, v):
+    own = split(calls, q, k, v)
+    for given in own:
+        for x, y in zip(given, (q, k, v), strict=True):
+            assert x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    found = [reference(*x, one.ranges, 0.3) for x, one in zip(own, calls, strict=True)]
+    outs, lses = zip(*found, strict=True)
+    return join(calls, outs, lses, q.shape[1])
+
+
+@pytest.mark.parametrize(("text", "heads"), PATTERNS.items(), ids=PATTERNS)
+def test_calls_equal_the_reference(text, heads):
+    q, k, v = inputs_of(*heads, dtype=torch.float64)
+    plan = ls.plan(ls.parse(text), 512, heads[0])
+    calls = apart(plan.passes, q, k)
+    assert calls is not None
+    assert {one.step for one in calls} > {1}
+    said = [str(one) for one in calls]
+    if text.startswith("dilated"):
+        assert said[0] == "heads 0 to 1"
+        assert said[3] == "heads 6 to 7, rows by remainder mod 8"
+    found = in_calls(calls, q, k, v)
+    wanted = ls.attend(q, k, v, plan, impl="reference", scale=0.3, return_lse=True)
+    make = torch.Generator().manual_seed(1)
+    slopes = [torch.randn(x.shape, generator=make, dtype=torch.float64) for x in wanted]
+    grads = [torch.autograd.grad(x, (q, k, v), slopes) for x in (found, wanted)]
+    for a, b in zip((*found, *grads[0]), (*wanted, *grads[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_keys_that_several_calls_read():
+    # One key head for heads of all orders: its gradients are added up.
+    q, k, v = inputs_of(4, 1, dtype=torch.float64)
+    plan = ls.plan(ls.parse("dilated(64, [1, 2, 4, 8])"), 512, 4)
+    calls = apart(plan.passes, q, k)
+    assert calls is not None
+    found, _ = in_calls(calls, q, k, v)
+    wanted = ls.attend(q, k, v, plan, impl="reference", scale=0.3)
+    grads = [torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (found, wanted)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "window(64)",
+        "scca.flow(64)",
+        "dilated(64, 4)",
+        # A head that needs two orders.
+        "ssa(32, 4)",
+        "longnet([64, 256], [1, 4])",
+        "heads(window(64) | strided(4), window(64))",
+        # Strided keys are seen by queries of all remainders.
+        "heads(strided(4), window(64))",
+    ],
+)
+def test_other_patterns_stay_together(text):
+    q, k, _ = inputs_of(4, 2)
+    assert apart(ls.plan(ls.parse(text), 512, 4).passes, q, k) is None
+
+
+def test_not_where_rows_or_heads_do_not_divide():
+    pattern = ls.parse("heads(window(64), dilated(64, 4))")
+    q, k, _ = inputs_of(4, 2, n=510)
+    assert apart(ls.plan(pattern, 510, 4).passes, q, k) is None
+    q, k, _ = inputs_of(4, 2)
+    two = [x.expand(2, -1, -1, -1) for x in (q, k)]
+    assert apart(ls.plan(pattern, 512, 4).passes, *two) is None
+    # Documents begin at rows of any remainder.
+    documents = (torch.arange(512) // 100).numpy()
+    assert apart(ls.plan(pattern, 512, 4, segments=documents).passes, q, k) is None
+
+
+@gpu
+@pytest.mark.parametrize("impl", ["flex", "auto"])
+@pytest.mark.parametrize(("text", "heads"), PATTERNS.items(), ids=PATTERNS)
+def test_on_a_gpu(text, heads, impl):
+    how = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = inputs_of(*heads, n=4096, **how)
+    plan = ls.plan(ls.parse(text), 4096, heads[0])
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    wanted = ls.attend(*exact, plan, impl="reference", return_lse=True)
+    assert "rows by remainder mod 4: kernel" in ls.explain(q, k, v, plan, impl=impl)
+    slope = torch.randn_like(q)
+    # Alone at first, then on streams side by side.
+    for _ in range(3):
+        found = ls.attend(q, k, v, plan, impl=impl, return_lse=True)
+        results = [
+            (*x, *torch.autograd.grad([*x], inputs, [slope.to(x[0].dtype), x[1].detach()]))
+            for x, inputs in ((found, (q, k, v)), (wanted, exact))
+        ]
+        wanted = ls.attend(*exact, plan, impl="reference", return_lse=True)
+        for a, b in zip(*results, strict=True):
+            assert ((a.float() - b).norm() / b.norm()) < 1e-2
