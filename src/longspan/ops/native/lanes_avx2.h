@@ -28,8 +28,30 @@ typedef __m256 vm;
 #define v_and(a, b) _mm256_and_ps(a, b)
 #define v_none _mm256_setzero_ps()
 #define v_all(m) (_mm256_movemask_ps(m) == 0xff)
-/* a 2^n for whole n from -126 on: n is added to the exponent. */
-#define v_scale(a, n) \
-    _mm256_castsi256_ps(_mm256_add_epi32( \
-        _mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)))
+/* a 2^n for whole n from -126 on, when n is added to the exponent; or 0. */
+#define v_scale_unless(m, a, n) \
+    _mm256_andnot_ps( \
+        m, _mm256_castsi256_ps(_mm256_add_epi32( \
+               _mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23))))
 #define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define v_bits(x) _mm256_castps_si256(x)
+#define v_of_bits(x) _mm256_castsi256_ps(x)
+
+/* 8 rows of 8 dwords become columns. */
+TARGET static inline void turn(vi *row) {
+    vi a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    /* Now vector 4 i + j holds columns j and 4 + j of rows 4 i to 4 i + 3. */
+    for (int j = 0; j < 4; j++) {
+        row[j] = _mm256_permute2x128_si256(b[j], b[4 + j], 0x20);
+        row[4 + j] = _mm256_permute2x128_si256(b[j], b[4 + j], 0x31);
+    }
+}

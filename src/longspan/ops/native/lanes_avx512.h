@@ -26,6 +26,34 @@ typedef __mmask16 vm;
 #define v_and(a, b) ((vm)((a) & (b)))
 #define v_none ((vm)0)
 #define v_all(m) ((m) == (vm)0xffff)
-/* a 2^n for whole n. */
+/* a 2^n for whole n, or 0. */
+#define v_scale_unless(m, a, n) _mm512_maskz_scalef_ps((__mmask16)~(m), a, n)
 #define v_scale(a, n) _mm512_scalef_ps(a, n)
 #define v_round(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define v_bits(x) _mm512_castps_si512(x)
+#define v_of_bits(x) _mm512_castsi512_ps(x)
+
+/* 16 rows of 16 dwords become columns. */
+TARGET static inline void turn(vi *row) {
+    vi a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    /* Now vector 4 i + j holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3. */
+    for (int j = 0; j < 4; j++) {
+        const vi even_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+        const vi odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+        const vi even_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+        const vi odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+        row[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        row[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        row[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        row[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+}

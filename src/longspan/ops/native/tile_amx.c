@@ -22,9 +22,6 @@
 /* So many times 32 keys' values are kept: what a window of 1024 sees, and more. */
 enum { KEPT = 64 };
 
-/* Weights may grow to 2^8 before sums are brought down to the new maximum. */
-#define LAZY 8.0f
-
 /* Rows of the next tile that are asked for along with a product of 32 keys or values. */
 enum { FETCH = 8 };
 
