@@ -45,6 +45,8 @@ _FEW_KEYS = 256
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 22
 
+# What ranges cost, of which each call would else ask anew.
+_pairs: WeakKeyDictionary[KeyRanges, dict[int, int]] = WeakKeyDictionary()
 _costs: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
 
@@ -190,14 +192,16 @@ class _Native(torch.autograd.Function):
         half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
         dtype = torch.bfloat16 if half else torch.float32
         out_BHND = _like(q_BHND, v.shape[-1], dtype, zeros=not covers)
-        lse_BHN = out_BHND.new_full(out_BHND.shape[:3], -torch.inf, dtype=torch.float32)
+        lse_BHN = out_BHND.new_empty(out_BHND.shape[:3], dtype=torch.float32)
+        if not covers:
+            lse_BHN.fill_(-torch.inf)
         for index, (ranges, places) in enumerate(passes):
             call = _Call(q, k, v, ranges, scale, places, add=index > 0 or not covers)
             call.task.half = half
             call.set("out", out_BHND)
             call.set("lse", lse_BHN)
             call.run("forward")
-        out_BHND = out_BHND[..., : v_BKMD.shape[-1]].to(q_BHND.dtype)
+        out_BHND = _narrow(out_BHND, v_BKMD.shape[-1], q_BHND.dtype)
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
         ctx.passes, ctx.scale = passes, scale
         return out_BHND, lse_BHN
@@ -230,7 +234,7 @@ class _Native(torch.autograd.Function):
             call.run("backward")
         grads = (dq, *(x[0] if parts == 1 else x.sum(0) for x in (dk, dv)))
         dq, dk, dv = (
-            grad[..., : x.shape[-1]].to(x.dtype) for grad, x in zip(grads, inputs, strict=True)
+            _narrow(grad, x.shape[-1], x.dtype) for grad, x in zip(grads, inputs, strict=True)
         )
         return dq, dk, dv, None, None
 
@@ -256,7 +260,7 @@ class _Call:
         self.task = task = _Task()
         self._kept: list[Tensor] = []
         query_heads, key_heads = (
-            torch.arange(x.shape[1]) if own is None else own
+            _all_heads(x.shape[1]) if own is None else own
             for x, own in ((q, places.query_heads), (k, places.key_heads))
         )
         task.batch, task.heads, task.key_heads = len(q), len(query_heads), len(key_heads)
@@ -292,7 +296,7 @@ class _Call:
 
     def run(self, what: str) -> None:
         """Do the work, with all threads if it is worth them."""
-        work = int(self._cost(1).sum()) * self.task.width
+        work = self._pairs() * self.task.width
         threads = torch.get_num_threads() if can_share_threads() else 1
         run_compiled(
             getattr(library(), f"longspan_{what}"),
@@ -321,6 +325,13 @@ class _Call:
         self.keep(first=torch.cat(ends).clamp(max=len(before_t)))
         self.task.parts = parts
 
+    def _pairs(self) -> int:
+        """Visible pairs of all heads."""
+        kept = _pairs.setdefault(self.ranges, {})
+        if self.task.batch not in kept:
+            kept[self.task.batch] = int(self._cost(1).sum())
+        return kept[self.task.batch]
+
     def _cost(self, height: int) -> Tensor:
         """Visible pairs of each group of ranges, weighed by its heads, in tiles [G, tiles]."""
         kept = _costs.setdefault(self.ranges, {})
@@ -338,9 +349,10 @@ class _Call:
     def _share(self) -> int:
         """How many query heads a tile holds side by side: what needs the fewest tiles."""
         task, each = self.task, self.task.heads // self.task.key_heads
+        if each == 1:
+            return 1
         group_BKe = self.group_BH.unflatten(1, (-1, each))
-        alike = bool((group_BKe == group_BKe[..., :1]).all())
-        if each == 1 or not alike:
+        if not (group_BKe == group_BKe[..., :1]).all():
             return 1
         if task.q_row_groups:
             each = gcd(each, task.heads // task.q_row_groups)
@@ -363,6 +375,16 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
             own = pad(own, (0, rest))
         found.append(own if own.stride(-1) == 1 else own.contiguous())
     return found
+
+
+@cache
+def _all_heads(count: int) -> Tensor:
+    return torch.arange(count)
+
+
+def _narrow(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The first columns, in another dtype."""
+    return x if x.shape[-1] == width and x.dtype == dtype else x[..., :width].to(dtype)
 
 
 def _like(x: Tensor, width: int, dtype: torch.dtype, *, zeros: bool) -> Tensor:
