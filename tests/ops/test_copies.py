@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 
 import longspan as ls
+from longspan.ops import copies
 from longspan.ops.copies import copies_of
 from longspan.ops.kernels._flex_tiles import count_tiles
 from longspan.ops.kernels.reference import reference
@@ -33,12 +36,12 @@ def test_hot_keys_are_copied_and_nothing_else_changes(given, n, programs):
     loaded = load(one, q, k)
     plain_k, plain_v = k, v
     _, k, v = (x.requires_grad_() for x in loaded.inputs(q, k, v))
-    copies = copies_of(loaded.ranges, heads, programs)
-    assert copies is not None
+    found = copies_of(loaded.ranges, heads, programs)
+    assert found is not None
     # Ranges of a query ascend, as kernels that take endpoints need them.
-    lo, hi = copies.ranges.lo_GNm, copies.ranges.hi_GNm
+    lo, hi = found.ranges.lo_GNm, found.ranges.hi_GNm
     assert ((lo[..., 1:] >= hi[..., :-1]) | (lo >= hi)[..., 1:]).all()
-    assert copies.ranges.keys < 2 * loaded.ranges.keys
+    assert found.ranges.keys < 2 * loaded.ranges.keys
     row = torch.arange(0, n, n // 50)
 
     def some(ranges, k, v):
@@ -47,21 +50,21 @@ def test_hot_keys_are_copied_and_nothing_else_changes(given, n, programs):
         return out, lse, *torch.autograd.grad(out, (k, v), d_out[:, :, row])
 
     wanted = some(loaded.ranges, k, v)
-    big_k, big_v = copies.take(k), copies.take(v)
-    out, lse, *big = some(copies.ranges, big_k, big_v)
+    big_k, big_v = found.take(k), found.take(v)
+    out, lse, *big = some(found.ranges, big_k, big_v)
     grads = torch.autograd.grad((big_k, big_v), (k, v), big)
     for a, b in zip((out, lse, *grads), wanted, strict=True):
         torch.testing.assert_close(a, b)
     before, after = (
-        (c.q_GC + c.full_q_GC).amax() for c in map(count_tiles, (loaded.ranges, copies.ranges))
+        (c.q_GC + c.full_q_GC).amax() for c in map(count_tiles, (loaded.ranges, found.ranges))
     )
     assert after < before / 1.5
     # The order of the pass and the copies are one order.
     composed = _with_copies(one, loaded, n, programs)
     assert isinstance(composed, Loaded)
-    inside = torch.zeros(copies.ranges.keys, dtype=torch.bool)
+    inside = torch.zeros(found.ranges.keys, dtype=torch.bool)
     inside[: loaded.ranges.keys] = True
-    inside[loaded.ranges.keys :] = copies.row_E >= 0
+    inside[loaded.ranges.keys :] = found.row_E >= 0
     for found, wanted in zip(
         composed.inputs(q, plain_k, plain_v)[1:], (big_k, big_v), strict=True
     ):
@@ -74,3 +77,13 @@ def test_without_hot_keys_nothing_is_copied():
         q = torch.zeros(1, 4, 8192, 8)
         ranges = load(ls.plan(ls.parse(pattern), 8192, 4).passes[0], q, q).ranges
         assert copies_of(ranges, 4, 4) is None
+
+
+def test_copies_that_cost_more_than_they_save(monkeypatch):
+    # Half of the heads have strided keys, each seen by half of the queries: nearly all are hot.
+    q, k = (torch.zeros(1, heads, 32768, 1) for heads in (32, 8))
+    ranges = load(ls.plan(ls.parse("longmixed(2048, 8)"), 32768, 32).passes[0], q, k).ranges
+    assert copies_of(ranges, 32, 32) is None
+    monkeypatch.setattr(copies, "_PRICE", 0.0)
+    monkeypatch.setattr(copies, "_copies", WeakKeyDictionary())
+    assert copies_of(ranges, 32, 32) is not None

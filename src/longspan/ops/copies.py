@@ -30,6 +30,9 @@ _MEANS = 2
 _TOO_MUCH = 1.25
 _LEAST = 64
 _HOT = 0.75
+# What a copied tile costs for each of its programs, in query tiles that one walks meanwhile: keys
+# and values gathered, gradients cleared, added, converted and added up.
+_PRICE = 1 / 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ def copies_of(ranges: KeyRanges, heads: int, programs: int) -> Copies | None:
     kept = _copies.setdefault(ranges, {})
     name = (heads, programs)
     if name not in kept:
-        kept[name] = found = _find(ranges, heads, programs)
+        kept[name] = found = _find(ranges, *name)
         if found is not None:
             # Copied once is enough.
             _copies[found.ranges] = {name: None}
@@ -92,8 +95,8 @@ def _find(ranges: KeyRanges, heads: int, programs: int) -> Copies | None:
     # Each stretch is whole query tiles; the first one keeps the keys themselves.
     stretch = -(-queries // (int(-(-most // fair)) * tile)) * tile
     copies = _by_stretch(ranges, hot_C, stretch, tile)
-    # More copies than keys would cost more than they save.
-    return copies if copies.ranges.keys <= 2 * keys else None
+    price = _PRICE * programs * (copies.ranges.keys - keys) / tile
+    return copies if price < most - fair and copies.ranges.keys <= 2 * keys else None
 
 
 def _by_stretch(ranges: KeyRanges, hot_C: Tensor, stretch: int, tile: int) -> Copies:
