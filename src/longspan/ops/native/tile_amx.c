@@ -58,22 +58,25 @@ AND_BF16 static void turn_out(const Work *w, const Task *task, int64_t b) {
     for (int64_t i = 0; i < sight->count; i += SIDE) {
         const float *from = w->out_EW[i / WIDE] + i % WIDE;
         const vf factor = v_load(w->sum_T + i);
+        const int64_t rows = sight->count - i < SIDE ? sight->count - i : SIDE;
+        int64_t at[SIDE];
+        for (int64_t l = 0; l < rows; l++)
+            at[l] = place_of(
+                task->out_steps, b, task->q_heads[sight->head_T[i + l]], sight->row_T[i + l]);
         for (int64_t e = 0; e < task->value_width; e += SIDE) {
             vi row[SIDE];
             for (int64_t l = 0; l < SIDE; l++)
-                row[l] = _mm512_castps_si512(v_mul(v_load(from + (e + l) * WIDE), factor));
+                row[l] = v_bits(v_mul(v_load(from + (e + l) * WIDE), factor));
             turn(row);
-            for (int64_t l = 0; l < SIDE && i + l < sight->count; l++) {
-                const int64_t at = e + place_of(task->out_steps, b,
-                                                task->q_heads[sight->head_T[i + l]],
-                                                sight->row_T[i + l]);
-                vf found = _mm512_castsi512_ps(row[l]);
+            for (int64_t l = 0; l < rows; l++) {
+                vf found = v_of_bits(row[l]);
                 if (task->half) {
                     _mm256_storeu_si256(
-                        (__m256i *)((bf16 *)task->out + at), (__m256i)_mm512_cvtneps_pbh(found));
+                        (__m256i *)((bf16 *)task->out + at[l] + e),
+                        (__m256i)_mm512_cvtneps_pbh(found));
                     continue;
                 }
-                float *to = (float *)task->out + at;
+                float *to = (float *)task->out + at[l] + e;
                 if (task->add) found = v_fma(v_set(w->keep_T[i + l]), v_load(to), found);
                 v_store(to, found);
             }

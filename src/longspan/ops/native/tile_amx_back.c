@@ -218,19 +218,23 @@ TARGET static void turn_out(const Work *w, const Task *task, int64_t b) {
     const Sight *sight = &w->sight;
     for (int64_t i = 0; i < TILE; i += SIDE) {
         const float *from = w->dq_DW[i / WIDE] + i % WIDE;
+        float *to[SIDE];
+        for (int64_t l = 0; l < SIDE; l++) {
+            /* As slopes are paired. */
+            const int64_t own = i / WIDE * WIDE + i % WIDE / 4 + l / 4 * 8 + l % 4;
+            to[l] = 0;
+            if (own < sight->count)
+                to[l] = task->dq + place_of(task->dq_steps, b,
+                                            task->q_heads[sight->head_T[own]], sight->row_T[own]);
+        }
         for (int64_t d = 0; d < task->width; d += SIDE) {
             vi row[SIDE];
             for (int64_t l = 0; l < SIDE; l++) row[l] = v_iload(from + (d + l) * WIDE);
             turn(row);
             for (int64_t l = 0; l < SIDE; l++) {
-                /* As slopes are paired. */
-                const int64_t own = i / WIDE * WIDE + i % WIDE / 4 + l / 4 * 8 + l % 4;
-                if (own >= sight->count) continue;
-                float *to = task->dq + d + place_of(task->dq_steps, b,
-                                                    task->q_heads[sight->head_T[own]],
-                                                    sight->row_T[own]);
-                const vf found = _mm512_castsi512_ps(row[l]);
-                v_store(to, task->add ? v_add(v_load(to), found) : found);
+                if (!to[l]) continue;
+                const vf found = v_of_bits(row[l]);
+                v_store(to[l] + d, task->add ? v_add(v_load(to[l] + d), found) : found);
             }
         }
     }
