@@ -41,8 +41,9 @@ struct Work {
     Rows k;
     Ahead ahead;
     bf16 *zero_E;
-    /* The first key that a strip sees, and the end of the last. */
+    /* The first key that a strip sees, and the end of the last; whether it has no results yet. */
     int32_t least[STRIPS], most[STRIPS];
+    uint8_t fresh[STRIPS];
     float base_T[TILE], sum_T[TILE], keep_T[TILE];
     /* Keys of the block in whole tiles, and from which to which a strip sees some; and weights at
      * hand: of which strip, which key is next, and how many to do while the tile unit is at one
@@ -107,7 +108,7 @@ TARGET static void rebase(Work *w, int64_t value_width) {
         /* 0 for rows that have seen nothing. */
         const vf shrink = v_choose(over, exp2_near(v_sub(before, now)), v_set(1.0f));
         v_store(sum, v_mul(v_load(sum), shrink));
-        for (int64_t e = 0; e < value_width; e++) {
+        for (int64_t e = 0; e < value_width && !w->fresh[strip]; e++) {
             float *out = w->out_EW[strip] + e * WIDE + c * LANES;
             v_store(out, v_mul(v_load(out), shrink));
         }
@@ -153,7 +154,10 @@ AND_BF16 static void meanwhile(Work *w) { soften(w, w->share); }
 /* O^T += V^T P for 32 columns of values from e on, or for 16 if these are all. */
 TILES static void weigh(Work *w, int64_t e, int64_t strip, int64_t width) {
     float *out = w->out_EW[strip] + e * WIDE, *two = e + SIDE < width ? out + SIDE * WIDE : 0;
-    get(out, 4 * WIDE, two, 4 * WIDE);
+    if (w->fresh[strip])
+        clear();
+    else
+        get(out, 4 * WIDE, two, 4 * WIDE);
     for (int64_t j = w->from[strip]; j < w->to[strip]; j += DEEP) {
         const bf16 *v = w->v_ES[j / DEEP] + e * DEEP, *p = (bf16 *)(w->s_SW[strip] + j * WIDE);
         const Side a = {v, v + SIDE * DEEP, 2 * DEEP, 2 * DEEP, 0};
@@ -235,11 +239,13 @@ TILES static void do_block(Work *w, const Task *task, int64_t keys) {
                 scores(w, &w->k, j, w->q_D2 + strips[i] * WIDE * D, D);
                 put(s, 4 * WIDE, s + SIDE * WIDE, 4 * WIDE);
             }
-        if (i > 1)
+        if (i > 1) {
             for (int64_t e = 0; e < E; e += DEEP) {
                 fetch(&w->ahead, FETCH);
                 weigh(w, e, strips[i - 2], E);
             }
+            w->fresh[strips[i - 2]] = 0;
+        }
         soften(w, w->whole);
     }
 }
@@ -268,7 +274,7 @@ TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) 
                                                      sight->row_T[i]);
     turn_queries(w->q_D2, w->q_T, sight->count, D, task->scale);
     hulls(sight, task->ranges, WIDE, w->least, w->most);
-    memset(w->out_EW[0], 0, E * TILE * sizeof(float));
+    memset(w->fresh, 1, sizeof w->fresh);
     for (int i = 0; i < TILE; i++) {
         w->base_T[i] = -INFINITY;
         w->sum_T[i] = 0.0f;
@@ -281,6 +287,8 @@ TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) 
         find_keys(&w->k, sight, k, task->k_steps.row, keys, D);
         do_block(w, task, keys);
     }
+    for (int i = 0; i < STRIPS; i++)
+        if (w->fresh[i]) memset(w->out_EW[i], 0, E * WIDE * sizeof(float));
     settle(sight, task, b, w->base_T, w->sum_T, w->keep_T);
     turn_out(w, task, b);
 }
