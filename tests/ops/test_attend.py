@@ -218,8 +218,9 @@ def test_a_named_kernel_never_falls_back():
     q, k, v = qkv()
     with pytest.raises(Refusal, match=r"runs on cuda, the tensors are on cpu.*tiled, reference"):
         ls.attend(q, k, v, ls.Causal(), impl="flex")
-    with pytest.raises(Refusal, match=r'"auto" or one of .*tiled'):
-        ls.attend(q, k, v, ls.Causal(), impl="fast")
+    for other in ("fast", [], None):
+        with pytest.raises(Refusal, match=r'"auto" or one of .*tiled'):
+            ls.attend(q, k, v, ls.Causal(), impl=other)
 
 
 def test_explain_names_the_kernel_and_the_reasons():

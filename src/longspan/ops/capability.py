@@ -166,7 +166,7 @@ def choose(
     if impl == "auto":
         able = (c for c in in_order(q, k, v, ranges)[0] if not refused(c))
         return next(c for c in able if c.worth(q, k, v, ranges))
-    if impl not in known:
+    if not isinstance(impl, str) or impl not in known:
         raise Refusal(f'impl must be "auto" or one of {", ".join(known)}; got {impl!r}')
     if why := refused(known[impl]):
         others = [c.name for c in KERNELS if c.name != impl and not refused(c)]
