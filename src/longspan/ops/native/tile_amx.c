@@ -3,7 +3,8 @@
  * Scores lie as [key, query], as in tile.inc. With tiles as amx.inc has them,
  *
  *     S = K Q^T     takes keys as they lie, and queries turned once for the tile;
- *     O^T = V^T P   takes weights whose pairs are two rows of S, and values turned for each block.
+ *     O^T = V^T P   takes weights whose pairs are two rows of S, and values turned, which the next
+ *                   tiles take over.
  *
  * A tile's rows are strips of 32, each on its own: while the tile unit is at the scores of one
  * strip, or sums values for another, the vector unit makes weights for a third.
