@@ -120,6 +120,17 @@ def test_heads_of_one_key_head_share_tiles(heads: int, n: int, dtype: torch.dtyp
     assert_same(run(native, qkv, ranges), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("batch", "n", "keys"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)])
+def test_nothing_to_do(batch: int, n: int, keys: int, dtype: torch.dtype) -> None:
+    ranges = key_ranges(np.zeros((1, n)), np.zeros((1, n)), heads=2, keys=keys)
+    shapes = [(batch, 2, rows, 32) for rows in (n, keys, keys)]
+    found = run(native, [torch.randn(shape).to(dtype) for shape in shapes], ranges)
+    assert found["out"].shape == shapes[0]
+    assert not any(x.any() for name, x in found.items() if name != "lse")
+
+
 # Values of 32 keys are kept by where they lie: keys 2048 apart take each other's place, within a
 # block and from tile to tile, and so do key heads and batch rows.
 @pytest.mark.parametrize("shift", [0, 1])

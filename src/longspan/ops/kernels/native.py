@@ -212,6 +212,8 @@ class _Native(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         *inputs, out_BHND, lse_BHN = ctx.saved_tensors
+        if not lse_BHN.numel():
+            return *(torch.zeros_like(x) for x in inputs), None, None
         q, k, v, out, d_out = _rows(*inputs, out_BHND, grad_outputs[0])
         covers = ctx.passes[0][1].covers
         calls = [
