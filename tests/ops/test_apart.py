@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from tests.ops.test_flex import gpu
@@ -9,6 +11,8 @@ from tests.ops.test_flex import gpu
 import longspan as ls
 from longspan.ops.apart import apart, join, split
 from longspan.ops.kernels.reference import reference
+
+apart_module = importlib.import_module("longspan.ops.apart")
 
 PATTERNS = {
     "dilated(64, [1, 2, 4, 8])": (8, 4),
@@ -85,6 +89,21 @@ def test_keys_that_several_calls_read():
 def test_other_patterns_stay_together(text):
     q, k, _ = inputs_of(4, 2)
     assert apart(ls.plan(ls.parse(text), 512, 4).passes, q, k) is None
+
+
+@pytest.mark.parametrize("text", ["window(64)", "scca.flow(64)", "dilated(64, 4)"])
+def test_nothing_is_made_for_one_order(text, monkeypatch):
+    # Packed documents ask in every step, with tables of a row for each query.
+    monkeypatch.setattr(apart_module, "_alone", lambda *_: pytest.fail("tables were made"))
+    q, k, _ = inputs_of(4, 4)
+    assert apart(ls.plan(ls.parse(text), 512, 4).passes, q, k) is None
+
+
+def test_a_head_alone_is_no_range_of_heads():
+    q, k, _ = inputs_of(2, 2)
+    calls = apart(ls.plan(ls.parse("dilated(64, [1, 4])"), 512, 2).passes, q, k)
+    assert calls is not None
+    assert [str(one) for one in calls] == ["head 0", "head 1, rows by remainder mod 4"]
 
 
 def test_not_where_rows_or_heads_do_not_divide():

@@ -228,3 +228,15 @@ def test_explain_names_the_kernel_and_the_reasons():
     assert "kernel tiled" in text
     assert "not flex: runs on cuda" in text
     assert "plan of window(7)" in text
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("text", ["heads(window(8), strided(4))", "dilated(8, [1, 2, 2, 4])"])
+def test_a_plan_first_used_in_inference_mode_trains(text, impl):
+    # Some heads see nothing in a pass: which ones is kept with the plan, and saved for a backward.
+    plan = ls.plan(ls.parse(text), 64, 4, orders="apart")
+    inputs = qkv(n=64)
+    with torch.inference_mode():
+        ls.attend(*inputs, plan, impl=impl)
+    ours = ls.attend(*inputs, plan, impl=impl, return_lse=True)
+    assert_same(ours, oracle(*inputs, ls.parse(text).mask(64, 4)), inputs)

@@ -284,6 +284,14 @@ def test_ranges_are_read_once(library, monkeypatch):
     assert [x.tolist() for x in run.kept.values()] == [[0, 150, 350], [0, 150, 350, 500, 700]]
 
 
+def test_segments_first_used_in_inference_mode_serve_training(library):
+    ranges = cases.chunk(512, 4, 256)
+    (run,) = _flash_masks.runs_of(ranges)
+    with torch.inference_mode():
+        starts = run.starts_on(torch.device("cpu"), 512)
+    assert not starts.is_inference()
+
+
 def test_views_of_a_dilated_window_are_windows(library):
     # What planning makes of it: each remainder is a batch row, and all see the same.
     (part,) = ls.plan(ls.parse("dilated(40, 4)"), 256, 4).passes

@@ -242,6 +242,15 @@ def test_an_outer_compilation_breaks_its_graph_around_the_kernel(unfused):
     assert flex_module.compilations() == before + 1
 
 
+def test_what_is_made_in_inference_mode_serves_training():
+    ranges = scattered(300, 200, ranges=2, groups=3, batch=2, heads=4)
+    with torch.inference_mode():
+        plan = flex_module._schedule(ranges)
+    assert plan.empty_BHN is not None
+    made = (plan.lo_GmN, plan.hi_GmN, plan.group_BH, plan.empty_BHN, *plan.lists)
+    assert not any(x.is_inference() for x in made)
+
+
 def test_reasons_are_named():
     q, k, v = tensors(1, 2, 1, 4, 4, 8, 300)
     found = flex_module.reasons(q.double(), k, v, window(4, 2))

@@ -46,8 +46,8 @@ class Own:
     def __str__(self) -> str:
         own = range(self.heads.start, self.heads.stop, self.heads.step)
         steps = f" in steps of {own.step}" if own.step > 1 else ""
-        rows = f", rows by remainder mod {self.step}" if self.step > 1 else ""
-        return f"heads {own[0]} to {own[-1]}{steps}{rows}"
+        heads = f"heads {own[0]} to {own[-1]}{steps}" if len(own) > 1 else f"head {own[0]}"
+        return heads + (f", rows by remainder mod {self.step}" if self.step > 1 else "")
 
     def of(self, x_BHN: Tensor, heads: slice) -> Tensor:
         """Some heads of [1, H, n r, ...] as [r, H', n, ...], a view."""
@@ -61,20 +61,27 @@ class Own:
         return self.of(q, self.heads), self.of(k, self.key_heads), self.of(v, self.key_heads)
 
 
+# Training reads what is made here, whoever asks first.
+@torch.inference_mode(False)
 def apart(passes: Sequence[Pass], q: Tensor, k: Tensor) -> tuple[Own, ...] | None:
     """The calls that the passes come to; None where a head needs two orders, or rows must move."""
     every = list(range(q.shape[1]))
     whole = all(one.lo.shape[2] == q.shape[2] for one in passes)
     if len(q) > 1 or not whole or sorted(h for one in passes for h in one.heads) != every:
         return None
+    orders = [(one, *order) for one in passes for order in _orders(one, k.shape[2])]
+    # Most plans have one, and packed documents a new plan in every step: no tables are made.
+    if len(orders) < 2:
+        return None
     found = []
-    for one in passes:
-        for heads, part in _by_order(one, k.shape[2]):
-            own = None if part is None else _own(heads, part, q, k)
-            if own is None:
-                return None
-            found.append(own)
-    return tuple(found) if len(found) > 1 else None
+    for one, turn, classes in orders:
+        heads = tuple(h for h, c in enumerate(one.head_class) if c in classes)
+        part = _alone(one, turn, classes, heads, k.shape[2])
+        own = None if part is None else _own(heads, part, q, k)
+        if own is None:
+            return None
+        found.append(own)
+    return tuple(found)
 
 
 def split(
@@ -187,25 +194,22 @@ def _rows(one: Own, x_rHnD: Tensor) -> Tensor:
     return x_rHnD if one.step == 1 else x_rHnD.movedim(0, 2).flatten(1, 2)[None]
 
 
-def _by_order(one: Pass, keys: int) -> Iterator[tuple[tuple[int, ...], Pass | None]]:
-    """The heads of each order of keys, and the pass as one of these heads alone.
-
-    None where it is none, because batch rows differ or a head reaches into several orders.
-    """
-    used_c = (one.lo < one.hi).any(axis=(0, 2, 3))
+def _orders(one: Pass, keys: int) -> Iterator[tuple[int, list[int]]]:
+    """The orders of keys that lie side by side, by number, and the classes that see each first."""
     there = one.lo < one.hi
     turns: dict[int, list[int]] = {}
-    for c in np.flatnonzero(used_c).tolist():
+    for c in np.flatnonzero(there.any(axis=(0, 2, 3))).tolist():
         turns.setdefault(int(one.lo[:, c][there[:, c]].min()) // keys, []).append(c)
-    for turn, classes in turns.items():
-        heads = tuple(h for h, c in enumerate(one.head_class) if c in classes)
-        yield heads, _alone(one, turn, classes, heads, keys)
+    yield from turns.items()
 
 
 def _alone(
     one: Pass, turn: int, classes: Sequence[int], heads: Sequence[int], keys: int
 ) -> Pass | None:
-    """The pass over the keys of one order, with queries in the same order."""
+    """The pass as one of some heads over the keys of one order, with queries in the same order.
+
+    None where it is none, because batch rows differ or a head reaches into several orders.
+    """
     tables = (one.lo, one.key_order, one.query_order)
     if any(table is not None and len(table) > 1 for table in tables) or turn >= len(one.steps):
         return None

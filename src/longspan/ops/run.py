@@ -34,35 +34,40 @@ _loaded_apart: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyD
 
 def load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
     """The pass as tensors on the device of ``q``; kept as long as the pass lives."""
-    device, key_heads, keys = q.device, k.shape[1], k.shape[2]
     kept = _loaded.setdefault(one, {})
-    single = len(q) == 1
-    name = (device, key_heads, keys, single)
-    if name not in kept and single and (views := views_of(one, q.shape[2], keys, device)):
-        kept[name] = views
+    name = (q.device, k.shape[1], k.shape[2], len(q) == 1)
     if name not in kept:
-        batch, classes, places, width = one.lo.shape
-        heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
-        group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
-        lo, hi, key_order = one.lo, one.hi, one.key_order
-        # On a GPU grouped queries share what is gathered, and copies of keys need one order.
-        if device.type == "cpu" and heads is None and (own := own_keys(one, key_heads)):
-            lo, hi, key_order = own
-        ranges = KeyRanges(
-            torch.from_numpy(lo.reshape(-1, places, width)).to(device),
-            torch.from_numpy(hi.reshape(-1, places, width)).to(device),
-            (group if heads is None else group[:, heads]).to(device),
-            keys if key_order is None else key_order.shape[-1],
-        )
-        kept[name] = Loaded(
-            ranges,
-            None if key_order is None else Order.of(key_order, keys, device),
-            _queries(one, heads, q.shape[2], device),
-            None if heads is None else torch.tensor(heads, device=device),
-            None if kv_heads is None else torch.tensor(kv_heads, device=device),
-            q.shape[1],
-        )
+        kept[name] = _load(one, q, k)
     return kept[name]
+
+
+# Training can save what it did not make itself, but for tensors of inference mode.
+@torch.inference_mode(False)
+def _load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
+    device, key_heads, keys = q.device, k.shape[1], k.shape[2]
+    if len(q) == 1 and (views := views_of(one, q.shape[2], keys, device)):
+        return views
+    batch, classes, places, width = one.lo.shape
+    heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
+    group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+    lo, hi, key_order = one.lo, one.hi, one.key_order
+    # On a GPU grouped queries share what is gathered, and copies of keys need one order.
+    if device.type == "cpu" and heads is None and (own := own_keys(one, key_heads)):
+        lo, hi, key_order = own
+    ranges = KeyRanges(
+        torch.from_numpy(lo.reshape(-1, places, width)).to(device),
+        torch.from_numpy(hi.reshape(-1, places, width)).to(device),
+        (group if heads is None else group[:, heads]).to(device),
+        keys if key_order is None else key_order.shape[-1],
+    )
+    return Loaded(
+        ranges,
+        None if key_order is None else Order.of(key_order, keys, device),
+        _queries(one, heads, q.shape[2], device),
+        None if heads is None else torch.tensor(heads, device=device),
+        None if kv_heads is None else torch.tensor(kv_heads, device=device),
+        q.shape[1],
+    )
 
 
 def compute(

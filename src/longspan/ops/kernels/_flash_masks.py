@@ -72,7 +72,9 @@ class Run:
             own = int(self.starts[-1])
             starts = self.starts[:-1] + np.arange(0, rows, own)[:, None]
             starts = np.append(starts, rows).astype(np.int32)
-            self.kept[device, rows] = torch.from_numpy(starts).to(device)
+            # A backward saves them, and tensors of inference mode cannot be saved.
+            with torch.inference_mode(False):
+                self.kept[device, rows] = torch.from_numpy(starts).to(device)
         return self.kept[device, rows]
 
 

@@ -241,6 +241,8 @@ def _dense(x: Tensor) -> Tensor:
     return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
 
 
+# A backward saves these, and tensors of inference mode cannot be saved.
+@torch.inference_mode(False)
 def _schedule(ranges: KeyRanges) -> _Schedule:
     if ranges not in _schedules:
         _schedules[ranges] = _schedule_of(ranges, tile_lists(ranges))

@@ -168,6 +168,8 @@ def _widened(width: int, length: int) -> int:
     return min(1 << (width - 1).bit_length(), length // TILE)
 
 
+# A backward saves these, and tensors of inference mode cannot be saved.
+@torch.inference_mode(False)
 def _schedule(ranges: KeyRanges, batch: int, heads: int) -> _Schedule:
     narrow = tile_lists(ranges)
     lengths = (ranges.keys, ranges.keys, ranges.queries, ranges.queries)
