@@ -145,6 +145,34 @@ def test_kept_values_are_those_of_the_keys(apart: int, shift: int) -> None:
     assert_same(run(native, qkv, ranges), wanted, TOLERANCE[torch.bfloat16])
 
 
+# Rows of keys that lie apart are kept by their place: as many as half of a core's cache holds.
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("apart", [96, 512, 1024])
+def test_kept_rows_are_those_of_the_keys(apart: int, shift: int) -> None:
+    n, keys = 200, 4200
+    far = np.arange(n)[:, None] // 16 * shift + np.array([0, apart, 4096])
+    # All of some keys is more than there is room for.
+    long = np.where(np.arange(n)[:, None] // 48 == 2, [0, apart, 5 * apart // 2 - 40], 32)
+    ranges = key_ranges(
+        np.stack([far, far]),
+        np.minimum(np.stack([far + 32, far + long]), [apart, 4096, keys]),
+        [[0, 0, 1, 1], [1, 1, 0, 0]],
+        heads=4,
+        keys=keys,
+    )
+    case = Case(name="", make=lambda c: ranges, B=2, H=4, K=2, N=n, M=keys, D=128)
+    q, k, v = make_qkv(case, torch.float32)
+    wanted = run(reference, [x.double() for x in (q, k, v)], ranges)
+    for moved in ((k, v), (k, by_rows(v)), (by_rows(k), v), (by_rows(k), by_rows(v))):
+        assert_same(run(native, [q, *moved], ranges), wanted, 1e-5)
+
+
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same with heads side by side, as models have them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("name", ["gqa-4", "scca-flow-odd-gqa", "segments", "scattered-8"])
