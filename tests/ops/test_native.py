@@ -241,6 +241,18 @@ def test_reads_and_gives_any_layout() -> None:
     assert_same(run(native, odd, ranges), wanted, 1e-6)
 
 
+def test_large_pages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["gqa-4"]
+    qkv, ranges = make_qkv(case, torch.float32), case.ranges()
+    wanted = run(native, qkv, ranges)
+    monkeypatch.setattr(module, "_MAPPED", 0)
+    assert_same(run(native, qkv, ranges), wanted, 0.0)
+    # Less than a page, and a large page that nothing else lies in.
+    for numbers in (0, 3, 1 << 21):
+        x = module._fresh(torch.zeros(numbers))
+        assert not x.any()
+
+
 # Rows that overlap, fewer than columns: tensors like these may lie with their rows innermost.
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("rows", [3, 16])

@@ -42,6 +42,8 @@ from longspan.ops.workers import can_share_threads, run_compiled
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
 _FEW_KEYS = 256
+# Tensors of so many bytes are mapped anew each time: the most that malloc keeps.
+_MAPPED = 32 << 20
 # Calls with fewer multiplications than this are over before other threads have started.
 _WORTH_THREADS = 1 << 22
 
@@ -88,7 +90,7 @@ def library() -> Any:
         found = ctypes.CDLL(str(LIBRARY))
         for name in ("sources", "level", "tile"):
             getattr(found, f"longspan_{name}").restype = ctypes.c_int64
-        for name in ("forward", "backward"):
+        for name in ("forward", "backward", "large_pages"):
             getattr(found, f"longspan_{name}").restype = None
     except (OSError, AttributeError):
         # Not there, half written, for another machine, or of another version.
@@ -97,6 +99,7 @@ def library() -> Any:
     if found.longspan_sources() != fingerprint():
         return None
     found.longspan_tile.argtypes = [ctypes.c_int64]
+    found.longspan_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return found
 
 
@@ -222,7 +225,9 @@ class _Native(torch.autograd.Function):
         ]
         parts = max(call.parts() for call in calls)
         dq = _like(inputs[0], q.shape[-1], torch.float32, zeros=not covers)
-        dk, dv = (x.new_zeros(parts, *x.shape, dtype=torch.float32) for x in (k, v))
+        dk, dv = (
+            _fresh(x.new_empty(parts, *x.shape, dtype=torch.float32)).zero_() for x in (k, v)
+        )
         for call in calls:
             call.set("out", out)
             call.set("lse", lse_BHN)
@@ -391,11 +396,21 @@ def _narrow(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def _like(x: Tensor, width: int, dtype: torch.dtype, *, zeros: bool) -> Tensor:
     """A tensor [..., width] that lies as ``x`` does."""
-    new = torch.zeros_like if zeros else torch.empty_like
+    found = None
     if width == x.shape[-1] and x.stride(-1) == 1:
-        found = new(x, dtype=dtype)
-        # Where rows of ``x`` overlap torch may choose any order of the axes.
-        if found.stride(-1) == 1:
-            return found
-    wide = x[..., :1].expand(*x.shape[:-1], width)
-    return new(wide, dtype=dtype, memory_format=torch.contiguous_format)
+        found = torch.empty_like(x, dtype=dtype)
+    # Where rows of ``x`` overlap torch may choose any order of the axes.
+    if found is None or found.stride(-1) != 1:
+        found = x.new_empty(*x.shape[:-1], width, dtype=dtype)
+    return _fresh(found).zero_() if zeros else _fresh(found)
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """The same tensor, whose memory nobody touched yet.
+
+    From 32 MiB on the system hands out memory anew for every tensor, page by page as it is
+    touched, in large pages a few times as fast.
+    """
+    if x.nbytes >= _MAPPED:
+        library().longspan_large_pages(x.data_ptr(), x.nbytes)
+    return x

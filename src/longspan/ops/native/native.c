@@ -1,5 +1,6 @@
-/* Which instruction set does the work. */
+/* Which instruction set does the work, and what does not depend on it. */
 #include "native.h"
+#include <sys/mman.h>
 
 int64_t longspan_forward_avx2(Task *), longspan_backward_avx2(Task *), longspan_tile_avx2(void);
 int64_t longspan_forward_avx512(Task *), longspan_backward_avx512(Task *);
@@ -20,6 +21,17 @@ int64_t longspan_tile_amx(void), longspan_amx(void);
 #define LONGSPAN_SOURCES 0
 #endif
 int64_t longspan_sources(void) { return LONGSPAN_SOURCES; }
+
+void longspan_large_pages(void *x, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    /* Whole pages only; whether the system follows the advice makes no difference to what is there. */
+    const intptr_t page = 4096, begin = ((intptr_t)x + page - 1) / page * page;
+    const intptr_t end = ((intptr_t)x + bytes) / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)x, (void)bytes;
+#endif
+}
 
 int64_t longspan_level(void) {
     __builtin_cpu_init();

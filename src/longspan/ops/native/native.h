@@ -65,6 +65,8 @@ int64_t longspan_sources(void);
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
+/* Ask for large pages where memory was not touched yet. */
+void longspan_large_pages(void *x, int64_t bytes);
 /* Work on a task, from any number of threads at once. */
 void longspan_forward(Task *task);
 void longspan_backward(Task *task);
