@@ -260,3 +260,11 @@ def run(kernel, qkv, ranges: KeyRanges, *, seed: int = 1) -> dict[str, Tensor]:
     total = (out * dout).sum() + torch.where(seen, lse * dlse, 0.0).sum()
     dq, dk, dv = torch.autograd.grad(total, (q, k, v))
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+class On:
+    """A tensor's looks on a device that is not here."""
+
+    def __init__(self, *shape, dtype=torch.bfloat16, grad=False):
+        self.shape, self.dtype, self.requires_grad = shape, dtype, grad
+        self.device = torch.device("cuda", 0)

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from tests.ops import cases
+from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
 
 import longspan as ls
@@ -365,14 +366,6 @@ def test_reasons_are_named_and_a_named_kernel_refuses():
             ls.attend(q, k, v, "window(2)", impl=name)
         module = importlib.import_module(f"longspan.ops.kernels.{name}")
         assert "CUDA" in module.reasons(q, k, v, window(4, 2))[0]
-
-
-class On:
-    """A tensor's looks on a device that is not here."""
-
-    def __init__(self, *shape, dtype=torch.bfloat16, grad=False):
-        self.shape, self.dtype, self.requires_grad = shape, dtype, grad
-        self.device = torch.device("cuda", 0)
 
 
 @pytest.fixture

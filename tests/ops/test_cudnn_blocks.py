@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tests.ops import block_sparse, cases
-from tests.ops.test_cudnn import On
+from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, scattered, tensors, to, window
 
 import longspan as ls

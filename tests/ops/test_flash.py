@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.ops import cases
+from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, shifted, tensors, to, window
 
 import longspan as ls
@@ -367,14 +368,6 @@ def test_a_named_kernel_refuses_without_a_gpu():
     with pytest.raises(Refusal, match="runs on cuda"):
         ls.attend(q, k, v, "window(2)", impl="flash")
     assert "CUDA" in module.reasons(q, k, v, window(4, 2))[0]
-
-
-class On:
-    """A tensor's looks on a device that is not here."""
-
-    def __init__(self, *shape, dtype=torch.bfloat16, grad=False):
-        self.shape, self.dtype, self.requires_grad = shape, dtype, grad
-        self.device = torch.device("cuda", 0)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from longspan.ops.fused import add_rows, can_fuse
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.views import views_of
+from longspan.ops.views import by_remainder, residue_order, row_after_row, views_of
 from longspan.planning import Pass
 from longspan.planning.passes import Rows
 
@@ -52,9 +52,7 @@ class Own:
     def of(self, x_BHN: Tensor, heads: slice) -> Tensor:
         """Some heads of [1, H, n r, ...] as [r, H', n, ...], a view."""
         own = x_BHN[:, heads]
-        if self.step == 1:
-            return own
-        return own.squeeze(0).unflatten(1, (-1, self.step)).movedim(2, 0)
+        return own if self.step == 1 else by_remainder(own, self.step)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel gets besides ``ranges``."""
@@ -180,18 +178,13 @@ def _sum(parts: Sequence[tuple[Own, slice, Tensor]], shape: torch.Size) -> Tenso
         for one, own, grad in parts:
             _copy(one.of(total, own), grad)
         return total
-    rows = [_rows(one, grad) for one, _, grad in parts]
+    rows = [grad if one.step == 1 else row_after_row(grad) for one, _, grad in parts]
     if all(len(own) == shape[1] for own in heads) and can_fuse(*rows):
         return add_rows([(x, None) for x in rows])
     total = first.new_zeros(shape, dtype=torch.promote_types(first.dtype, torch.float32))
     for (_, own, _), x in zip(parts, rows, strict=True):
         total[:, own] += x
     return total.to(first.dtype)
-
-
-def _rows(one: Own, x_rHnD: Tensor) -> Tensor:
-    """[r, H', n, D] as [1, H', n r, D], without a copy where it lies so in memory."""
-    return x_rHnD if one.step == 1 else x_rHnD.movedim(0, 2).flatten(1, 2)[None]
 
 
 def _orders(one: Pass, keys: int) -> Iterator[tuple[int, list[int]]]:
@@ -221,7 +214,7 @@ def _alone(
     n, step = lo.shape[2], one.steps[turn]
     if step < 1 or n % step:
         return None
-    order = np.arange(n, dtype=np.int32).reshape(-1, step).T.ravel()
+    order = residue_order(n, step)
     if one.query_order is not None:
         lo, hi = (_reordered(table, classes, one.query_order, order) for table in (lo, hi))
     elif step > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,14 +55,36 @@ def why_no_flash_attention(kernel: str, q_BHND: Tensor, v_BKMD: Tensor) -> list[
     return found
 
 
+def why_missing(package: str, load: Callable[[], object], absent: str, broken: str) -> str | None:
+    """Why a library cannot be had, None if it can.
+
+    Args:
+        package: its first name in an import.
+        load: imports what is needed of it.
+        absent: what to say where it is not installed.
+        broken: what to say, before the error, where it does not load.
+    """
+    if importlib.util.find_spec(package) is None:
+        return absent
+    try:
+        load()
+    # Whatever the stack of compilers and drivers below raises, the sentence for people is this.
+    except Exception as error:
+        return f"{broken} ({error})"
+    return None
+
+
 @functools.cache
 def missing_flash_attention() -> str | None:
     """What has to be installed for ``flash_attn.cute``, None if nothing."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn-4 is not installed: pip install --pre flash-attn-4"
-    try:
-        importlib.import_module("flash_attn.cute.interface")
-    # Whatever the stack of compilers and drivers below raises, the sentence for people is this.
-    except Exception as error:
-        return f"flash_attn.cute does not load: pip install --pre flash-attn-4 ({error})"
-    return None
+    command = "pip install --pre flash-attn-4"
+    return why_missing(
+        "flash_attn",
+        lambda: importlib.import_module("flash_attn.cute.interface"),
+        f"the package flash-attn-4 is not installed: {command}",
+        f"flash_attn.cute does not load: {command}",
+    )
+
+
+# What cuDNN's kernels need.
+NO_CUDNN = "the package nvidia-cudnn-frontend is not installed: pip install 'longspan[cuda]'"

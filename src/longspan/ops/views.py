@@ -48,19 +48,15 @@ class Views:
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel gets besides ``ranges``: [1, H, n r, D] as [r, H, n, D], views."""
+        own_q = by_remainder(q, self.step)
         if self.keys is not None:
-            return self._split(q), self.keys.take(k), self.keys.take(v)
-        return self._split(q), self._split(k), self._split(v)
-
-    def _split(self, x: Tensor) -> Tensor:
-        # Not x[0], whose gradient is copied into zeros.
-        return x.squeeze(0).unflatten(1, (-1, self.step)).permute(2, 0, 1, 3)
+            return own_q, self.keys.take(k), self.keys.take(v)
+        return own_q, by_remainder(k, self.step), by_remainder(v, self.step)
 
     def outputs(self, out_rHnD: Tensor, lse_rHn: Tensor) -> Part:
         """What the kernel gave, in place if its layout allows."""
         if out_rHnD.stride(2) == self.step * out_rHnD.stride(0):
-            out_HND = out_rHnD.permute(1, 2, 0, 3).flatten(1, 2)
-            return Part(out_HND[None], lse_rHn.permute(1, 2, 0).flatten(1)[None])
+            return Part(row_after_row(out_rHnD), row_after_row(lse_rHn))
         out_HPD = out_rHnD.transpose(0, 1).flatten(1, 2)
         return Part(out_HPD[None], lse_rHn.transpose(0, 1).flatten(1)[None], self.order)
 
@@ -118,4 +114,20 @@ def _is_residue(order: NDArray[np.int32] | None, rows: int, step: int) -> bool:
     """Whether the rows lie by remainder, not those of each class of heads for itself."""
     if rows % step or order is None or order.shape not in ((1, rows), (1, 1, rows)):
         return False
-    return bool((order.ravel() == np.arange(rows).reshape(-1, step).T.ravel()).all())
+    return bool((order.ravel() == residue_order(rows, step)).all())
+
+
+def residue_order(rows: int, step: int) -> NDArray[np.int32]:
+    """Rows of each remainder one after another [rows]; ``step`` divides their number."""
+    return np.arange(rows, dtype=np.int32).reshape(-1, step).T.ravel()
+
+
+def by_remainder(x_BHN: Tensor, step: int) -> Tensor:
+    """[1, H, n r, ...] as [r, H, n, ...], a view."""
+    # Not x[0], whose gradient is copied into zeros.
+    return x_BHN.squeeze(0).unflatten(1, (-1, step)).movedim(2, 0)
+
+
+def row_after_row(x_rHn: Tensor) -> Tensor:
+    """The way back, without a copy where it lies so in memory."""
+    return x_rHn.movedim(0, 2).flatten(1, 2)[None]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +33,7 @@ from longspan.ops.kernels._cudnn_plan import (
     mask_words,
     plan_of,
 )
-from longspan.ops.libraries import aligned
+from longspan.ops.libraries import NO_CUDNN, aligned, why_missing
 from longspan.ops.ranges import KeyRanges
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -98,17 +97,13 @@ def _width_reasons(
 @functools.cache
 def missing_stack() -> str | None:
     """What has to be installed, None if nothing."""
-    if importlib.util.find_spec("cudnn") is None:
-        return "the package nvidia-cudnn-frontend is not installed: pip install 'longspan[cuda]'"
-    try:
-        importlib.import_module("cudnn.flex_attention")
-    # Whatever the stack of compilers and drivers below raises, the sentence for people is this.
-    except Exception as error:
-        return (
-            "cudnn.flex_attention does not load: it needs nvidia-cudnn-frontend 1.29 or newer "
-            f"with its CuTe packages, pip install 'longspan[cuda]' ({error})"
-        )
-    return None
+    return why_missing(
+        "cudnn",
+        lambda: importlib.import_module("cudnn.flex_attention"),
+        NO_CUDNN,
+        "cudnn.flex_attention does not load: it needs nvidia-cudnn-frontend 1.29 or newer with "
+        "its CuTe packages, pip install 'longspan[cuda]'",
+    )
 
 
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.

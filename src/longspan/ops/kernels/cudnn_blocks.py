@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
 from longspan.ops.kernels.cudnn import DTYPES, cudnn
 from longspan.ops.kernels.cudnn import reasons as reasons_over_ranges
-from longspan.ops.libraries import aligned
+from longspan.ops.libraries import NO_CUDNN, aligned, why_missing
 from longspan.ops.merge import merge
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.whole_blocks import SIZE, whole_blocks
@@ -87,16 +86,15 @@ def tensor_reasons(q_BHND: Tensor, v_BKMD: Tensor) -> list[str]:
 @functools.cache
 def missing_stack() -> str | None:
     """What has to be installed, None if nothing."""
-    if importlib.util.find_spec("cudnn") is None:
-        return "the package nvidia-cudnn-frontend is not installed: pip install 'longspan[cuda]'"
-    try:
+
+    def load() -> object:
         # The name is loaded when it is asked for, with the compiler below it.
         _ = importlib.import_module(_MODULE).block_sparse_attention_forward
-        importlib.import_module(f"{_MODULE}._interface")
-    # Whatever the stack of compilers and drivers below raises, the sentence for people is this.
-    except Exception as error:
-        return f"{_MODULE} does not load: pip install 'longspan[cuda]' ({error})"
-    return None
+        return importlib.import_module(f"{_MODULE}._interface")
+
+    return why_missing(
+        "cudnn", load, NO_CUDNN, f"{_MODULE} does not load: pip install 'longspan[cuda]'"
+    )
 
 
 def over_lists(

@@ -261,14 +261,10 @@ TARGET static void forward_tile(Work *w, const Task *task, Spot now, Spot next) 
     Sight *sight = &w->sight;
     /* The sign is in the queries; a scale of 0 too. */
     w->factor = task->scale == 0.0f ? 1.0f : fabsf(task->scale) * LOG2E;
-    const Array rows[] = {
-        {task->q, task->q_steps, sizeof *k, D},
-        {task->out, task->out_steps, task->half ? sizeof *k : sizeof(float), E}};
-    const Array key_rows[] = {
-        {task->k, task->k_steps, sizeof *k, D}, {task->v, task->v_steps, sizeof *v, E}};
     gather_rows(sight, task, b, h, now.first);
     look(sight, task, b);
-    look_ahead(&w->ahead, sight, task, now, next, rows, 2, key_rows, 2);
+    look_ahead(&w->ahead, sight, task, now, next, 0, sizeof *k,
+               task->half ? sizeof *k : sizeof(float));
     for (int64_t i = 0; i < sight->count; i++)
         w->q_T[i] = (const bf16 *)task->q + place_of(task->q_steps, b,
                                                      task->q_heads[sight->head_T[i]],

@@ -254,18 +254,8 @@ TARGET static void backward_tile(
     /* The sign is in the queries; a scale of 0 too. */
     w->factor = task->scale == 0.0f ? 1.0f : fabsf(task->scale) * LOG2E;
     w->scale = task->scale;
-    const Array rows[] = {
-        {task->q, task->q_steps, sizeof *k, D},
-        {task->d_out, task->d_out_steps, sizeof *k, E},
-        {task->out, task->out_steps, sizeof *k, E},
-        {task->dq, task->dq_steps, sizeof(float), D}};
-    const Array key_rows[] = {
-        {task->k, task->k_steps, sizeof *k, D},
-        {task->v, task->v_steps, sizeof *v, E},
-        {task->dk + part * task->dk_part, task->dk_steps, sizeof(float), D},
-        {task->dv + part * task->dv_part, task->dv_steps, sizeof(float), E}};
     find_rows(w, task, b, h, now.first);
-    look_ahead(&w->ahead, sight, task, now, next, rows, 4, key_rows, 4);
+    look_ahead(&w->ahead, sight, task, now, next, part, sizeof *k, sizeof *k);
     memset(w->dq_DW[0], 0, D * TILE * sizeof(float));
     while ((w->keys = next_block(sight, task->ranges, row_M))) {
         w->whole = (w->keys + DEEP - 1) / DEEP * DEEP;
