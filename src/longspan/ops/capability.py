@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,34 @@ from longspan.ops.measured import Rates, rates
 from longspan.ops.ranges import KeyRanges
 
 Kernel = Callable[[Tensor, Tensor, Tensor, KeyRanges, float], tuple[Tensor, Tensor]]
+
+
+class Halves(Protocol):
+    """Forward and backward of a kernel over given ranges, each without autograd.
+
+    Axes as in ``Kernel``: q [B, H, N, D], k [B, K, M, D], v and out with the width of the values,
+    lse [B, H, N]. Rows without a key give 0 and -inf.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Output, in memory of its own, and log-sum-exp."""
+        ...
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v, where out and lse may be those of more keys.
+
+        Every number is finite where all gradients are, also in rows without a key here.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +63,8 @@ class Capability:
             that keys which most queries see are worth copies: for which heads it does.
         shares_keys: whether it takes keys with one batch row for queries with many.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
+        has_halves: whether its backward can be given the output and log-sum-exp of several passes
+            together, as ``Halves``.
     """
 
     name: str
@@ -44,6 +74,7 @@ class Capability:
     adds_key_tiles: Literal["of a key head", "of a query head"] | None = None
     shares_keys: bool = False
     reads_in_place: bool = False
+    has_halves: bool = False
 
     def reasons(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
@@ -83,6 +114,11 @@ class Capability:
         module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
         return getattr(module, f"{self.name}_passes")
 
+    def load_halves(self) -> Callable[[Tensor, Tensor, Tensor, KeyRanges, float], Halves]:
+        """Of one that has them, what makes its halves for given tensors, ranges and scale."""
+        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
+        return getattr(module, f"{self.name}_halves")
+
 
 KERNELS = (
     Capability(
@@ -97,6 +133,7 @@ KERNELS = (
         devices=("cuda",),
         note="cuDNN's interval attention, for Hopper",
         adds_key_tiles="of a query head",
+        has_halves=True,
     ),
     Capability(
         name="flash",

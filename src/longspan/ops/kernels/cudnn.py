@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
-from longspan.ops.capability import needs_grad
+from longspan.ops.capability import Halves, needs_grad
+from longspan.ops.empty import Index, clear, harmless, index_of
 from longspan.ops.kernels._cudnn_plan import (
     MOST_ENDPOINTS,
     MOST_WORDS,
@@ -128,24 +129,21 @@ def cudnn(
     Raises:
         Refusal: ``reasons`` has one.
     """
-    backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
-    batch, heads, _, width = q_BHND.shape
-    fixed = torch.are_deterministic_algorithms_enabled()
-    kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward, fixed)
-    q_BNHD, k_BMKD, v_BMKD = (aligned(x.transpose(1, 2)) for x in (q_BHND, k_BKMD, v_BKMD))
-
-    def make(ends_HeN: Tensor) -> _Ready:
-        if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
-            raise Refusal("cudnn cannot run here: " + "; ".join(found))
-        create = importlib.import_module("cudnn.flex_attention").create_mask_plan
-        made = create(ends_HeN, q_BNHD, k_BMKD, v_BMKD, build_backward=backward)
-        if backward and not fixed:
-            last_queries_first(made)
-        return _Ready(made, _index(empty_rows(ends_HeN, batch)))
-
-    ready = plan_of(ranges, (*kind, q_BHND.device), batch, make)
-    out_BNHD, lse_BHN = _Attend.apply(q_BNHD, k_BMKD, v_BMKD, ready, scale, fixed)
+    ready = _ready(q_BHND, k_BKMD, v_BKMD, ranges, backward=needs_grad(q_BHND, k_BKMD, v_BKMD))
+    rows = (_laid(x) for x in (q_BHND, k_BKMD, v_BKMD))
+    out_BNHD, lse_BHN = _Attend.apply(*rows, ready, scale)
     return out_BNHD.transpose(1, 2), lse_BHN
+
+
+def cudnn_halves(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
+) -> Halves:
+    """The same, with gradients, as a forward and a backward of their own.
+
+    Raises:
+        Refusal: ``reasons`` has one.
+    """
+    return _Halves(_ready(q_BHND, k_BKMD, v_BKMD, ranges, backward=True), scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,12 +152,14 @@ class _Ready:
 
     Attributes:
         plan: of the library.
-        empty: index of the rows [B, H, N] that see no key; None if every one sees some.
+        empty: the rows [B, H, N] that see no key; None if every one sees some.
+        fixed: whether gradients are added up in a fixed order.
         calls: the library's kernels for this plan and tensors of some layouts.
     """
 
     plan: Any
-    empty: tuple[Any, ...] | None
+    empty: Index | None
+    fixed: bool
     calls: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def call(self, name: str, *tensors: Tensor | None, **options: Any) -> Any:
@@ -186,51 +186,43 @@ def _settled(kernel: Any, *given: Any) -> Any:
     return kernel
 
 
-def _index(empty_BHN: Tensor | None) -> tuple[Any, ...] | None:
-    """The marked rows as an index, over all heads where they are alike."""
-    if empty_BHN is None:
-        return None
-    batch, head, row = empty_BHN.nonzero(as_tuple=True)
-    return batch, slice(None) if empty_BHN.shape[1] == 1 else head, row
+def _ready(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, *, backward: bool
+) -> _Ready:
+    """The plan for these ranges and tensors."""
+    batch, heads, _, width = q_BHND.shape
+    fixed = torch.are_deterministic_algorithms_enabled()
+    kind = (batch, heads, k_BKMD.shape, v_BKMD.shape, width, q_BHND.dtype, backward, fixed)
+
+    def make(ends_HeN: Tensor) -> _Ready:
+        if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
+            raise Refusal("cudnn cannot run here: " + "; ".join(found))
+        create = importlib.import_module("cudnn.flex_attention").create_mask_plan
+        rows = (_laid(x) for x in (q_BHND, k_BKMD, v_BKMD))
+        made = create(ends_HeN, *rows, build_backward=backward)
+        if backward and not fixed:
+            last_queries_first(made)
+        return _Ready(made, index_of(empty_rows(ends_HeN, batch)), fixed)
+
+    return plan_of(ranges, (*kind, q_BHND.device), batch, make)
 
 
-def _fill(x_BHN: Tensor, index: tuple[Any, ...], value: float) -> Tensor:
-    """Overwrite some rows."""
-    # A number from the host would be waited for.
-    x_BHN[index] = x_BHN.new_full((), value)
-    return x_BHN
+def _laid(x_BHND: Tensor) -> Tensor:
+    """[B, N, H, D] as the library loads it."""
+    return aligned(x_BHND.transpose(1, 2))
 
 
 class _Attend(torch.autograd.Function):
-    """The library's kernels, with results laid out in memory as the inputs that they belong to.
-
-    So what belongs to a view, as the rows of a remainder, comes back as one.
-    """
+    """The two kernels of the library for a pass that stands alone."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q_BNHD: Tensor,
-        k_BMKD: Tensor,
-        v_BMKD: Tensor,
-        ready: _Ready,
-        scale: float,
-        fixed: bool,
+        ctx: Any, q_BNHD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, ready: _Ready, scale: float
     ) -> tuple[Tensor, Tensor]:
-        batch, rows, heads, width = q_BNHD.shape
-        out_BNHD = torch.empty_like(q_BNHD)
-        if v_BMKD.shape[3] != width:
-            out_BNHD = q_BNHD.new_empty(batch, rows, heads, v_BMKD.shape[3])
-        numbers = torch.promote_types(q_BNHD.dtype, torch.float32)
-        lse_BHN = q_BNHD.new_empty(batch, heads, rows, dtype=numbers)
-        given = (q_BNHD, k_BMKD, v_BMKD, out_BNHD)
-        _run(ready.call("FlexAttentionFwd", *given, lse_BHN), *given, ready.plan, lse_BHN, scale)
-        ctx.save_for_backward(*given, lse_BHN)
-        ctx.ready, ctx.scale, ctx.fixed = ready, scale, fixed
+        out_BNHD, lse_BHN = _forward(ready, q_BNHD, k_BMKD, v_BMKD, scale)
+        ctx.save_for_backward(q_BNHD, k_BMKD, v_BMKD, out_BNHD, lse_BHN)
+        ctx.ready, ctx.scale = ready, scale
         ctx.set_materialize_grads(False)
-        if ready.empty is not None:
-            _fill(out_BNHD.transpose(1, 2), ready.empty, 0.0)
-            lse_BHN = _fill(lse_BHN.clone(), ready.empty, -torch.inf)
         return out_BNHD, lse_BHN
 
     @staticmethod
@@ -239,20 +231,83 @@ class _Attend(torch.autograd.Function):
         ctx: Any, dout_BNHD: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q_BNHD, k_BMKD, v_BMKD, out_BNHD, lse_BHN = ctx.saved_tensors
-        of_lse_alone = dout_BNHD is None
-        dout_BNHD = torch.zeros_like(out_BNHD) if dout_BNHD is None else aligned(dout_BNHD)
-        dlse_BHN = None if dlse_BHN is None else aligned(dlse_BHN)
-        if ctx.ready.empty is not None:
-            # A NaN in the gradient of a row without keys must not spread.
-            dout_BNHD = dout_BNHD.clone()
-            _fill(dout_BNHD.transpose(1, 2), ctx.ready.empty, 0.0)
-            if dlse_BHN is not None:
-                dlse_BHN = _fill(dlse_BHN.clone(), ctx.ready.empty, 0.0)
-        dq_BNHD, dk_BMKD, dv_BMKD = (torch.empty_like(x) for x in (q_BNHD, k_BMKD, v_BMKD))
-        given = (q_BNHD, k_BMKD, v_BMKD, out_BNHD, dout_BNHD, lse_BHN, dq_BNHD, dk_BMKD, dv_BMKD)
-        kernel = ctx.ready.call("FlexAttentionBwd", *given, dlse_BHN, deterministic=ctx.fixed)
-        _run(kernel, *given, ctx.ready.plan, dlse_BHN, ctx.scale)
-        return dq_BNHD, dk_BMKD, None if of_lse_alone else dv_BMKD, None, None, None
+        dout_BHND = None if dout_BNHD is None else dout_BNHD.transpose(1, 2)
+        slopes = harmless(ctx.ready.empty, lse_BHN, dout_BHND, dlse_BHN)
+        grads = _backward(ctx.ready, (q_BNHD, k_BMKD, v_BMKD, out_BNHD), *slopes, ctx.scale)
+        return *grads, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Halves:
+    """The two kernels of the library for a pass among others."""
+
+    ready: _Ready
+    scale: float
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out_BNHD, lse_BHN = _forward(self.ready, _laid(q), _laid(k), _laid(v), self.scale)
+        return out_BNHD.transpose(1, 2), lse_BHN
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        rows = (_laid(q), _laid(k), _laid(v), _laid(out))
+        grads = _backward(self.ready, rows, lse.contiguous(), dout, dlse, self.scale)
+        return tuple(None if x is None else x.transpose(1, 2) for x in grads)
+
+
+def _forward(
+    ready: _Ready, q_BNHD: Tensor, k_BMKD: Tensor, v_BMKD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output, laid out in memory as the queries, and log-sum-exp [B, H, N].
+
+    So what belongs to a view, as the rows of a remainder, comes back as one.
+    """
+    batch, rows, heads, width = q_BNHD.shape
+    out_BNHD = torch.empty_like(q_BNHD)
+    if v_BMKD.shape[3] != width:
+        out_BNHD = q_BNHD.new_empty(batch, rows, heads, v_BMKD.shape[3])
+    numbers = torch.promote_types(q_BNHD.dtype, torch.float32)
+    lse_BHN = q_BNHD.new_empty(batch, heads, rows, dtype=numbers)
+    given = (q_BNHD, k_BMKD, v_BMKD, out_BNHD)
+    _run(ready.call("FlexAttentionFwd", *given, lse_BHN), *given, ready.plan, lse_BHN, scale)
+    clear(out_BNHD.transpose(1, 2), lse_BHN, ready.empty)
+    return out_BNHD, lse_BHN
+
+
+def _backward(
+    ready: _Ready,
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    lse_BHN: Tensor,
+    dout_BHND: Tensor | None,
+    dlse_BHN: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of queries, keys and values, laid out in memory as these are.
+
+    Args:
+        ready: the plan.
+        rows: queries, keys, values and output, [B, N, H, D] as the library loads them.
+        lse_BHN: finite, as all that follows; with the output it may be that of more keys.
+        dout_BHND: of any layout; None for 0.
+        dlse_BHN: of any layout; None for 0.
+        scale: factor on the logits.
+    """
+    dout_BNHD = torch.zeros_like(rows[3]) if dout_BHND is None else _laid(dout_BHND)
+    dlse_BHN = None if dlse_BHN is None else aligned(dlse_BHN)
+    dq_BNHD, dk_BMKD, dv_BMKD = (torch.empty_like(x) for x in rows[:3])
+    given = (*rows, dout_BNHD, lse_BHN, dq_BNHD, dk_BMKD, dv_BMKD)
+    kernel = ready.call("FlexAttentionBwd", *given, dlse_BHN, deterministic=ready.fixed)
+    _run(kernel, *given, ready.plan, dlse_BHN, scale)
+    # The log-sum-exp does not depend on the values.
+    return dq_BNHD, dk_BMKD, None if dout_BHND is None else dv_BMKD
 
 
 def _run(kernel: Any, *given: Any) -> None:
