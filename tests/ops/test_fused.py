@@ -76,6 +76,50 @@ def test_parts_in_orders_of_their_own():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, [1, 4], [0, 2, 3]])
+@pytest.mark.parametrize("places", [None, 1, 30])
+def test_merge_in_place(places, heads, dtype):
+    make = torch.Generator().manual_seed(0)
+    n, all_heads = 77, 6
+    own = all_heads if heads is None else len(heads)
+    order = None
+    if places is not None:
+        table = torch.stack([torch.randperm(n, generator=make)[:places] for _ in range(own)])
+        table[-1, 20:] = -1
+        order = Order.of(table[None].numpy().astype(np.int32), n, torch.device("cuda"))
+    which = None if heads is None else (torch.tensor(heads, device="cuda"), all_heads)
+
+    def part(count, rows, *more):
+        # Heads side by side, as models lay them.
+        out = torch.randn(2, rows, count, 40, generator=make).to("cuda", dtype).transpose(1, 2)
+        lse = 3 * torch.randn(2, count, rows, generator=make).cuda()
+        lse[:, :, 5:9], out[:, :, 5:9] = -torch.inf, 0.0
+        return Part(out, lse, *more)
+
+    parts = [part(all_heads, n), part(own, places or n, order, which)]
+    wanted = merge([tuple(x.float() for x in one.placed()) for one in parts])
+    found = merge_parts(parts, overwrite=True)
+    assert found[0] is parts[0].out
+    assert found[1] is parts[0].lse
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=limit, atol=limit)
+
+
+def test_what_is_not_overwritten():
+    parts = [Part(torch.randn(1, 2, 9, 8).cuda(), torch.randn(1, 2, 9).cuda()) for _ in range(3)]
+    kept = [(part.out.clone(), part.lse.clone()) for part in parts]
+    # Three parts of all rows are read once each; gradients need what the parts hold.
+    merge_parts(parts, overwrite=True)
+    merge_parts(parts[:2])
+    parts[1].out.requires_grad_()
+    merge_parts(parts[:2], overwrite=True)
+    for part, (out, lse) in zip(parts, kept, strict=True):
+        assert torch.equal(part.out, out)
+        assert torch.equal(part.lse, lse)
+
+
 def test_spread_adds_gradients_up():
     tables = [np.array([[2, 1, 2, -1, 2, 3, 2, 2, -1, 2]]), np.array([[[0, 2]], [[3, 1]]]), None]
     x = torch.randn(2, 6, 4, 64, dtype=torch.float64, requires_grad=True)

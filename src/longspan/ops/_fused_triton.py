@@ -142,6 +142,64 @@ def merge_rows(
 
 
 @triton.jit
+def merge_into(
+    out,
+    lse,
+    part,
+    part_lse,
+    row,
+    head,
+    places,
+    heads,
+    all_heads,
+    rows,
+    out_batch,
+    out_head,
+    out_row,
+    part_batch,
+    part_head,
+    part_row,
+    batch_step,
+    share,
+    ordered: tl.constexpr,
+    chosen: tl.constexpr,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
+):
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
+    p = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    live = p < places
+    r = p
+    if ordered:
+        at = row + b * batch_step + (h // share) * places + p
+        r = tl.load(at, mask=live, other=-1).to(tl.int64)
+        live = live & (r >= 0)
+    to = h
+    if chosen:
+        to = tl.load(head + h)
+    new = tl.load(part_lse + plane * places + p, mask=live, other=float("-inf"))
+    # Rows that see nothing here stay as they are.
+    live = live & (new != float("-inf"))
+    at_lse = lse + (b * all_heads + to) * rows + r
+    old = tl.load(at_lse, mask=live, other=float("-inf"))
+    top = tl.where(live, tl.maximum(old, new), 0.0)
+    old, new = tl.exp(old - top), tl.exp(new - top)
+    total = old + new
+    inside = live[:, None] & (d < width)
+    at_out = out + b * out_batch + to * out_head + r[:, None] * out_row + d
+    at_part = part + b * part_batch + h * part_head + p[:, None] * part_row + d
+    x = tl.load(at_out, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(at_part, mask=inside, other=0.0).to(tl.float32)
+    share_old, share_new = old / total, new / total
+    x = share_old[:, None] * x + share_new[:, None] * y
+    tl.store(at_out, x.to(out.dtype.element_ty), mask=inside)
+    tl.store(at_lse, top + tl.log(total), mask=live)
+
+
+@triton.jit
 def merge_gradients(
     outs,
     lses,

@@ -86,7 +86,7 @@ def attend(
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
     parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse)
-    out, lse = merge_parts(parts, use_lse=use_lse)
+    out, lse = merge_parts(parts, use_lse=use_lse, overwrite=True)
     return (out, lse) if return_lse else out
 
 

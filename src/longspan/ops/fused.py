@@ -108,6 +108,54 @@ def merge_fused(
     return _Merge.apply(tuple(tables), *flat)
 
 
+def merge_into(
+    out_BHND: Tensor,
+    lse_BHN: Tensor,
+    part_BGPD: Tensor,
+    part_lse_BGP: Tensor,
+    row_BGP: Tensor | None = None,
+    heads_G: Tensor | None = None,
+) -> None:
+    """Join one more part to (out, lse), which are overwritten; without gradient.
+
+    Only rows of the part are read and written: a few rows or heads cost what they are.
+
+    Args:
+        out_BHND: of any layout in which the numbers of a row lie side by side.
+        lse_BHN: contiguous.
+        part_BGPD: of any layout, for the heads that take part.
+        part_lse_BGP: -inf where nothing is joined.
+        row_BGP: the row of each place, int32 [B or 1, groups, P], each once at most, -1 for none;
+            the groups divide the heads that take part, and neighbours share. None: as they are.
+        heads_G: int64, which heads take part; None: all.
+    """
+    part_BGPD, part_lse_BGP = rows_dense(part_BGPD), part_lse_BGP.contiguous()
+    row = part_lse_BGP if row_BGP is None else row_BGP.contiguous()
+    batch, heads, places, width = part_BGPD.shape
+    wide, tall = _tile(width)
+    with torch.cuda.device(out_BHND.device):
+        _kernels().merge_into[(-(-places // tall), batch * heads)](
+            out_BHND,
+            lse_BHN,
+            part_BGPD,
+            part_lse_BGP,
+            row,
+            part_lse_BGP if heads_G is None else heads_G,
+            places,
+            heads,
+            *lse_BHN.shape[1:],
+            *out_BHND.stride()[:3],
+            *part_BGPD.stride()[:3],
+            row[0].numel() if len(row) > 1 else 0,
+            heads // row.shape[1],
+            row_BGP is not None,
+            heads_G is not None,
+            width,
+            wide,
+            tall,
+        )
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(

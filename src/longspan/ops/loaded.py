@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from longspan.ops.merge import Part
@@ -44,12 +43,16 @@ class Loaded:
 
     def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the kernel gets besides ``ranges``, from queries, keys and values."""
-        chosen = zip(tensors, (self.heads, self.kv_heads, self.kv_heads), strict=True)
-        each = [x if heads is None else x.index_select(1, heads) for x, heads in chosen]
-        return tuple(
-            x if order is None else order.take(x)
-            for x, order in zip(each, self.orders, strict=True)
-        )
+        q, *others = tensors
+        each = [x if self.kv_heads is None else x.index_select(1, self.kv_heads) for x in others]
+        if self.keys is not None:
+            each = [self.keys.take(x) for x in each]
+        return self.query_rows(q), *each
+
+    def query_rows(self, x_BHND: Tensor) -> Tensor:
+        """What lies as the queries do, for the heads that take part in the order of the pass."""
+        own = x_BHND if self.heads is None else x_BHND.index_select(1, self.heads)
+        return own if self.queries is None else self.queries.take(own)
 
     @cached_property
     def places(self) -> Places:
@@ -67,13 +70,6 @@ class Loaded:
         )
 
     def outputs(self, out: Tensor, lse: Tensor) -> Part:
-        """What the kernel gave, for all heads."""
-        if self.heads is None:
-            return Part(out, lse, self.queries)
-        out, lse = Part(out, lse, self.queries).placed()
-        batch, _, n, width = out.shape
-        heads = self.all_heads
-        return Part(
-            out.new_zeros(batch, heads, n, width).index_copy(1, self.heads, out),
-            lse.new_full((batch, heads, n), -torch.inf).index_copy(1, self.heads, lse),
-        )
+        """What the kernel gave."""
+        heads = None if self.heads is None else (self.heads, self.all_heads)
+        return Part(out, lse, self.queries, heads)

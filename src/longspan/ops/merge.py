@@ -12,14 +12,15 @@ Axes: B batch, H heads, N query rows, D value width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.ops.fused import can_fuse, merge_fused
+from longspan.ops.capability import needs_grad
+from longspan.ops.fused import can_fuse, merge_fused, merge_into
 from longspan.ops.rows import Order
 
 
@@ -31,31 +32,83 @@ class Part:
         out: [B, H, P, D].
         lse: [B, H, P].
         order: the query row at each place; None if place and row agree.
+        heads: which of how many heads these are, int64 [H]; None if they are all.
     """
 
     out: Tensor
     lse: Tensor
     order: Order | None = None
+    heads: tuple[Tensor, int] | None = None
 
     def placed(self, *, use_lse: bool = True) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` for all rows in their own order; lse in any if it is of no use."""
-        if self.order is None:
-            return self.out, self.lse
-        lse = self.order.put_lse(self.lse) if use_lse else self.lse
-        return self.order.put(self.out), lse
+        part = self.of_all_heads()
+        if part.order is None:
+            return part.out, part.lse
+        return part.order.put(part.out), part.placed_lse() if use_lse else part.lse
+
+    def placed_lse(self) -> Tensor:
+        """Log-sum-exp of all rows in their own order."""
+        lse = self.lse if self.order is None else self.order.put_lse(self.lse)
+        if self.heads is None:
+            return lse
+        heads, count = self.heads
+        batch, _, n = lse.shape
+        return lse.new_full((batch, count, n), -torch.inf).index_copy(1, heads, lse)
+
+    def of_all_heads(self) -> Part:
+        """The same for all heads, in order where these are not all."""
+        if self.heads is None:
+            return self
+        heads, count = self.heads
+        out, _ = replace(self, heads=None).placed(use_lse=False)
+        batch, _, n, width = out.shape
+        room = out.new_zeros(batch, count, n, width)
+        return Part(room.index_copy(1, heads, out), self.placed_lse())
 
 
-def merge_parts(parts: Sequence[Part], *, use_lse: bool = True) -> tuple[Tensor, Tensor]:
+def merge_parts(
+    parts: Sequence[Part], *, use_lse: bool = True, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Join the parts of a plan as ``merge`` does, whatever the order of each.
 
-    Without ``use_lse`` the log-sum-exp of a single part may be in any order.
+    Args:
+        parts: at least one.
+        use_lse: False if the log-sum-exp of a single part may be in any order.
+        overwrite: whether nobody else needs what the parts hold.
     """
     if len(parts) == 1:
         return parts[0].placed(use_lse=use_lse)
-    if can_fuse(*(x for part in parts for x in (part.out, part.lse))):
-        pairs = [(part.out, part.lse) for part in parts]
-        return merge_fused(pairs, [part.order and part.order.place for part in parts])
-    return _merge_plain(parts)
+    tensors = [x for part in parts for x in (part.out, part.lse)]
+    if not can_fuse(*tensors):
+        return _merge_plain([part.of_all_heads() for part in parts])
+    if overwrite and not needs_grad(*tensors) and (whole := _whole(parts)) is not None:
+        return _merge_in_place(whole, [part for part in parts if part is not whole])
+    parts = [part.of_all_heads() for part in parts]
+    pairs = [(part.out, part.lse) for part in parts]
+    return merge_fused(pairs, [part.order and part.order.place for part in parts])
+
+
+def _whole(parts: Sequence[Part]) -> Part | None:
+    """A part that holds every row in its place, if joining the others to it pays.
+
+    Joining reads a row of each side and writes one, for every place of the others; making a new
+    tensor reads every part once and writes every row.
+    """
+    each = [part.lse[0].numel() for part in parts]
+    for part, rows in zip(parts, each, strict=True):
+        dense = part.out.stride(-1) == 1 and part.lse.is_contiguous()
+        if part.order is None and part.heads is None and dense:
+            return part if 3 * (sum(each) - rows) <= sum(each) + rows else None
+    return None
+
+
+def _merge_in_place(whole: Part, others: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    for part in others:
+        row = None if part.order is None else part.order.table.row_cBGP[0]
+        heads = None if part.heads is None else part.heads[0]
+        merge_into(whole.out, whole.lse, part.out, part.lse, row, heads)
+    return whole.out, whole.lse
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -79,7 +132,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """The same in PyTorch operations."""
-    lse_PBHN = torch.stack([p.lse if p.order is None else p.order.put_lse(p.lse) for p in parts])
+    lse_PBHN = torch.stack([part.placed_lse() for part in parts])
     empty_BHN = torch.isneginf(lse_PBHN).all(dim=0)
     # Rows that are empty everywhere would be 0 / 0 in the gradient: they are joined with weights
     # of 1, and zeroed. On a CPU a look whether there are any costs less than a copy.

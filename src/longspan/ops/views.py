@@ -48,10 +48,14 @@ class Views:
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel gets besides ``ranges``: [1, H, n r, D] as [r, H, n, D], views."""
-        own_q = by_remainder(q, self.step)
+        own_q = self.query_rows(q)
         if self.keys is not None:
             return own_q, self.keys.take(k), self.keys.take(v)
         return own_q, by_remainder(k, self.step), by_remainder(v, self.step)
+
+    def query_rows(self, x_BHND: Tensor) -> Tensor:
+        """What lies as the queries do, in the order of the pass: a view."""
+        return by_remainder(x_BHND, self.step)
 
     def outputs(self, out_rHnD: Tensor, lse_rHn: Tensor) -> Part:
         """What the kernel gave, in place if its layout allows."""
