@@ -31,6 +31,8 @@ _known: WeakKeyDictionary[object, set[tuple[object, ...]]] = WeakKeyDictionary()
 class Lanes:
     """Streams for several passes; leaving the context waits for all of them.
 
+    It may be entered again, as for a backward that runs all passes.
+
     Args:
         passes: what will run, compared by identity.
         inputs: queries, keys and values.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from longspan.ops.apart import Own, apart, join, split
-from longspan.ops.capability import Capability, choose, needs_grad
+from longspan.ops.capability import Capability, Halves, choose, needs_grad
 from longspan.ops.copies import copies_of
+from longspan.ops.joint import attend_jointly
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
@@ -94,6 +95,10 @@ def compute(
     together = _together(loaded, q, k, v)
     parts = []
     with Lanes(loaded, (q, k, v), impl) as lanes:
+        if len(loaded) > 1 and needs_grad(q, k, v):
+            together = together or _each(loaded, q, k, v, lanes)
+            if halves := _halves(loaded, together, impl, scale):
+                return [attend_jointly(loaded, halves, together, lanes)]
         for index, one in enumerate(loaded):
             if isinstance(one, Loaded) and (alone := by_key_heads(one, q, k, v, impl)):
                 place = len(loaded) == 1
@@ -210,6 +215,31 @@ def _together(
     orders = zip(*(one.orders for one in alike), strict=True)
     each = [spread(x, own) for x, own in zip(tensors, orders, strict=True)]
     return list(zip(*each, strict=True))
+
+
+def _each(
+    loaded: Sequence[Loaded | Views], q: Tensor, k: Tensor, v: Tensor, lanes: Lanes
+) -> list[tuple[Tensor, ...]]:
+    """What the kernel gets in each pass, each by itself."""
+    found = []
+    for index, one in enumerate(loaded):
+        with lanes.lane(index) as lane:
+            found.append(one.inputs(q, k, v))
+            lanes.keep(lane, (q, k, v), found[-1])
+    return found
+
+
+def _halves(
+    loaded: Sequence[Loaded | Views], inputs: Sequence[Sequence[Tensor]], impl: str, scale: float
+) -> list[Halves] | None:
+    """Forward and backward of the kernel of each pass; None if one has no such halves."""
+    found = []
+    for (q, k, v), one in zip(inputs, loaded, strict=True):
+        kernel = choose(impl, q, k, v, one.ranges)
+        if not kernel.has_halves:
+            return None
+        found.append(kernel.load_halves()(q, k, v, one.ranges, scale))
+    return found
 
 
 def _queries(

@@ -1,0 +1,132 @@
+"""Passes of a plan with gradients: one forward, and a backward that needs no merge.
+
+    lse_i = log sum_p exp(lse_ip)          out_i = sum_p exp(lse_ip - lse_i) out_ip
+    P_ij = exp(s_ij - lse_i)               dS_ij = P_ij (dout_i . v_j - dout_i . out_i + dlse_i)
+
+The gradient of a score in any pass p depends on the other passes through the joint out and lse
+alone. So each pass runs its own backward on rows of those, in its own order: no gradient of the
+merge is computed, no pass has gradients of its out and lse, and the outputs of single passes are
+gone once they are joined. A key that several passes see counts in each.
+
+Time that of the kernels and of moving rows; memory O(N D): the rows of each pass, one out and lse.
+
+Axes: B batch, H query heads, N query rows, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longspan.ops.capability import Halves
+from longspan.ops.empty import Index, harmless, index_of
+from longspan.ops.lanes import Lanes
+from longspan.ops.loaded import Loaded
+from longspan.ops.merge import Part, merge_parts
+from longspan.ops.views import Views
+
+_unseen: WeakKeyDictionary[object, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
+def attend_jointly(
+    passes: Sequence[Loaded | Views],
+    halves: Sequence[Halves],
+    inputs: Sequence[Sequence[Tensor]],
+    lanes: Lanes,
+) -> Part:
+    """Output and log-sum-exp over all passes, differentiable once.
+
+    Args:
+        passes: at least one.
+        halves: forward and backward of the kernel of each.
+        inputs: queries, keys and values of each, in its order.
+        lanes: where each of them runs.
+    """
+    # Now: a wait in the backward would leave the GPU without work.
+    empty = unseen(passes, [len(own[0]) for own in inputs])
+    flat = (x for own in inputs for x in own)
+    return Part(*_Joint.apply(tuple(passes), tuple(halves), lanes, empty, *flat))
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        passes: tuple[Loaded | Views, ...],
+        halves: tuple[Halves, ...],
+        lanes: Lanes,
+        empty: Index | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        parts = []
+        with lanes:
+            for index, (one, half) in enumerate(zip(passes, halves, strict=True)):
+                own = inputs[3 * index : 3 * index + 3]
+                with lanes.lane(index) as lane:
+                    part = one.outputs(*half.forward(*own))
+                    lanes.keep(lane, own, (part.out, part.lse))
+                parts.append(part)
+        out_BHND, lse_BHN = merge_parts(parts, overwrite=True)
+        ctx.save_for_backward(*inputs, out_BHND, lse_BHN)
+        ctx.passes, ctx.halves, ctx.lanes, ctx.empty = passes, halves, lanes, empty
+        ctx.set_materialize_grads(False)
+        return out_BHND, lse_BHN
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout_BHND: Tensor | None, dlse_BHN: Tensor | None
+    ) -> tuple[Any, ...]:
+        *inputs, out_BHND, lse_BHN = ctx.saved_tensors
+        joint = (out_BHND, *harmless(ctx.empty, lse_BHN, dout_BHND, dlse_BHN))
+        grads: list[Tensor | None] = []
+        with ctx.lanes as lanes:
+            for index, (one, half) in enumerate(zip(ctx.passes, ctx.halves, strict=True)):
+                own = inputs[3 * index : 3 * index + 3]
+                with lanes.lane(index) as lane:
+                    out, lse, dout, dlse = (_rows(one, x) for x in joint)
+                    assert out is not None
+                    assert lse is not None
+                    found = half.backward(*own, out, lse, dout, dlse)
+                    taken = (x for x in (*own, *joint) if x is not None)
+                    lanes.keep(lane, taken, (x for x in found if x is not None))
+                grads += found
+        return None, None, None, None, *grads
+
+
+def unseen(passes: Sequence[Loaded | Views], batches: Sequence[int]) -> Index | None:
+    """The query rows that see no key in any pass; kept as long as the first one lives.
+
+    Args:
+        passes: at least one.
+        batches: batch rows of the queries in each.
+    """
+    first, *rest = passes
+    kept = _unseen.setdefault(first, {})
+    name = (*batches, *map(id, rest))
+    if name not in kept:
+        lses = [_seen(*own).placed_lse() for own in zip(passes, batches, strict=True)]
+        # With what the name speaks of, which has to live as long.
+        kept[name] = index_of(torch.stack(lses).isneginf().all(0)), rest
+    return kept[name][0]
+
+
+def _seen(one: Loaded | Views, batch: int) -> Part:
+    """A log-sum-exp of 0 where a row sees something, in place of what a kernel gives."""
+    ranges = one.ranges
+    empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
+    lse_GN = torch.zeros_like(empty_GN, dtype=torch.float32).masked_fill(empty_GN, -torch.inf)
+    lse_BHN = lse_GN[ranges.group_BH.expand(batch, -1)]
+    return one.outputs(lse_BHN[..., None], lse_BHN)
+
+
+def _rows(one: Loaded | Views, x: Tensor | None) -> Tensor | None:
+    """Rows of outputs [B, H, N, D] or numbers [B, H, N] as the pass has them."""
+    if x is None:
+        return None
+    return one.query_rows(x) if x.dim() == 4 else one.query_rows(x[..., None])[..., 0]
