@@ -469,6 +469,36 @@ def test_auto_follows_the_measurements_of_this_gpu(hopper, monkeypatch):
     assert measured.rates(training, window(4096, 500, heads=4), True).tflops == {"flex": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("rate", "rows", "names"),
+    [
+        # As fast as the other one, up to what a merge with gradients costs.
+        (105.0, 4096, ["cudnn", "cudnn"]),
+        (120.0, 4096, ["flex", "cudnn"]),
+        # Too few rows for the table.
+        (120.0, 100, ["cudnn", "cudnn"]),
+    ],
+)
+def test_passes_that_are_joined_agree_on_kernels_with_halves(
+    rate, rows, names, hopper, monkeypatch
+):
+    table = [
+        {**TABLE[0], "backward": True, "tflops": {"cudnn": 100.0, "flex": rate}},
+        {**TABLE[1], "backward": True, "tflops": {"cudnn": 100.0, "flex": 90.0}},
+    ]
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": table}})
+    flex_module = importlib.import_module("longspan.ops.kernels.flex")
+    monkeypatch.setattr(flex_module, "reasons", lambda *_: [])
+    k = On(1, 2, 16384, 128)
+    few, many = (
+        (On(1, 4, n, 128, grad=True), k, k, window(n, width, keys=16384, heads=4))
+        for n, width in ((rows, 900), (16384, 16000))
+    )
+    assert [c.name for c in capability.choose_together("auto", [few, many])] == names
+    assert [c.name for c in capability.choose_together("auto", [few, few])] == ["flex", "flex"]
+    assert [c.name for c in capability.choose_together("flex", [few, many])] == ["flex", "flex"]
+
+
 def test_short_inputs_and_other_gpus_keep_the_order(hopper, monkeypatch):
     q = On(1, 4, 512, 128)
     monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})

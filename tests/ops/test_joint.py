@@ -13,7 +13,7 @@ from tests.ops import test_cudnn
 from tests.ops.test_flex import gpu, relative
 
 import longspan as ls
-from longspan.ops import capability, joint, run
+from longspan.ops import capability, joint, measured, run
 from longspan.ops.loaded import Loaded
 from longspan.ops.views import Views
 
@@ -241,6 +241,44 @@ def test_on_a_gpu(text, batch, packed):
         assert relative(alone[0], wanted[0]) < 1e-2
         for a, b in zip((found[0], *found[2:]), (wanted[0], *wanted[2:]), strict=True):
             assert a.isfinite().all()
+            assert relative(a, b) < 1e-2
+
+
+@gpu
+@pytest.mark.parametrize("text", [GPU_PATTERNS[i] for i in (0, 2)])
+def test_auto_picks_kernels_with_halves(text, monkeypatch):
+    need_library()
+    if torch.cuda.get_device_name() not in measured.table():
+        pytest.skip("nothing was measured on this GPU")
+    seen = []
+
+    def noted(passes, *more):
+        seen.append(len(passes))
+        return joint.attend_jointly(passes, *more)
+
+    monkeypatch.setattr(run, "attend_jointly", noted)
+    plan = ls.plan(ls.parse(text), 4096, HEADS)
+    inputs = made(1, 128, 4096, device="cuda", dtype=torch.bfloat16)
+    q, k, v = inputs
+    found = both(inputs, plan, "auto", use_lse=False)
+    assert seen == [len(plan.passes)]
+    assert f"pass {len(plan.passes) - 1}: kernel cudnn" in ls.explain(q, k, v, plan)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    for a, b in zip(found, both(exact, plan, "reference", use_lse=False), strict=True):
+        assert relative(a, b) < 1e-2
+
+
+@gpu
+def test_streams_and_memory_that_is_used_again():
+    need_library()
+    plan = ls.plan(ls.parse(GPU_PATTERNS[0]), 4096, HEADS)
+    inputs = made(1, 64, 4096, device="cuda", dtype=torch.bfloat16)
+    wanted = both(inputs, plan, "cudnn", use_lse=True)
+    for _ in range(8):
+        # Memory that is used again too early would hold these.
+        spoilt = [torch.full_like(inputs[0], torch.nan) for _ in range(8)]
+        del spoilt
+        for a, b in zip(both(inputs, plan, "cudnn", use_lse=True), wanted, strict=True):
             assert relative(a, b) < 1e-2
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.ops.capability import choose, in_order
+from longspan.ops.capability import choose, choose_together, in_order, needs_grad
 from longspan.ops.compiled import attend_compiled
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
@@ -111,10 +111,15 @@ def explain(
     named = [(f"{one}", one) for one in calls] or [
         (f"pass {index}", load(one, q, k)) for index, one in enumerate(laid.passes)
     ]
-    for name, one in named:
+    given = []
+    for _, one in named:
         own_q, own_k, own_v = one.inputs(q, k, v)
-        own = (own_q, own_k, own_v, one.ranges)
-        chosen = choose(impl, *own, use_lse=use_lse)
+        given.append((own_q, own_k, own_v, one.ranges))
+    if len(given) > 1 and not calls and needs_grad(q, k, v):
+        picked = choose_together(impl, given)
+    else:
+        picked = [choose(impl, *own, use_lse=use_lse) for own in given]
+    for (name, _), own, chosen in zip(named, given, picked, strict=True):
         kernels, measured = in_order(*own)
         tflops = {} if measured is None else measured.tflops
         lines.append(f"{name}: kernel {chosen.name}: {chosen.note}")

@@ -8,7 +8,7 @@ first considered.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -120,6 +120,10 @@ class Capability:
         return getattr(module, f"{self.name}_halves")
 
 
+# Passes without halves are joined by a merge with gradients of its own, a fifteenth of LongNet's
+# time: a kernel with halves is preferred from this share of the best rate on.
+_AS_GOOD = 0.9
+
 KERNELS = (
     Capability(
         name="flex",
@@ -212,3 +216,41 @@ def choose(
             f'These can: {", ".join(others)}; impl="auto" picks one'
         )
     return known[impl]
+
+
+def choose_together(
+    impl: str, passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]]
+) -> list[Capability]:
+    """Pick a kernel for each of several passes that are joined, and have gradients.
+
+    All with halves, where some of them would be picked anyway and the others are about as fast.
+
+    Args:
+        impl: as in ``choose``.
+        passes: queries, keys, values and what would be computed.
+
+    Raises:
+        Refusal: as in ``choose``.
+    """
+    best = [choose(impl, *own) for own in passes]
+    if impl != "auto" or not any(kernel.has_halves for kernel in best):
+        return best
+    halves = [
+        kernel if kernel.has_halves else _with_halves(kernel, *own)
+        for kernel, own in zip(best, passes, strict=True)
+    ]
+    found = [kernel for kernel in halves if kernel is not None]
+    return found if len(found) == len(best) else best
+
+
+def _with_halves(
+    best: Capability, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges
+) -> Capability | None:
+    """One with halves in place of the best; None if there is none, or it is slower."""
+    kernels, measured = in_order(q, k, v, ranges)
+    rate = {} if measured is None else measured.tflops
+    for kernel in kernels:
+        fast = rate.get(kernel.name, 0.0) >= _AS_GOOD * rate.get(best.name, 0.0)
+        if kernel.has_halves and fast and not kernel.reasons(q, k, v, ranges):
+            return kernel
+    return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.apart import Own, apart, join, split
-from longspan.ops.capability import Capability, Halves, choose, needs_grad
+from longspan.ops.capability import Capability, Halves, choose, choose_together, needs_grad
 from longspan.ops.copies import copies_of
 from longspan.ops.joint import attend_jointly
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
@@ -233,13 +233,11 @@ def _halves(
     loaded: Sequence[Loaded | Views], inputs: Sequence[Sequence[Tensor]], impl: str, scale: float
 ) -> list[Halves] | None:
     """Forward and backward of the kernel of each pass; None if one has no such halves."""
-    found = []
-    for (q, k, v), one in zip(inputs, loaded, strict=True):
-        kernel = choose(impl, q, k, v, one.ranges)
-        if not kernel.has_halves:
-            return None
-        found.append(kernel.load_halves()(q, k, v, one.ranges, scale))
-    return found
+    each = [(q, k, v, one.ranges) for (q, k, v), one in zip(inputs, loaded, strict=True)]
+    chosen = choose_together(impl, each)
+    if not all(kernel.has_halves for kernel in chosen):
+        return None
+    return [kernel.load_halves()(*own, scale) for kernel, own in zip(chosen, each, strict=True)]
 
 
 def _queries(
