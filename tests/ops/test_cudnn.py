@@ -16,7 +16,7 @@ from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, te
 
 import longspan as ls
 from longspan.errors import Refusal
-from longspan.ops import capability, measured
+from longspan.ops import capability, kept, measured
 from longspan.ops.kernels import _cudnn_plan, _flex_tiles
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
@@ -215,7 +215,7 @@ def stand_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", package)
     monkeypatch.setitem(sys.modules, "cudnn.flex_attention", module)
     monkeypatch.setattr(cudnn_module, "reasons", lambda *_: [])
-    monkeypatch.setattr(_cudnn_plan, "_latest", [])
+    monkeypatch.setattr(_cudnn_plan.PLANS, "latest", [])
     return made
 
 
@@ -312,12 +312,12 @@ def test_plans_are_kept_by_content(library):
 
 
 def test_few_plans_are_kept_for_their_content_alone(library, monkeypatch):
-    monkeypatch.setattr(_cudnn_plan, "_KEPT", 2)
+    monkeypatch.setattr(kept, "_MOST", 2)
     q, k, v = tensors(1, 4, 2, 60, 60, 16, 16)
     for width in (1, 2, 3, 1):
         cudnn_module.cudnn(q, k, v, window(60, width, heads=4), 0.25)
     assert len(library) == 4
-    assert len(_cudnn_plan._latest) == 2
+    assert len(_cudnn_plan.PLANS.latest) == 2
 
 
 # The FLASH route of FlexAttention, traced and run unfused.

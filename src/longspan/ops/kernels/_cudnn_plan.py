@@ -6,8 +6,7 @@ are that already, but for the first one, which starts at 0 there, and for unused
 not step back: a running maximum moves them to the end of the last used one, where they are empty.
 
 A plan lists the tiles that some query sees, and 16,384 bits for each tile that only some see. It
-takes milliseconds, so it is kept with its ranges, and the latest ones are also found by content:
-packed documents make new ranges in every layer, with the same numbers in them.
+takes milliseconds, so it is kept.
 
 Axes: B batch, H query heads, N query rows, M key rows, G range groups, m ranges per query, e
 endpoints per query, Q tiles of query rows.
@@ -16,7 +15,6 @@ endpoints per query, Q tiles of query rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longspan.ops.kept import Kept
 from longspan.ops.ranges import KeyRanges
+from longspan.ops.row_tiles import row_tiles
 
 _TILE = 128
 _WORDS = _TILE * _TILE // 32
@@ -32,21 +32,9 @@ _WORDS = _TILE * _TILE // 32
 # words are known up to a factor of less than two.
 MOST_ENDPOINTS = 1 << 31
 MOST_WORDS = 1 << 30
-# Endpoints of plans that are kept for their content alone, and how many of them.
-_KEPT_BYTES = 256 << 20
-_KEPT = 8
 
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    kind: tuple[object, ...]
-    endpoints: Tensor
-    plan: Any
-
-
-_plans: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+PLANS: Kept[Any] = Kept()
 _words: WeakKeyDictionary[KeyRanges, int] = WeakKeyDictionary()
-_latest: list[_Made] = []
 
 
 def endpoints(ranges: KeyRanges, batch: int) -> Tensor:
@@ -104,10 +92,7 @@ def plan_of(
         batch: batch rows.
         make: makes a plan from endpoints.
     """
-    own = _plans.setdefault(ranges, {})
-    if kind not in own:
-        own[kind] = _by_content(endpoints(ranges, batch), kind, make)
-    return own[kind]
+    return PLANS.plan_of(ranges, kind, lambda: (endpoints(ranges, batch),), make)
 
 
 def last_queries_first(plan: Any) -> None:
@@ -132,42 +117,18 @@ def last_queries_first(plan: Any) -> None:
     index[: len(row)] = index[offset[row] + offset[row + 1] - 1 - place]
 
 
-def _by_content(ends_HeN: Tensor, kind: tuple[object, ...], make: Callable[[Tensor], Any]) -> Any:
-    for at, old in enumerate(_latest):
-        if (
-            old.kind == kind
-            and old.endpoints.shape == ends_HeN.shape
-            and torch.equal(old.endpoints, ends_HeN)
-        ):
-            _latest.append(_latest.pop(at))
-            return old.plan
-    made = _Made(kind, ends_HeN, make(ends_HeN))
-    _latest.append(made)
-    while len(_latest) > _KEPT or sum(x.endpoints.nbytes for x in _latest) > _KEPT_BYTES:
-        _latest.pop(0)
-    return made.plan
-
-
 def _edge_tiles(ranges: KeyRanges) -> Tensor:
     """int64 [G]: at most how many tiles of 128 x 128 are partly visible."""
-    lo_GNm, hi_GNm, keys = ranges.lo_GNm, ranges.hi_GNm, ranges.keys
-    some_GNm = lo_GNm < hi_GNm
-
-    def by_tile(x_GNm: Tensor, fill: int) -> Tensor:
-        """[G, Q, 128, m], with rows that see nothing set to ``fill``."""
-        x_GNm = x_GNm.masked_fill(~some_GNm, fill)
-        short = -x_GNm.shape[1] % _TILE
-        return pad(x_GNm, (0, 0, 0, short), value=fill).unflatten(1, (-1, _TILE))
+    tiles = row_tiles(ranges, _TILE)
 
     def between(low_GQm: Tensor, high_GQm: Tensor) -> Tensor:
         return (-(-high_GQm // _TILE) - low_GQm // _TILE).clamp(min=0)
 
-    first_GQm = by_tile(lo_GNm, keys).amin(2)
-    last_GQm = by_tile(hi_GNm, 0).amax(2)
-    touched_GQm = between(first_GQm, last_GQm)
-    begins_GQm = between(first_GQm, by_tile(lo_GNm, 0).amax(2))
-    ends_GQm = between(by_tile(hi_GNm, keys).amin(2), last_GQm)
+    touched_GQm = between(tiles.first, tiles.last)
+    edges_GQm = between(tiles.first, tiles.begun) + between(tiles.ended, tiles.last)
     # Where a row lacks the range, as rows beyond the last one do, no tile of it is whole.
-    whole_GQm = by_tile(some_GNm.int(), 0).amin(2) > 0
-    edges_GQm = torch.minimum(begins_GQm + ends_GQm, touched_GQm)
+    whole_GQm = tiles.whole
+    if ranges.queries % _TILE:
+        whole_GQm[:, -1] = False
+    edges_GQm = torch.minimum(edges_GQm, touched_GQm)
     return torch.where(whole_GQm, edges_GQm, touched_GQm).sum((1, 2))

@@ -1,0 +1,84 @@
+"""Plans that a kernel derives from ranges: kept with them, and the latest ones by content as well.
+
+A plan takes milliseconds. A training loop asks for the same ranges in every layer, and packed
+documents make new ranges in every layer, with the same numbers in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspan.ops.ranges import KeyRanges
+
+# How many plans are kept for their content alone, and bytes of both.
+_MOST = 8
+_MOST_BYTES = 256 << 20
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True, eq=False)
+class _Made(Generic[Plan]):
+    kind: tuple[object, ...]
+    content: tuple[Tensor, ...]
+    plan: Plan
+    nbytes: int
+
+
+class Kept(Generic[Plan]):
+    """Plans of one kernel.
+
+    Args:
+        nbytes: how many bytes a plan takes that its content does not.
+    """
+
+    def __init__(self, nbytes: Callable[[Plan], int] = lambda _: 0) -> None:
+        self.nbytes = nbytes
+        self.by_ranges: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], Plan]] = (
+            WeakKeyDictionary()
+        )
+        self.latest: list[_Made[Plan]] = []
+
+    def plan_of(
+        self,
+        ranges: KeyRanges,
+        kind: tuple[object, ...],
+        content: Callable[[], tuple[Tensor, ...]],
+        make: Callable[..., Plan],
+    ) -> Plan:
+        """The plan of the given ranges, made once.
+
+        Args:
+            ranges: visible keys.
+            kind: all else that a plan depends on.
+            content: makes the numbers that the plan is made of.
+            make: makes a plan from them.
+        """
+        own = self.by_ranges.setdefault(ranges, {})
+        if kind not in own:
+            own[kind] = self._by_content(kind, content(), make)
+        return own[kind]
+
+    def _by_content(
+        self, kind: tuple[object, ...], content: tuple[Tensor, ...], make: Callable[..., Plan]
+    ) -> Plan:
+        for at, old in enumerate(self.latest):
+            if old.kind == kind and _equal(old.content, content):
+                self.latest.append(self.latest.pop(at))
+                return old.plan
+        plan = make(*content)
+        nbytes = sum(x.nbytes for x in content) + self.nbytes(plan)
+        self.latest.append(_Made(kind, content, plan, nbytes))
+        while len(self.latest) > _MOST or sum(x.nbytes for x in self.latest) > _MOST_BYTES:
+            self.latest.pop(0)
+        return plan
+
+
+def _equal(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
