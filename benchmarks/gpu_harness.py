@@ -25,7 +25,9 @@ from longspan.errors import Refusal
 from longspan.eval.environment import environment, version
 from longspan.eval.records import read_lines
 
-KERNELS = ("cudnn", "flash", "flex_flash", "flex")
+KERNELS = ("cudnn", "flash", "hopper", "flex_flash", "flex")
+# Those without a backward.
+FORWARD_ONLY = ("hopper",)
 RESULTS = Path(__file__).parent / "results"
 HEADS, KEY_HEADS = 32, 8
 # What the libraries below our kernels call themselves.

@@ -1,4 +1,4 @@
-"""The CUDA routes (cudnn, flash, flex_flash, flex) on one GPU: right first, then how fast.
+"""The CUDA routes (cudnn, flash, hopper, flex_flash, flex) on one GPU: right first, then how fast.
 
     PYTHONPATH=src python benchmarks/gpu_routes.py --out FOLDER [--seconds 450] [--only length]
 
@@ -40,6 +40,7 @@ from torch import Tensor
 import gpu_race
 import longspan as ls
 from gpu_harness import (
+    FORWARD_ONLY,
     HEADS,
     KERNELS,
     KEY_HEADS,
@@ -60,7 +61,7 @@ from longspan.bench.peers.flex import flex
 from longspan.bench.setting import Call, Setting, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
-from longspan.ops.kernels import _cudnn_plan
+from longspan.ops.kernels import _cudnn_plan, _hopper_plan
 
 WIDTHS = (128, 64, 96)
 CORE = (
@@ -94,7 +95,7 @@ MORE = (
     'sparse_transformer(128, kind="fixed")',
 )
 # Kernels that are timed on all patterns, not on the first ones alone.
-RIVALS = ("cudnn", "flash")
+RIVALS = ("cudnn", "flash", "hopper")
 LONG = ("window(1024)", "window(4096)", "shifted_chunk(8192)", "scca.flow(2048)")
 BY_HAND = "FlexAttention by hand"
 LONGNET = "longnet([2048, 32768, 524288], [1, 16, 256])"
@@ -109,7 +110,8 @@ GROWTH = (
 
 def fresh(plan: ls.Plan) -> ls.Plan:
     """The same plan as one that no kernel has seen: what is derived from it is made anew."""
-    _cudnn_plan._latest.clear()
+    for plans in (_cudnn_plan.PLANS, _hopper_plan.PLANS):
+        plans.latest.clear()
     return replace(plan, passes=tuple(replace(part) for part in plan.passes))
 
 
@@ -138,6 +140,7 @@ def check_cases() -> dict[str, tuple[str, int, np.ndarray | None]]:
 
 
 def check(kernel: str, width: int, log: Log, *, only_one: bool = False) -> None:
+    gradients = kernel not in FORWARD_ONLY
     lse_gradient = kernel != "flex_flash"
     for name, (text, n, segments) in list(check_cases().items())[: 1 if only_one else None]:
         about = {"kind": "check", "kernel": kernel, "width": width, "case": name, "pattern": text}
@@ -154,7 +157,7 @@ def check(kernel: str, width: int, log: Log, *, only_one: bool = False) -> None:
                 return ls.attend(q, k, v, plan, impl=kernel), lse
 
             theirs = oracle.reference(plan, width**-0.5)
-            found = oracle.errors(ours, theirs, inputs, use_lse=lse_gradient)
+            found = oracle.errors(ours, theirs, inputs, use_lse=lse_gradient, gradients=gradients)
             wrong = oracle.wrong(found, torch.bfloat16)
             log.add(**about, errors=found, wrong=wrong, seconds=time.perf_counter() - start)
         except Refusal as refusal:
@@ -178,8 +181,9 @@ def warm(kernel: str, width: int, log: Log) -> None:
         try:
             plan = ls.plan(ls.parse(text), 32768, HEADS)
             inputs = tensors(32768, width)
-            for call in both_ways(through(kernel, plan), inputs).values():
-                call()
+            for way, call in both_ways(through(kernel, plan), inputs).items():
+                if way == "forward" or kernel not in FORWARD_ONLY:
+                    call()
             torch.cuda.synchronize()
             log.add(**about, seconds=time.perf_counter() - start)
         except Exception as error:

@@ -45,6 +45,7 @@ def doctor(
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
+    from longspan.ops.kernels.hopper import why_no_hopper
     from longspan.ops.native.build import supported
 
     packages = found["packages"]
@@ -65,6 +66,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
         problems.append("peft missing: `longspan extend` needs `pip install longspan[train]`")
     if found["cuda"] and not packages["triton"]:
         problems.append("triton missing: the CUDA kernels need it (it comes with torch for CUDA)")
+    elif found["cuda"] and (why := why_no_hopper()):
+        problems.append(f"the kernel for Hopper cannot be used: {why}")
     if not found["cpu_kernel"] and supported():
         problems.append(
             "the CPU kernel is not compiled (there was no C compiler when longspan was installed, "

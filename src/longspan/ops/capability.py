@@ -140,6 +140,11 @@ KERNELS = (
         has_halves=True,
     ),
     Capability(
+        name="hopper",
+        devices=("cuda",),
+        note="our own kernel for Hopper, without gradients",
+    ),
+    Capability(
         name="flash",
         devices=("cuda",),
         note="FlashAttention-4's own windows and segments",

@@ -1,0 +1,256 @@
+"""Key ranges as what the programs of ``hopper`` go through: tasks and their tiles of keys.
+
+A task is 128 queries of one head. Each range of its queries, from the least lower bound to the
+greatest upper one, is cut into tiles of 128 keys, the first of which begins at that lower bound: a
+tile may begin anywhere. Where all queries see the whole tile, it needs no mask; in the others each
+query sees what its own bounds of that range say. The ranges of a query are disjoint, so that each
+pair counts once even where tiles of two ranges overlap. Where the queries leave out keys between
+them (blocks that differ from one half of a task to the other), no tile lies in the gap.
+
+Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
+first, and what is as long in the order of key heads and rows, so that programs that run at the
+same time read the same keys.
+
+O(N m) time and memory, and the tiles; on the device of the ranges, with three waits.
+
+Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles, G
+range groups, m ranges per query, P = G m rows of bounds, T tasks, E tiles, R runs of tiles, X = G
+Q m, s some of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspan.ops.kept import Kept
+from longspan.ops.ranges import KeyRanges
+from longspan.ops.row_tiles import by_tile, row_tiles
+
+TILE = 128
+# Tiles are refused rather than allowed to crowd out the model: 2 GiB. That is enough for a million
+# causal rows whose heads differ eightfold.
+MOST_TILES = 1 << 28
+# Of the L2 cache for keys and values; queries and outputs pass through it too.
+_SECTION_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class HopperPlan:
+    """What the kernel reads besides its tensors.
+
+    Attributes:
+        lo_PN: int32, lower bounds, those of range t of group g in row ``g m + t``.
+        hi_PN: the same of the upper bounds.
+        entries_E2: int32, the first key of each tile and the row of its bounds.
+        tasks_T8: int32, for each task its first query row, head, batch row, first entry, number
+            of entries with a mask (they come first, and the first entry counts as one), number of
+            entries, and its first entry.
+    """
+
+    lo_PN: Tensor
+    hi_PN: Tensor
+    entries_E2: Tensor
+    tasks_T8: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of it."""
+        return sum(x.nbytes for x in (self.lo_PN, self.hi_PN, self.entries_E2, self.tasks_T8))
+
+
+PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.nbytes)
+_runs: WeakKeyDictionary[KeyRanges, _Runs] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Tiles that follow each other, in the order of their tasks.
+
+    Attributes:
+        key_R: the first key.
+        length_R: how many tiles.
+        plane_R: the row of bounds.
+        count_GQ: tiles of each task.
+        masked_GQ: those of them that need a mask, at least one.
+    """
+
+    key_R: Tensor
+    length_R: Tensor
+    plane_R: Tensor
+    count_GQ: Tensor
+    masked_GQ: Tensor
+
+
+def most_tiles(ranges: KeyRanges) -> int:
+    """At most how many tiles the plan lists: exact where there may be too many."""
+    groups, rows, count = ranges.lo_GNm.shape
+    most = groups * count * -(-rows // TILE) * (-(-ranges.keys // TILE) + 1)
+    if most <= MOST_TILES:
+        return most
+    return int(_runs_of(ranges).count_GQ.sum(dtype=torch.int64))
+
+
+def plan_of(
+    ranges: KeyRanges, batch: int, heads: int, key_heads: int, row_bytes: int
+) -> HopperPlan:
+    """The plan of the given ranges, made once.
+
+    Args:
+        ranges: visible keys.
+        batch: batch rows.
+        heads: query heads.
+        key_heads: key heads.
+        row_bytes: bytes of a key and its value.
+    """
+    section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
+    kind = (batch, heads, key_heads, section, ranges.lo_GNm.device)
+    content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
+
+    # Training reads what is made here, whoever asks first.
+    @torch.inference_mode(False)
+    def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
+        runs = _runs_of(ranges)
+        entries_E2 = _entries(runs)
+        grid_BKQS8 = _tasks(runs, group_BH.expand(batch, heads), key_heads, entries_E2)
+        return HopperPlan(
+            lo_GNm.mT.flatten(0, 1).contiguous(),
+            hi_GNm.mT.flatten(0, 1).contiguous(),
+            entries_E2,
+            _in_order(grid_BKQS8, section),
+        )
+
+    return PLANS.plan_of(ranges, kind, lambda: content, make)
+
+
+def _runs_of(ranges: KeyRanges) -> _Runs:
+    if ranges not in _runs:
+        _runs[ranges] = _find_runs(ranges)
+    return _runs[ranges]
+
+
+def _find_runs(ranges: KeyRanges) -> _Runs:
+    tiles = row_tiles(ranges, TILE)
+    groups, rows, count = tiles.first.shape
+    # A task without keys reads a tile that it does not see.
+    none_GQ = (tiles.last == 0).all(-1)
+    tiles.first[..., 0].masked_fill_(none_GQ, 0)
+    tiles.last[..., 0].masked_fill_(none_GQ, 1)
+    first, begun, ended, last, every = (x.flatten() for x in tiles)
+    # Tiles before the ones that all rows see whole, these, and tiles behind them.
+    length = _tiles(last - first)
+    before = torch.minimum(_tiles(begun - first), length)
+    whole = ((ended - first) // TILE - before).clamp(min=0) * every
+    before = before.where(whole > 0, length)
+    behind = length - before - whole
+    gaps = (begun > ended).nonzero()[:, 0]
+    key_s, length_s, at_s = _without_gaps(ranges, first, gaps)
+    before_key, whole_key, behind_key = (
+        first,
+        first + before * TILE,
+        first + (before + whole) * TILE,
+    )
+    before = before.index_fill(0, gaps, 0)
+    at = torch.arange(len(first), device=first.device)
+    key_R = torch.cat([before_key, behind_key, key_s, whole_key])
+    length_R = torch.cat([before, behind, length_s, whole])
+    at_R = torch.cat([at, at, at_s, at])
+    full_R = torch.arange(len(key_R), device=at.device) >= len(key_R) - len(at)
+    task_R = at_R // count
+    count_GQ, masked_GQ = (
+        x_R.new_zeros(groups * rows).index_add_(0, task_R, x_R).view(groups, rows)
+        for x_R in (length_R, length_R.masked_fill(full_R, 0))
+    )
+    used = length_R.nonzero()[:, 0]
+    used = used[(2 * task_R + full_R)[used].argsort(stable=True)]
+    plane_R = at_R // (rows * count) * count + at_R % count
+    # In a task of whole tiles alone the first one counts as masked.
+    return _Runs(key_R[used], length_R[used], plane_R[used], count_GQ, masked_GQ.clamp(min=1))
+
+
+def _tiles(keys: Tensor) -> Tensor:
+    return -(-keys.clamp(min=0) // TILE)
+
+
+def _without_gaps(ranges: KeyRanges, first_X: Tensor, at_s: Tensor) -> tuple[Tensor, ...]:
+    """Runs of tiles of some ranges whose rows have no key in common.
+
+    Args:
+        ranges: visible keys.
+        first_X: the first key of each [G, Q, m].
+        at_s: which ones.
+
+    Returns:
+        First key and number of tiles of each run, and whose it is.
+    """
+    lo, hi = (
+        by_tile(x, TILE, 0).transpose(2, 3).flatten(0, 2)[at_s]
+        for x in (ranges.lo_GNm, ranges.hi_GNm)
+    )
+    # All counted in tiles from the first key on. Rows in the order in which their tiles begin;
+    # those without any last.
+    some, first = lo < hi, first_X[at_s, None]
+    most = ranges.keys // TILE + 1
+    lo, order = ((lo - first) // TILE).where(some, most).sort(dim=1)
+    seen = _tiles(hi - first).where(some, 0).gather(1, order).cummax(1).values
+    begins = lo < most
+    begins[:, 1:] &= lo[:, 1:] > seen[:, :-1]
+    at = begins.flatten().nonzero()[:, 0]
+    # Each run ends before the next one begins, and some row begins the first one of its rows.
+    stop = torch.cat([at[1:], at.new_tensor([begins.numel()])])[: len(at)] - 1
+    whose, begin = at // TILE, lo.flatten()[at]
+    return first[whose, 0] + begin * TILE, seen.flatten()[stop] - begin, at_s[whose]
+
+
+def _entries(runs: _Runs) -> Tensor:
+    """Runs written out: int32 [E + 1, 2]. One more than there are, for who reads ahead."""
+    length_R = runs.length_R
+    start_R = length_R.cumsum(0, dtype=torch.int64) - length_R
+    count = int(start_R[-1] + length_R[-1])
+    entries_E2 = runs.key_R.new_zeros(count + 1, 2, dtype=torch.int32)
+    for column, number_R in enumerate((runs.key_R - TILE * start_R, runs.plane_R)):
+        number_E = number_R.repeat_interleave(length_R, output_size=count)
+        if column == 0:
+            number_E += torch.arange(0, TILE * count, TILE, device=number_E.device)
+        entries_E2[:-1, column] = number_E
+    return entries_E2
+
+
+def _tasks(runs: _Runs, group_BH: Tensor, key_heads: int, entries_E2: Tensor) -> Tensor:
+    """All tasks, int32 [B, K, Q, S, 8]."""
+    count_GQ = runs.count_GQ
+    end_GQ = count_GQ.flatten().cumsum(0, dtype=torch.int64).view_as(count_GQ)
+    first_GQ = end_GQ - count_GQ
+    about_GQc = torch.stack([first_GQ, runs.masked_GQ, count_GQ], -1).int()
+    about_GQc = torch.cat([about_GQc, entries_E2[first_GQ]], -1)
+    group_BKS = group_BH.unflatten(1, (key_heads, -1))
+    batch, _, share = group_BKS.shape
+    rows = count_GQ.shape[1]
+
+    def number(count: int, step: int = 1) -> Tensor:
+        return torch.arange(0, count * step, step, dtype=torch.int32, device=count_GQ.device)
+
+    grid = count_GQ.new_empty(batch, key_heads, rows, share, 8, dtype=torch.int32)
+    grid[..., 0] = number(rows, TILE)[:, None]
+    grid[..., 1] = number(key_heads * share).view(key_heads, 1, share)
+    grid[..., 2] = number(batch).view(batch, 1, 1, 1)
+    grid[..., 3:] = about_GQc[group_BKS].transpose(2, 3)
+    return grid
+
+
+def _in_order(grid_BKQS8: Tensor, section: int) -> Tensor:
+    """The tasks one after another, [T, 8].
+
+    Args:
+        grid_BKQS8: all of them.
+        section: key heads that go together.
+    """
+    batch, key_heads = grid_BKQS8.shape[:2]
+    count_BKQS = grid_BKQS8[..., 5].long()
+    most = count_BKQS.max()
+    part = torch.arange(batch * key_heads, device=grid_BKQS8.device) // section
+    rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_BKQS
+    return grid_BKQS8.flatten(0, 3)[rank.flatten().argsort(stable=True)]

@@ -1,0 +1,498 @@
+"""The Hopper kernel: its plans and a stand-in that goes through them on the CPU; refusals; results
+on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from tests.ops import cases
+from tests.ops.cases import On
+from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
+
+import longspan as ls
+from longspan.errors import Refusal
+from longspan.ops import capability, kept
+from longspan.ops.kernels import _hopper_plan
+from longspan.ops.kernels.reference import reference
+from longspan.ops.ranges import KeyRanges
+
+module = importlib.import_module("longspan.ops.kernels.hopper")
+
+
+# Plans.
+
+
+def alternating(n: int, keys: int, ranges: int, heads: int) -> KeyRanges:
+    """Blocks of 64 rows that see blocks of keys of their own; a tile of rows holds two of them."""
+    generator = torch.Generator().manual_seed(ranges)
+    blocks = -(-n // 64)
+    at = torch.stack(
+        [
+            torch.randperm(keys // 64, generator=generator)[:ranges].sort().values
+            for _ in range(blocks)
+        ]
+    )
+    lo_GNm = (at * 64).repeat_interleave(64, 0)[None, :n].int()
+    return KeyRanges(lo_GNm, lo_GNm + 64, torch.zeros(1, heads, dtype=torch.int64), keys)
+
+
+PLANNED = {
+    **{str(case): (case.ranges, case.B, case.H, case.K) for case in cases.CASES},
+    "per batch row": (
+        lambda: regrouped(
+            scattered(290, 270, ranges=2, groups=2, batch=1, heads=1), [[0] * 4, [1] * 4]
+        ),
+        2,
+        4,
+        2,
+    ),
+    **{
+        f"{m} ranges": (
+            lambda m=m: scattered(700, 900, ranges=m, groups=3, batch=2, heads=4, seed=m),
+            2,
+            4,
+            2,
+        )
+        for m in range(1, 6)
+    },
+    "blocks of 64": (lambda: alternating(500, 1024, 5, 2), 1, 2, 1),
+    "own key": (lambda: window(300, 1, heads=2), 1, 2, 2),
+    "shifted": (lambda: shifted(1000, 256, heads=8), 1, 8, 2),
+}
+
+
+def plan(ranges, batch, heads, key_heads):
+    return _hopper_plan.plan_of(ranges, batch, heads, key_heads, 512)
+
+
+def unpacked(made: _hopper_plan.HopperPlan):
+    """Tasks as (row, head, batch, masked, entries)."""
+    for row, head, batch, first, masked, count, key, plane in made.tasks_T8.tolist():
+        entries = made.entries_E2[first : first + count].tolist()
+        assert entries[0] == [key, plane]
+        assert 1 <= masked <= count
+        yield row, head, batch, masked, entries
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_every_pair_is_in_one_entry_and_full_ones_are_full(name):
+    build, batch, heads, key_heads = PLANNED[name]
+    ranges = build()
+    n, keys = ranges.queries, ranges.keys
+    made = plan(ranges, batch, heads, key_heads)
+    for x in (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8):
+        assert x.dtype == torch.int32
+        assert x.is_contiguous()
+    assert made.lo_PN.shape == made.hi_PN.shape == (ranges.lo_GNm[:, 0].numel(), n)
+    seen = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
+    tasks = set()
+    for row, head, b, masked, entries in unpacked(made):
+        tasks.add((row, head, b))
+        rows = slice(row, row + 128)
+        for at, (key, plane) in enumerate(entries):
+            assert 0 <= key < keys
+            key_S = torch.arange(key, key + 128)
+            lo, hi = (x[plane, rows, None] for x in (made.lo_PN, made.hi_PN))
+            inside = (lo <= key_S) & (key_S < hi)
+            if at >= masked:
+                assert inside.all()
+            seen[b, head, rows, key : key + 128] += inside
+    assert len(tasks) == len(made.tasks_T8) == batch * heads * -(-n // 128)
+    expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
+    assert (seen[..., :keys] == expected).all()
+    assert (seen[..., keys:] == 0).all()
+    assert len(made.entries_E2) - 1 <= _hopper_plan.most_tiles(ranges)
+
+
+def test_few_tiles_are_visited():
+    n = 4096
+    for ranges, most in (
+        # A tile of rows sees W + 127 keys.
+        (window(n, 1024, heads=2), 9),
+        (window(n, 1, heads=2), 1),
+        (cases.causal(n, 2), n // 128),
+        (cases.sink_window(n, 2, 128, 1024), 10),
+        # As many as two blocks of rows have.
+        (alternating(n, n, 7, 2), 14),
+    ):
+        made = plan(ranges, 1, 2, 1)
+        assert made.tasks_T8[:, 5].max() == most
+    # All but the first and the last tile of a window, and the diagonal, need no mask.
+    for ranges, masked in ((window(n, 1024, heads=2), 2), (cases.causal(n, 2), 1)):
+        assert plan(ranges, 1, 2, 1).tasks_T8[:, 4].max() == masked
+
+
+def test_gaps_between_the_rows_of_a_tile_hold_no_tiles():
+    lo = np.r_[np.zeros(64), np.full(64, 100_000)]
+    ranges = cases.key_ranges(lo, lo + 130, heads=1, keys=200_000)
+    made = plan(ranges, 1, 1, 1)
+    assert made.entries_E2[:-1, 0].tolist() == [128 * at for at in (0, 1, 781, 782)]
+
+
+def test_long_tasks_first_in_sections_of_key_heads(monkeypatch):
+    ranges = cases.causal(512, 4)
+    monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 512 * 512)
+    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    half = [[row, head] for row in (384, 256, 128, 0) for head in (0, 1)]
+    assert tasks == [*half, *([row, head + 2] for row, head in half)]
+    monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 2 * 512 * 512)
+    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    assert tasks == [[row, head] for row in (384, 256, 128, 0) for head in range(4)]
+    # As long: in the order of key heads, rows, and heads of a key head.
+    ranges = window(512, 1, heads=4)
+    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    assert tasks == [
+        [row, head] for pair in ((0, 1), (2, 3)) for row in (0, 128, 256, 384) for head in pair
+    ]
+
+
+def test_plans_are_kept(monkeypatch):
+    monkeypatch.setattr(_hopper_plan.PLANS, "latest", [])
+    one, same, other = window(300, 40), window(300, 40), window(300, 41)
+    made = plan(one, 1, 2, 1)
+    assert plan(one, 1, 2, 1) is made
+    assert plan(same, 1, 2, 1) is made
+    assert plan(other, 1, 2, 1) is not made
+    assert plan(one, 2, 2, 1) is not made
+    assert plan(one, 1, 2, 2) is not made
+    monkeypatch.setattr(kept, "_MOST_BYTES", 0)
+    plan(window(300, 42), 1, 2, 1)
+    assert _hopper_plan.PLANS.latest == []
+
+
+def test_what_is_made_in_inference_mode_serves_training():
+    ranges = scattered(300, 200, ranges=2, groups=3, batch=2, heads=4)
+    with torch.inference_mode():
+        made = plan(ranges, 2, 4, 2)
+    tables = (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8)
+    assert not any(x.is_inference() for x in tables)
+
+
+def test_a_plan_of_a_million_rows():
+    n = 1 << 20
+    made = plan(window(n, 1024, heads=8), 1, 8, 2)
+    assert len(made.tasks_T8) == 8 * n // 128
+    assert made.tasks_T8[:, 0].max() == n - 128
+    assert len(made.entries_E2) == 9 * (n // 128) - sum(range(1, 9)) + 1
+
+
+# The kernel's way through a plan, one task after another.
+
+
+def executed(made, q, k, v, scale):
+    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
+    lse = torch.full(q.shape[:3], math.nan, dtype=q.dtype)
+    share = q.shape[1] // k.shape[1]
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in (k, v))
+    for row, head, b, masked, entries in unpacked(made):
+        rows = slice(row, row + 128)
+        own = q[b, head, rows]
+        top, total = own.new_full((len(own),), -math.inf), own.new_zeros(len(own))
+        acc = own.new_zeros(len(own), v.shape[3])
+        for at, (key, plane) in enumerate(entries):
+            s = own @ k[b, head // share, key : key + 128].mT * scale
+            if at < masked:
+                key_S = torch.arange(key, key + 128)
+                lo, hi = (x[plane, rows, None] for x in (made.lo_PN, made.hi_PN))
+                s = s.where((lo <= key_S) & (key_S < hi), -math.inf)
+            new = torch.maximum(top, s.amax(1))
+            base = new.where(new > -math.inf, 0.0)
+            p, shrink = (s - base[:, None]).exp(), (top - base).exp()
+            top, total = new, total * shrink + p.sum(1)
+            acc = acc * shrink[:, None] + p @ v[b, head // share, key : key + 128]
+        out[b, head, rows] = torch.where(total[:, None] == 0, 0.0, acc / total[:, None])
+        lse[b, head, rows] = torch.where(total == 0, -math.inf, top + total.log())
+    return out, lse
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_going_through_a_plan_equals_the_oracle(case):
+    q, k, v = cases.make_qkv(case)
+    ranges = case.ranges()
+    made = plan(ranges, case.B, case.H, case.K)
+    expected = reference(q, k, v, ranges, 0.3)
+    for found, value in zip(executed(made, q, k, v, 0.3), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
+
+
+# Refusals, and where ``auto`` takes it.
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(module, "missing_gluon", lambda: None)
+
+
+def test_a_named_kernel_refuses_without_a_gpu():
+    q, k, v = tensors(1, 2, 1, 4, 4, 16, 16)
+    with pytest.raises(Refusal, match="runs on cuda"):
+        ls.attend(q, k, v, "window(2)", impl="hopper")
+    with pytest.raises(Refusal, match="hopper cannot run here: hopper needs CUDA tensors"):
+        module.hopper(q, k, v, window(4, 2), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "word"),
+    [
+        (On(1, 4, 500, 64), On(1, 2, 500, 64), None),
+        (On(1, 4, 500, 128, dtype=torch.float16), On(1, 2, 500, 64), None),
+        (On(1, 4, 500, 8), On(1, 2, 500, 104), None),
+        (On(1, 4, 500, 64, grad=True), On(1, 2, 500, 64), "no gradients"),
+        (On(1, 4, 500, 64), On(1, 2, 500, 64, grad=True), "no gradients"),
+        (On(1, 4, 500, 64, dtype=torch.float32), On(1, 2, 500, 64), "bfloat16"),
+        (On(1, 4, 500, 60), On(1, 2, 500, 64), "got 60"),
+        (On(1, 4, 500, 64), On(1, 2, 500, 136), "values of 136"),
+        (On(1, 4, 0, 64), On(1, 2, 500, 64), "at least one query"),
+    ],
+)
+def test_reasons(on_hopper, q, v, word):
+    found = module.reasons(q, On(1, 2, 500, q.shape[-1]), v, window(500, 100, heads=4))
+    assert found == [] if word is None else word in " ".join(found)
+    with torch.no_grad():
+        again = module.reasons(q, On(1, 2, 500, q.shape[-1]), v, window(500, 100, heads=4))
+    assert again == ([] if word == "no gradients" else found)
+
+
+def test_reasons_of_the_machine(on_hopper, monkeypatch):
+    q, k = On(1, 4, 500, 64), On(1, 2, 500, 64)
+    ranges = window(500, 100, heads=4)
+    monkeypatch.setattr(module, "missing_gluon", lambda: "no Gluon")
+    assert module.reasons(q, k, k, ranges) == ["no Gluon"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    (found,) = module.reasons(q, k, k, ranges)
+    assert "10.0" in found
+
+
+def test_too_many_tiles(on_hopper, monkeypatch):
+    q, k = On(1, 4, 512, 64), On(1, 2, 512, 64)
+    # Two tiles for all rows but the first ones, where five might be needed.
+    for most, word in ((7, None), (6, "too long")):
+        monkeypatch.setattr(_hopper_plan, "MOST_TILES", most)
+        monkeypatch.setattr(module, "MOST_TILES", most)
+        found = module.reasons(q, k, k, window(512, 100, heads=4))
+        assert found == [] if word is None else word in found[0]
+
+
+def test_gluon_is_missing_where_triton_is(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    found = module.missing_gluon.__wrapped__()
+    assert "Triton is not installed" in found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (8 + at, 0))
+    monkeypatch.setattr(module, "missing_gluon", lambda: found)
+    assert module.why_no_hopper() == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert module.why_no_hopper() is None
+
+
+def test_auto_takes_it_for_windows_without_gradients(on_hopper):
+    q, k = On(1, 4, 32768, 128), On(1, 2, 32768, 128)
+    ranges = window(32768, 1024, heads=4)
+    assert capability.choose("auto", q, k, k, ranges).name == "hopper"
+    q.requires_grad = True
+    kernels, _ = capability.in_order(q, k, k, ranges)
+    assert kernels[0].name != "hopper"
+
+
+# Results on a GPU.
+
+
+def here():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    if why := module.missing_gluon():
+        pytest.skip(why)
+
+
+def compare(ranges, q, k, v, scale=0.125, **tolerance):
+    """Output and log-sum-exp against dense attention in float32."""
+    out, lse = module.hopper(q, k, v, ranges, scale)
+    expected, expected_lse = reference(*(x.float() for x in (q, k, v)), ranges, scale)
+    seen = expected_lse > -math.inf
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert (lse[~seen] == -math.inf).all()
+    assert (out[~seen] == 0).all()
+    assert relative(out, expected) < (2e-3 if q.dtype == torch.float16 else 1e-2)
+    assert (lse[seen] - expected_lse[seen]).abs().max() < 2e-3 if seen.any() else True
+    # No row is far off alone.
+    assert (out - expected).abs().max() < 0.05
+    return out, lse
+
+
+GPU_CASES = {
+    "window": (lambda: window(512, 200, heads=4), (1, 4, 2, 512, 512, 64, 64)),
+    "window of 128": (lambda: window(1024, 300, heads=4), (1, 4, 1, 1024, 1024, 128, 128)),
+    "odd, 96": (lambda: window(777, 200, heads=4), (2, 4, 2, 777, 777, 96, 96)),
+    "odd, 128": (lambda: window(1001, 130, heads=6), (2, 6, 2, 1001, 1001, 128, 128)),
+    "causal": (lambda: cases.causal(1153, 2), (1, 2, 2, 1153, 1153, 128, 128)),
+    "dense": (lambda: cases.dense(300, 2, 700), (2, 2, 1, 300, 700, 128, 128)),
+    "per head": (lambda: shifted(1024, 256, heads=8), (1, 8, 2, 1024, 1024, 128, 128)),
+    "scca": (lambda: cases.scca_flow(900, 8, 200), (1, 8, 2, 900, 900, 64, 64)),
+    "sink": (lambda: cases.sink_window(900, 4, 130, 200), (1, 4, 2, 900, 900, 128, 128)),
+    "segments": (lambda: cases.segments(901, 2, 4, 0), (2, 4, 2, 901, 901, 64, 64)),
+    **{
+        f"{m} ranges": (
+            lambda m=m: scattered(512, 640, ranges=m, groups=5, batch=2, heads=8, seed=m),
+            (2, 8, 2, 512, 640, 128, 128),
+        )
+        for m in (1, 3, 5)
+    },
+    "blocks of 64": (lambda: alternating(1000, 4096, 9, 4), (1, 4, 2, 1000, 4096, 128, 128)),
+    "wider keys": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 96, 80)),
+    "wider values": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 64, 128)),
+    "narrow": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 8, 24)),
+    "few rows": (lambda: window(17, 60, keys=250, heads=4), (1, 4, 2, 17, 250, 64, 64)),
+    "one query": (lambda: window(1, 900, keys=1000, heads=8), (2, 8, 2, 1, 1000, 128, 128)),
+    "one key": (lambda: window(1, 1, heads=2), (1, 2, 1, 1, 1, 128, 128)),
+    "all empty": (lambda: window(200, 0, heads=4), (1, 4, 2, 200, 200, 64, 64)),
+    "many tasks": (lambda: window(20_001, 300, heads=4), (1, 4, 1, 20_001, 20_001, 128, 128)),
+}
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_equals_the_oracle(name, dtype):
+    here()
+    build, shape = GPU_CASES[name]
+    q, k, v = (x.to("cuda", dtype) for x in tensors(*shape))
+    compare(to(build(), "cuda"), q, k, v)
+
+
+@gpu
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_shared_cases(case):
+    here()
+    qkv = [x.repeat(1, 1, 1, -(-8 // x.shape[3])) for x in cases.make_qkv(case)]
+    q, k, v = (x[..., : x.shape[3] // 8 * 8].contiguous().to("cuda", torch.bfloat16) for x in qkv)
+    compare(to(case.ranges(), "cuda"), q, k, v)
+
+
+@gpu
+def test_scales_of_any_sign():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, 300, 300, 64, 64))
+    for scale in (-0.125, 0.0, 1e-4):
+        compare(to(window(300, 77, heads=4), "cuda"), q, k, v, scale)
+
+
+@gpu
+def test_results_lie_in_memory_as_the_queries_and_any_layout_will_do():
+    here()
+    ranges = to(window(300, 77, heads=4), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 4, 2, 300, 300, 64, 64))
+    expected = compare(ranges, q, k, v)
+    rows_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    odd = [torch.cat([x, x[..., :3]], -1)[..., :64] for x in (q, k, v)]
+    turned = [x.mT.contiguous().mT for x in (q, k, v)]
+    padded = [torch.cat([x, x], -1)[..., 64:] for x in (q, k, v)]
+    for inputs in (rows_first, odd, turned, padded):
+        for a, b in zip(module.hopper(*inputs, ranges, 0.125), expected, strict=True):
+            assert torch.equal(a, b)
+    assert module.hopper(*rows_first, ranges, 0.125)[0].stride() == rows_first[0].stride()
+    shared = [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)]
+    out, _ = module.hopper(*shared, ranges, 0.125)
+    assert torch.equal(out, expected[0][:1].expand_as(out))
+
+
+@gpu
+def test_passes_views_and_packed_documents():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 64, 64))
+    documents = torch.tensor([0] * 700 + [1] * 900 + [2] * 448)
+    for pattern, rows in (
+        ("dilated(300, 8)", {}),
+        ("dilated(300, [1, 2, 4, 8])", {}),
+        ("ssa(256, 8)", {}),
+        ("longnet([256, 1024], [1, 4])", {}),
+        ("window(400)", {"segments": documents}),
+        ("window(400)", {"segments": documents - 1}),
+    ):
+        found, expected = (
+            ls.attend(*inputs, pattern, impl=impl, return_lse=True, **rows)
+            for inputs, impl in (
+                ((q, k, v), "hopper"),
+                ((q.float(), k.float(), v.float()), "reference"),
+            )
+        )
+        seen = expected[1] > -math.inf
+        assert (found[1][~seen] == -math.inf).all()
+        assert relative(found[0], expected[0]) < 1e-2, pattern
+        assert (found[1][seen] - expected[1][seen]).abs().max() < 5e-3, pattern
+
+
+@gpu
+def test_nothing_leaks_from_later_tokens():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 1500, 1500, 128, 128))
+    for pattern in ("window(400)", "causal()", "scca.flow(256)", "window(100) | sink(5)"):
+        before = ls.attend(q, k, v, pattern, impl="hopper", return_lse=True)
+        for t in (1, 700, 1499):
+            later = [x.clone() for x in (q, k, v)]
+            for x in later:
+                x[:, :, t:].normal_()
+            after = ls.attend(*later, pattern, impl="hopper", return_lse=True)
+            for a, b in zip(before, after, strict=True):
+                assert torch.equal(a[:, :, :t], b[:, :, :t])
+
+
+@gpu
+def test_nan_is_not_hidden_and_rows_without_keys_have_none():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 2, 1, 300, 300, 64, 64))
+    ranges = to(cases.segments(300, 1, 2, 0), "cuda")
+    empty = ranges.lo_GNm[0, :, 0] == ranges.hi_GNm[0, :, 0]
+    assert empty.any()
+    v[:, :, 0] = math.nan
+    out, lse = module.hopper(q, k, v, ranges, 0.125)
+    assert (out[:, :, empty] == 0).all()
+    assert (lse[:, :, empty] == -math.inf).all()
+    q[:, :, 299] = math.nan
+    out, lse = module.hopper(q, k, v, ranges, 0.125)
+    assert out[:, :, 299].isnan().all()
+    assert lse[:, :, 299].isnan().all()
+
+
+@gpu
+def test_runs_are_bit_identical_and_can_be_captured():
+    here()
+    ranges = to(window(4000, 500, heads=8), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 4000, 4000, 128, 128))
+    expected = module.hopper(q, k, v, ranges, 0.125)
+    for _ in range(20):
+        for a, b in zip(module.hopper(q, k, v, ranges, 0.125), expected, strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = module.hopper(q, k, v, ranges, 0.125)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    here()
+    n, heads, width = 1 << 20, 2049, 8
+    if torch.cuda.mem_get_info()[0] < 100 << 30:
+        pytest.skip("needs 100 GiB")
+    q = torch.empty(1, heads, n, width, device="cuda", dtype=torch.bfloat16).normal_()
+    k, v = (torch.randn(1, 1, n, width, device="cuda").to(q.dtype) for _ in range(2))
+    ranges = to(window(n, 64, heads=heads), "cuda")
+    out, lse = module.hopper(q, k, v, ranges, 0.5)
+    assert lse.numel() > 1 << 31
+    for head in (0, 1025, heads - 1):
+        for row in (0, n // 2 + 1, n - 1):
+            keys = slice(max(0, row - 63), row + 1)
+            s = k[0, 0, keys].float() @ q[0, head, row].float() * 0.5
+            expected = s.softmax(0) @ v[0, 0, keys].float()
+            assert relative(out[0, head, row], expected) < 1e-2
+            assert abs(lse[0, head, row] - s.logsumexp(0)) < 1e-3
