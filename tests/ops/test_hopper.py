@@ -70,12 +70,29 @@ def plan(ranges, batch, heads, key_heads):
 
 
 def unpacked(made: _hopper_plan.HopperPlan):
-    """Tasks as (row, head, batch, masked, entries)."""
-    for row, head, batch, first, masked, count, key, plane in made.tasks_T8.tolist():
+    """Tasks as (row, head, batch, edges, entries)."""
+    for row, head, batch, first, edges, count, key, about in made.tasks_T8.tolist():
         entries = made.entries_E2[first : first + count].tolist()
-        assert entries[0] == [key, plane]
-        assert 1 <= masked <= count
-        yield row, head, batch, masked, entries
+        assert entries[0] == [key, about]
+        assert 1 <= edges <= count
+        yield row, head, batch, edges, entries
+
+
+def seen(made: _hopper_plan.HopperPlan, row: int, key: int, about: int, *, whole: bool):
+    """bool [128, 128]: what the kernel takes of a tile, going by the bits of its entry."""
+    key_S = torch.arange(key, key + 128)
+    lo, hi = (x[about >> 6, row : row + 128, None] for x in (made.lo_PN, made.hi_PN))
+    inside = torch.ones(len(lo), 128, dtype=torch.bool)
+    if about & 15:
+        inside = key_S >= lo if about & 16 else key_S < hi
+        if about & 32:
+            inside = inside & (key_S >= lo)
+    for half in range(2):
+        kind = about >> 2 * half & 3
+        if kind >= 2 and not whole:
+            inside[64 * half : 64 * half + 64, 64:128] &= kind == 3
+            inside[64 * half : 64 * half + 64, :64] &= kind == 2
+    return inside
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -88,23 +105,21 @@ def test_every_pair_is_in_one_entry_and_full_ones_are_full(name):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
     assert made.lo_PN.shape == made.hi_PN.shape == (ranges.lo_GNm[:, 0].numel(), n)
-    seen = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
+    counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
     tasks = set()
-    for row, head, b, masked, entries in unpacked(made):
+    for row, head, b, edges, entries in unpacked(made):
         tasks.add((row, head, b))
-        rows = slice(row, row + 128)
-        for at, (key, plane) in enumerate(entries):
+        for at, (key, about) in enumerate(entries):
             assert 0 <= key < keys
-            key_S = torch.arange(key, key + 128)
-            lo, hi = (x[plane, rows, None] for x in (made.lo_PN, made.hi_PN))
-            inside = (lo <= key_S) & (key_S < hi)
-            if at >= masked:
-                assert inside.all()
-            seen[b, head, rows, key : key + 128] += inside
+            # All but the first one and the edges are whole, and the first one if any is.
+            assert about & 63 == 0 if at >= edges or (at == 0 < edges < len(entries)) else True
+            assert about & 15 or 0 in (at, about & 63)
+            inside = seen(made, row, key, about, whole=at == 0)
+            counted[b, head, row : row + 128, key : key + 128] += inside
     assert len(tasks) == len(made.tasks_T8) == batch * heads * -(-n // 128)
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
-    assert (seen[..., :keys] == expected).all()
-    assert (seen[..., keys:] == 0).all()
+    assert (counted[..., :keys] == expected).all()
+    assert (counted[..., keys:] == 0).all()
     assert len(made.entries_E2) - 1 <= _hopper_plan.most_tiles(ranges)
 
 
@@ -121,9 +136,17 @@ def test_few_tiles_are_visited():
     ):
         made = plan(ranges, 1, 2, 1)
         assert made.tasks_T8[:, 5].max() == most
-    # All but the first and the last tile of a window, and the diagonal, need no mask.
-    for ranges, masked in ((window(n, 1024, heads=2), 2), (cases.causal(n, 2), 1)):
-        assert plan(ranges, 1, 2, 1).tasks_T8[:, 4].max() == masked
+    # All but the first and the last tile of a window, and the diagonal, need no mask; each half of
+    # the rows sees half of one of them, and one bound cuts.
+    first_half, last_half, begins = 1 + (3 << 2), 2 + (1 << 2), 16
+    for ranges, bits in (
+        (window(n, 1024, heads=2), [0, first_half + begins, last_half]),
+        (cases.causal(n, 2), [0, last_half]),
+    ):
+        made = plan(ranges, 1, 2, 1)
+        (entries,) = (e for row, head, _, _, e in unpacked(made) if (row, head) == (2048, 0))
+        assert [about & 63 for _, about in entries[: len(bits) + 1]] == [*bits, 0]
+        assert made.tasks_T8[:, 4].max() == len(bits)
 
 
 def test_gaps_between_the_rows_of_a_tile_hold_no_tiles():
@@ -188,17 +211,14 @@ def executed(made, q, k, v, scale):
     lse = torch.full(q.shape[:3], math.nan, dtype=q.dtype)
     share = q.shape[1] // k.shape[1]
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in (k, v))
-    for row, head, b, masked, entries in unpacked(made):
+    for row, head, b, _, entries in unpacked(made):
         rows = slice(row, row + 128)
         own = q[b, head, rows]
         top, total = own.new_full((len(own),), -math.inf), own.new_zeros(len(own))
         acc = own.new_zeros(len(own), v.shape[3])
-        for at, (key, plane) in enumerate(entries):
+        for at, (key, about) in enumerate(entries):
             s = own @ k[b, head // share, key : key + 128].mT * scale
-            if at < masked:
-                key_S = torch.arange(key, key + 128)
-                lo, hi = (x[plane, rows, None] for x in (made.lo_PN, made.hi_PN))
-                s = s.where((lo <= key_S) & (key_S < hi), -math.inf)
+            s = s.where(seen(made, row, key, about, whole=at == 0), -math.inf)
             new = torch.maximum(top, s.amax(1))
             base = new.where(new > -math.inf, 0.0)
             p, shrink = (s - base[:, None]).exp(), (top - base).exp()

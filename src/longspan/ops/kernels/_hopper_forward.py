@@ -8,16 +8,20 @@ tile of keys with their values runs beside the scores of the next tile and their
 rows are short, what happens once for a task decides, and that is where this one differs:
 
 * Programs persist and go through a list of tasks. Queries have two places, keys and values a ring
-  of places, so that the next task is loaded while the last one is computed and written.
+  of places each, so that the next task is loaded while the last one is computed and written.
 * What the next task needs to begin (where it lies, the bounds in its first tile) is read before
   the last product of this one.
 * Outputs leave through the place of their own queries, and nobody waits for them until the next
   task has its first scores.
+* Where ranges begin or end, each group of warps computes scores of the half of a tile that its own
+  64 queries see, and compares keys with one bound.
 
-A task is int32 [8]: first query, query head, batch row, first entry, entries with a mask, entries,
-and the first entry itself. An entry is int32 [2]: the first of 128 keys, which may be any, and the
-row of ``lo`` and ``hi`` that says which of them each query sees. Entries with a mask, at least
-one, come first; the others do not read the bounds. 4 D flops for each pair of a tile.
+A task is int32 [8]: first query, query head, batch row, first entry, how many entries come before
+those that all queries see whole, the first one counted, entries, and the first entry itself. An
+entry is int32 [2]: the first of 128 keys, which may be any, and 64 times the row of ``lo`` and
+``hi`` that says which of them each query sees, with these bits: two for each group of warps (0 all
+keys, 1 masked, 2 only the first 64 keys, 3 only the last), 16 if only lower bounds cut, 32 if both
+do. The first entry is computed whole. 4 D flops for each pair of a tile or half a tile.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit.
@@ -39,7 +43,11 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _SCORES.value, 2))
 _BY_ROW = gl.constexpr(gl.SliceLayout(1, _SCORES.value))
-_BY_KEY = gl.constexpr(gl.SliceLayout(0, _SCORES.value))
+_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# Parts of a tile.
+_WHOLE = gl.constexpr(0)
+_FIRST = gl.constexpr(1)
+_LAST = gl.constexpr(2)
 
 
 @gluon.jit(
@@ -65,15 +73,16 @@ def forward(
     width: gl.constexpr,
 ):
     queries = _ring(q_desc, 2, 2, 64, width)
-    keys = _ring(k_desc, places, 1, 128, width)
+    keys = _ring(k_desc, places // 2, 1, 128, width)
+    values = _ring(v_desc, places - places // 2, 1, 128, width)
     work = (tasks, entries, count)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
     gl.warp_specialize(
         [
-            (_multiply, (0, queries, keys, work, bounds, results, scale)),
-            (_multiply, (1, queries, keys, work, bounds, results, scale)),
-            (_load, (q_desc, k_desc, v_desc, queries, keys, work, group)),
+            (_multiply, (0, queries, keys, values, work, bounds, results, scale)),
+            (_multiply, (1, queries, keys, values, work, bounds, results, scale)),
+            (_load, (q_desc, k_desc, v_desc, queries, keys, values, work, group)),
         ],
         [4, 1],
         [240, 24],
@@ -104,18 +113,18 @@ def _next(ring, place, phase):
 def _task(tasks, t):
     at = tasks + t * 8
     row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-    masked, tiles, key, plane = gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
-    return row, head, batch, first, masked, tiles, key, plane
+    edges, tiles, key, about = gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
+    return row, head, batch, first, edges, tiles, key, about
 
 
 # One warp loads.
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, queries, keys, work, group):
+def _load(q_desc, k_desc, v_desc, queries, keys, values, work, group):
     tasks, entries, count = work
     room, full, empty = queries
-    place, phase, q_place, q_phase = 0, 0, 0, 0
+    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     t = gl.program_id(0)
     while t < count:
         row, head, batch, first, _, tiles, key, _ = _task(tasks, t)
@@ -132,9 +141,9 @@ def _load(q_desc, k_desc, v_desc, queries, keys, work, group):
         for j in range(1, tiles):
             after = gl.load(entries + 2 * (first + j))
             place, phase = _bring(k_desc, batch, k_head, after, keys, place, phase)
-            place, phase = _bring(v_desc, batch, k_head, key, keys, place, phase)
+            v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
             key = after
-        place, phase = _bring(v_desc, batch, k_head, key, keys, place, phase)
+        v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
         t += gl.num_programs(0)
 
 
@@ -152,49 +161,61 @@ def _bring(desc, batch, head, row, ring, place, phase):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, queries, keys, work, bounds, results, scale):
+def _multiply(half: gl.constexpr, queries, keys, values, work, bounds, results, scale):
     width: gl.constexpr = queries[0].shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     tasks, entries, count = work
     room, full, empty = queries
-    place, phase, q_place, q_phase = 0, 0, 0, 0
+    rings = keys, values
+    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     t = gl.program_id(0)
     step = gl.num_programs(0)
-    row, head, batch, first, masked, tiles, key, plane = _task(tasks, t)
-    begin, end = _seen(bounds, plane, row + 64 * half)
+    row, head, batch, first, edges, tiles, key, about = _task(tasks, t)
+    bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
     while t < count:
         # The next task and the next entry are read long before they are needed.
         ahead = _task(tasks, gl.minimum(t + step, count - 1))
-        key1, plane1 = _entry(entries, first + 1)
+        key1, about1 = _entry(entries, first + 1)
         mbarrier.wait(full.index(q_place), q_phase)
         q_room = room.index(2 * q_place + half)
         q = q_room.reshape([64, width])
-        scores = _times_keys(q, keys, place, phase)
+        scores = _times_keys(q, keys, place, phase, _WHOLE)
         # The output of the last task has left: its place is free.
         tma.store_wait(0)
         mbarrier.arrive(empty.index(q_place ^ 1), count=1, pred=t >= step)
         s = hopper.warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(keys[2].index(place), count=1)
         place, phase = _next(keys, place, phase)
+        own = row + 64 * half
+        if about & 15:
+            s = _mask(s, key, about, bound, bounds, own)
         top = gl.full([64], float("-inf"), gl.float32, _BY_ROW)
         total = gl.zeros([64], gl.float32, _BY_ROW)
-        p, _, top, total = _softmax(_mask(s, key, begin, end), top, total, scale)
-        flow = place, phase, gl.zeros([64, width], gl.float32, sums), _weights(p, q), top, total
-        for j in range(1, masked):
-            key, plane = key1, plane1
-            begin, end = _seen(bounds, plane, row + 64 * half)
-            key1, plane1 = _entry(entries, first + j + 1)
-            flow = _step(q, keys, flow, scale, key, begin, end, True)
-        for _ in range(masked, tiles):
-            flow = _step(q, keys, flow, scale, key, begin, end, False)
-        place, phase, acc, p, top, total = flow
-        out_batch, out_head, out_row = batch, head, row + 64 * half
-        row, head, batch, first, masked, tiles, key, plane = ahead
-        begin, end = _seen(bounds, plane, row + 64 * half)
-        product = _plus_values(p, acc, keys, place, phase)
+        p, _shrink, top, total = _softmax(s, top, total, scale)
+        acc = gl.zeros([64, width], gl.float32, sums)
+        flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), top, total
+        for j in range(1, edges):
+            key, about = key1, about1
+            key1, about1 = _entry(entries, first + j + 1)
+            kind = (about >> (2 * half)) & 3
+            # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
+            # another one sets.
+            for _ in range((kind < 2).to(gl.int32)):
+                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _WHOLE)
+            for _ in range((kind == 2).to(gl.int32)):
+                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _FIRST)
+            for _ in range((kind == 3).to(gl.int32)):
+                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _LAST)
+        for _ in range(edges, tiles):
+            flow = _step(q, rings, flow, scale, key, about, bounds, own, False, _WHOLE)
+        place, phase, v_place, v_phase, acc, p, top, total = flow
+        out_batch, out_head, out_row = batch, head, own
+        row, head, batch, first, edges, tiles, key, about = ahead
+        bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
+        product = _plus_values(p, acc, values, v_place, v_phase)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(keys[2].index(place), count=1)
-        place, phase = _next(keys, place, phase)
+        mbarrier.arrive(values[2].index(v_place), count=1)
+        v_place, v_phase = _next(values, v_place, v_phase)
         # A row without keys is 0, whatever the keys hold that it was masked from.
         weight = gl.convert_layout(total, gl.SliceLayout(1, sums))
         share = 1.0 / weight
@@ -208,46 +229,76 @@ def _multiply(half: gl.constexpr, queries, keys, work, bounds, results, scale):
 
 
 @gluon.jit
-def _step(q, keys, flow, scale, key, begin, end, masked: gl.constexpr):
+def _step(
+    q,
+    rings,
+    flow,
+    scale,
+    key,
+    about,
+    bounds,
+    row,
+    masked: gl.constexpr,
+    part: gl.constexpr,
+):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
-    place, phase, acc, p, top, total = flow
-    empty = keys[2]
-    scores = _times_keys(q, keys, place, phase)
-    v_place, v_phase = _next(keys, place, phase)
-    product = _plus_values(p, acc, keys, v_place, v_phase)
-    s = hopper.warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(empty.index(place), count=1)
+    keys, values = rings
+    place, phase, v_place, v_phase, acc, p, top, total = flow
+    scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
+    by_row: gl.constexpr = gl.SliceLayout(1, scored)
     if masked:
-        s = _mask(s, key, begin, end)
+        bound = _bound(bounds, about, row, by_row)
+    scores = _times_keys(q, keys, place, phase, part)
+    product = _plus_values(p, acc, values, v_place, v_phase)
+    s = hopper.warpgroup_mma_wait(1, deps=(scores,))
+    mbarrier.arrive(keys[2].index(place), count=1)
+    place, phase = _next(keys, place, phase)
+    if masked:
+        s = _mask(s, key + (64 if part == _LAST else 0), about, bound, bounds, row)
+    # Rows lie in the same threads, whatever the number of keys.
+    top, total = gl.convert_layout(top, by_row), gl.convert_layout(total, by_row)
     p, shrink, top, total = _softmax(s, top, total, scale)
-    acc = hopper.warpgroup_mma_wait(0, deps=(product,))
-    mbarrier.arrive(empty.index(v_place), count=1)
-    place, phase = _next(keys, v_place, v_phase)
+    top, total = gl.convert_layout(top, _BY_ROW), gl.convert_layout(total, _BY_ROW)
+    # Waited for along with the product, weights need not be moved to where its own ones were.
+    p = _weights(p, q, part)
+    acc, p = hopper.warpgroup_mma_wait(0, deps=(product, p))
+    mbarrier.arrive(values[2].index(v_place), count=1)
+    v_place, v_phase = _next(values, v_place, v_phase)
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))
-    return place, phase, acc * shrink[:, None], _weights(p, q), top, total
+    acc = acc * shrink[:, None]
+    return place, phase, v_place, v_phase, acc, p, top, total
 
 
 @gluon.jit
-def _times_keys(q, keys, place, phase):
+def _times_keys(q, keys, place, phase, part: gl.constexpr):
     room, full, _ = keys
     mbarrier.wait(full.index(place), phase)
     k = room.index(place).reshape([128, room.shape[4]])
-    zero = gl.zeros([64, 128], gl.float32, _SCORES)
+    if part == _WHOLE:
+        zero = gl.zeros([64, 128], gl.float32, _SCORES)
+    else:
+        k = k.slice(64 if part == _LAST else 0, 64)
+        zero = gl.zeros([64, 64], gl.float32, _HALF)
     return hopper.warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _plus_values(p, acc, keys, place, phase):
-    room, full, _ = keys
+def _plus_values(p, acc, values, place, phase):
+    room, full, _ = values
     mbarrier.wait(full.index(place), phase)
     v = room.index(place).reshape([128, room.shape[4]])
     return hopper.warpgroup_mma(p, v, acc, is_async=True)
 
 
 @gluon.jit
-def _weights(p, q):
-    """As the left side of a product."""
-    return gl.convert_layout(p.to(q.dtype), _WEIGHTS)
+def _weights(p, q, part: gl.constexpr):
+    """As the left side of a product, 0 for the keys that were left out."""
+    p = p.to(q.dtype)
+    if part != _WHOLE:
+        none = gl.zeros([64, 64], p.dtype, _HALF)
+        p = gl.join(p, none) if part == _FIRST else gl.join(none, p)
+        p = p.permute((0, 2, 1)).reshape([64, 128])
+    return gl.convert_layout(p, _WEIGHTS)
 
 
 @gluon.jit
@@ -256,18 +307,32 @@ def _entry(entries, at):
 
 
 @gluon.jit
-def _seen(bounds, plane, row):
-    """From where to where 64 queries see keys of a range."""
+def _bound(bounds, about, row, by_row: gl.constexpr):
+    """The bound of 64 queries that cuts: the first key that they see, or the end of those."""
     lo, hi, rows = bounds
-    i = row + gl.arange(0, 64, _BY_ROW)
-    at = plane.to(gl.int64) * rows + i
-    return gl.load(lo + at, mask=i < rows, other=0), gl.load(hi + at, mask=i < rows, other=0)
+    i = row + gl.arange(0, 64, by_row)
+    at = (about >> 6).to(gl.int64) * rows + i
+    if about & 16:
+        bound = gl.load(lo + at, mask=i < rows, other=0)
+    else:
+        bound = gl.load(hi + at, mask=i < rows, other=0)
+    return bound
 
 
 @gluon.jit
-def _mask(s, key, begin, end):
-    j = key + gl.arange(0, 128, _BY_KEY)[None, :]
-    return gl.where((j >= begin[:, None]) & (j < end[:, None]), s, float("-inf"))
+def _mask(s, key, about, bound, bounds, row):
+    lo, _, rows = bounds
+    by_row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    j = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+    # Before the end, or not before the first one.
+    s = gl.where((j < (bound - key)[:, None]) ^ ((about & 16) != 0), s, float("-inf"))
+    # A loop of one turn or none: a branch becomes a second comparison for all.
+    for _ in range((about >> 5) & 1):
+        i = row + gl.arange(0, 64, by_row)
+        at = (about >> 6).to(gl.int64) * rows + i
+        begin = gl.load(lo + at, mask=i < rows, other=0)
+        s = gl.where(j >= (begin - key)[:, None], s, float("-inf"))
+    return s
 
 
 @gluon.jit

@@ -2,10 +2,12 @@
 
 A task is 128 queries of one head. Each range of its queries, from the least lower bound to the
 greatest upper one, is cut into tiles of 128 keys, the first of which begins at that lower bound: a
-tile may begin anywhere. Where all queries see the whole tile, it needs no mask; in the others each
-query sees what its own bounds of that range say. The ranges of a query are disjoint, so that each
-pair counts once even where tiles of two ranges overlap. Where the queries leave out keys between
-them (blocks that differ from one half of a task to the other), no tile lies in the gap.
+tile may begin anywhere. Where all queries see the whole tile, it needs no mask; in the others, its
+edges, each query sees what its own bounds of that range say. The ranges of a query are disjoint,
+so that each pair counts once even where tiles of two ranges overlap. Where the queries leave out
+keys between them (blocks that differ from one half of a task to the other), no tile lies in the
+gap. Of an edge each half of the queries may need half of the keys only, and most are cut on one
+side alone.
 
 Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
 first, and what is as long in the order of key heads and rows, so that programs that run at the
@@ -15,7 +17,7 @@ O(N m) time and memory, and the tiles; on the device of the ranges, with three w
 
 Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles, G
 range groups, m ranges per query, P = G m rows of bounds, T tasks, E tiles, R runs of tiles, X = G
-Q m, s some of those.
+Q m, s some of those, W halves of 64 rows.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from torch import Tensor
 
 from longspan.ops.kept import Kept
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.row_tiles import by_tile, row_tiles
+from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 
 TILE = 128
 # Tiles are refused rather than allowed to crowd out the model: 2 GiB. That is enough for a million
 # causal rows whose heads differ eightfold.
 MOST_TILES = 1 << 28
+# Rows of bounds, which share a number with six bits.
+MOST_PLANES = 1 << 25
 # Of the L2 cache for keys and values; queries and outputs pass through it too.
 _SECTION_BYTES = 32 << 20
 
@@ -45,10 +49,11 @@ class HopperPlan:
     Attributes:
         lo_PN: int32, lower bounds, those of range t of group g in row ``g m + t``.
         hi_PN: the same of the upper bounds.
-        entries_E2: int32, the first key of each tile and the row of its bounds.
+        entries_E2: int32, the first key of each tile, and 64 times the row of its bounds with the
+            bits that ``_hopper_forward`` describes.
         tasks_T8: int32, for each task its first query row, head, batch row, first entry, number
-            of entries with a mask (they come first, and the first entry counts as one), number of
-            entries, and its first entry.
+            of entries before those that are whole (the first one counts, and is whole if any
+            is), number of entries, and its first entry.
     """
 
     lo_PN: Tensor
@@ -73,16 +78,18 @@ class _Runs:
     Attributes:
         key_R: the first key.
         length_R: how many tiles.
-        plane_R: the row of bounds.
+        at_R: whose they are, of X.
+        edge_R: whether they need a mask.
         count_GQ: tiles of each task.
-        masked_GQ: those of them that need a mask, at least one.
+        edges_GQ: the first one, and all that need a mask.
     """
 
     key_R: Tensor
     length_R: Tensor
-    plane_R: Tensor
+    at_R: Tensor
+    edge_R: Tensor
     count_GQ: Tensor
-    masked_GQ: Tensor
+    edges_GQ: Tensor
 
 
 def most_tiles(ranges: KeyRanges) -> int:
@@ -114,7 +121,7 @@ def plan_of(
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
         runs = _runs_of(ranges)
-        entries_E2 = _entries(runs)
+        entries_E2 = _entries(ranges, runs)
         grid_BKQS8 = _tasks(runs, group_BH.expand(batch, heads), key_heads, entries_E2)
         return HopperPlan(
             lo_GNm.mT.flatten(0, 1).contiguous(),
@@ -154,21 +161,24 @@ def _find_runs(ranges: KeyRanges) -> _Runs:
         first + (before + whole) * TILE,
     )
     before = before.index_fill(0, gaps, 0)
+    # A whole tile leads where there is one: the first product of a task then needs no mask.
+    some = (whole > 0).view(-1, count)
+    lead = (some & (some.cumsum(1) == 1)).flatten().long()
     at = torch.arange(len(first), device=first.device)
-    key_R = torch.cat([before_key, behind_key, key_s, whole_key])
-    length_R = torch.cat([before, behind, length_s, whole])
-    at_R = torch.cat([at, at, at_s, at])
-    full_R = torch.arange(len(key_R), device=at.device) >= len(key_R) - len(at)
+    key_R = torch.cat([whole_key, before_key, behind_key, key_s, whole_key + lead * TILE])
+    length_R = torch.cat([lead, before, behind, length_s, whole - lead])
+    at_R = torch.cat([at, at, at, at_s, at])
+    place_R = torch.arange(len(key_R), device=at.device)
+    leads_R, full_R = place_R < len(at), place_R >= len(key_R) - len(at)
     task_R = at_R // count
-    count_GQ, masked_GQ = (
+    count_GQ, edges_GQ = (
         x_R.new_zeros(groups * rows).index_add_(0, task_R, x_R).view(groups, rows)
         for x_R in (length_R, length_R.masked_fill(full_R, 0))
     )
     used = length_R.nonzero()[:, 0]
-    used = used[(2 * task_R + full_R)[used].argsort(stable=True)]
-    plane_R = at_R // (rows * count) * count + at_R % count
-    # In a task of whole tiles alone the first one counts as masked.
-    return _Runs(key_R[used], length_R[used], plane_R[used], count_GQ, masked_GQ.clamp(min=1))
+    used = used[(3 * task_R + 1 + full_R.long() - leads_R.long())[used].argsort(stable=True)]
+    edge_R = ~(leads_R | full_R)
+    return _Runs(key_R[used], length_R[used], at_R[used], edge_R[used], count_GQ, edges_GQ)
 
 
 def _tiles(keys: Tensor) -> Tensor:
@@ -205,18 +215,66 @@ def _without_gaps(ranges: KeyRanges, first_X: Tensor, at_s: Tensor) -> tuple[Ten
     return first[whose, 0] + begin * TILE, seen.flatten()[stop] - begin, at_s[whose]
 
 
-def _entries(runs: _Runs) -> Tensor:
+def _entries(ranges: KeyRanges, runs: _Runs) -> Tensor:
     """Runs written out: int32 [E + 1, 2]. One more than there are, for who reads ahead."""
     length_R = runs.length_R
     start_R = length_R.cumsum(0, dtype=torch.int64) - length_R
     count = int(start_R[-1] + length_R[-1])
     entries_E2 = runs.key_R.new_zeros(count + 1, 2, dtype=torch.int32)
-    for column, number_R in enumerate((runs.key_R - TILE * start_R, runs.plane_R)):
+    for column, number_R in enumerate((runs.key_R - TILE * start_R, _plane(ranges, runs.at_R))):
         number_E = number_R.repeat_interleave(length_R, output_size=count)
         if column == 0:
             number_E += torch.arange(0, TILE * count, TILE, device=number_E.device)
         entries_E2[:-1, column] = number_E
+    entries_E2[:, 1] *= 64
+    # The edges alone once more, with whose they are.
+    length_R, start_R, at_R = (x[runs.edge_R] for x in (length_R, start_R, runs.at_R))
+    shift_R = start_R - (length_R.cumsum(0, dtype=torch.int64) - length_R)
+    at_s, edge_s = (x.repeat_interleave(length_R) for x in (at_R, shift_R))
+    edge_s += torch.arange(len(edge_s), device=edge_s.device)
+    entries_E2[edge_s, 1] += _bits(ranges, entries_E2[edge_s, 0], at_s)
     return entries_E2
+
+
+def _plane(ranges: KeyRanges, at_R: Tensor) -> Tensor:
+    """The row of bounds of some of X."""
+    _, rows, count = ranges.lo_GNm.shape
+    return at_R // (-(-rows // TILE) * count) * count + at_R % count
+
+
+def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
+    """How tiles that need a mask are cut: the bits of ``_hopper_forward``.
+
+    Args:
+        ranges: visible keys.
+        key_s: the first key of each tile.
+        at_s: whose it is, of X.
+    """
+    tiles, halves = row_tiles(ranges, TILE), row_tiles(ranges, TILE // 2)
+    begun_s, ended_s, whole_s = (
+        x.flatten()[at_s] for x in (tiles.begun, tiles.ended, tiles.whole)
+    )
+    # Rows that lack the range say so by both of their bounds.
+    lower = (key_s < begun_s) | ~whole_s
+    upper = (key_s + TILE > ended_s) | ~whole_s
+    bits_s = 16 * (lower & ~upper) + 32 * (lower & upper)
+    for half, (first_s, last_s) in enumerate(zip(*_by_half(halves, at_s), strict=True)):
+        middle_s = key_s + TILE // 2
+        sees_first = (middle_s > first_s) & (key_s < last_s)
+        sees_last = (key_s + TILE > first_s) & (middle_s < last_s)
+        kind_s = torch.where(sees_last, torch.where(sees_first, 1, 3), 2)
+        bits_s = bits_s + (kind_s << (2 * half))
+    return bits_s.int()
+
+
+def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last of some of X for each half of their rows, [W, s]."""
+
+    def paired(x_GQm: Tensor, fill: int) -> Tensor:
+        x_GQWm = by_tile(x_GQm, 2, fill)
+        return x_GQWm.transpose(2, 3).reshape(-1, 2)[at_s].T
+
+    return paired(halves.first, 0), paired(halves.last, 0)
 
 
 def _tasks(runs: _Runs, group_BH: Tensor, key_heads: int, entries_E2: Tensor) -> Tensor:
@@ -224,7 +282,7 @@ def _tasks(runs: _Runs, group_BH: Tensor, key_heads: int, entries_E2: Tensor) ->
     count_GQ = runs.count_GQ
     end_GQ = count_GQ.flatten().cumsum(0, dtype=torch.int64).view_as(count_GQ)
     first_GQ = end_GQ - count_GQ
-    about_GQc = torch.stack([first_GQ, runs.masked_GQ, count_GQ], -1).int()
+    about_GQc = torch.stack([first_GQ, runs.edges_GQ, count_GQ], -1).int()
     about_GQc = torch.cat([about_GQc, entries_E2[first_GQ]], -1)
     group_BKS = group_BH.unflatten(1, (key_heads, -1))
     batch, _, share = group_BKS.shape

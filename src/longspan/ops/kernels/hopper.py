@@ -22,7 +22,13 @@ from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
-from longspan.ops.kernels._hopper_plan import MOST_TILES, HopperPlan, most_tiles, plan_of
+from longspan.ops.kernels._hopper_plan import (
+    MOST_PLANES,
+    MOST_TILES,
+    HopperPlan,
+    most_tiles,
+    plan_of,
+)
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.ranges import KeyRanges
 
@@ -59,6 +65,8 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         found.append("hopper computes no gradients")
     if not found and (missing := missing_gluon()):
         found.append(missing)
+    if ranges.lo_GNm[:, 0].numel() >= MOST_PLANES:
+        found.append("groups of heads times ranges of a query are 2**25 or more")
     if not found and most_tiles(ranges) > MOST_TILES:
         found.append("the ranges touch more than 2**28 tiles of 128 x 128, whose list is too long")
     return found
