@@ -246,8 +246,8 @@ def _step(
     place, phase, v_place, v_phase, acc, p, top, total = flow
     scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
-    if masked:
-        bound = _bound(bounds, about, row, by_row)
+    # Read before it is needed.
+    bound = _bound(bounds, about, row, by_row) if masked else 0
     scores = _times_keys(q, keys, place, phase, part)
     product = _plus_values(p, acc, values, v_place, v_phase)
     s = hopper.warpgroup_mma_wait(1, deps=(scores,))
