@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,10 @@ def test_merge_of_rows_that_see_nothing():
         (lambda q, k, v: (q.long(), k.long(), v.long()), ["floating"]),
         (lambda q, k, v: (q, k.to("meta"), v), ["one device", "meta"]),
         (lambda q, k, v: (3, k, v), ["int"]),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ["no empty axis"]),
+        (lambda q, k, v: tuple(x.to("meta") for x in (q, k, v)), ["with data", "meta"]),
+        (lambda q, k, v: (q, k.detach().to_sparse(), v), ["torch.sparse_coo"]),
+        (lambda q, k, v: tuple(x.to(torch.float8_e4m3fn) for x in (q, k, v)), ["bfloat16"]),
     ],
 )
 def test_input_errors(change, words):
@@ -212,6 +218,48 @@ def test_layout_errors():
         ls.attend(q, k, v, ls.plan(ls.Causal(), 28, heads=4))
     with pytest.raises(PlanError, match="29 query rows but only 9 key rows"):
         ls.attend(q, k[:, :, :9], v[:, :, :9], ls.Causal())
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_rows_that_are_alike_still_have_a_batch_size(form):
+    q, k, v = qkv()
+    with pytest.raises(InputError, match="3 batch rows, q has 2"):
+        ls.attend(q, k, v, ls.Causal(), segments=form([[0] * 29] * 3))
+
+
+@pytest.mark.parametrize("rows", [[[0] * 29, [0]], torch.zeros(29, dtype=torch.bfloat16)])
+def test_rows_that_are_no_whole_numbers(rows):
+    for name in ("positions", "segments"):
+        with pytest.raises(PlanError, match=name):
+            ls.attend(*qkv(), ls.Causal(), **{name: rows})
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        ("wide", "finite number, got 'wide'"),
+        (float("nan"), "finite number, got nan"),
+        (torch.ones(2), "finite number"),
+        (torch.tensor(0.3, requires_grad=True), "multiply q by it"),
+    ],
+)
+def test_scales_that_would_be_ignored_or_spread(scale, words):
+    for call in (ls.attend, ls.explain):
+        with pytest.raises(InputError, match=words):
+            call(*qkv(), ls.Causal(), scale=scale)
+
+
+def test_a_scale_may_be_a_tensor():
+    inputs = qkv()
+    ours = ls.attend(*inputs, ls.Causal(), scale=torch.tensor(0.25))
+    assert torch.equal(ours, ls.attend(*inputs, ls.Causal(), scale=0.25))
+
+
+def test_explain_takes_what_attend_takes():
+    parameters = inspect.signature(ls.attend).parameters
+    assert set(parameters) == set(inspect.signature(ls.explain).parameters)
+    with pytest.raises(TypeError, match="segmnets"):
+        ls.explain(*qkv(), ls.Window(7), segmnets=torch.zeros(29))
 
 
 def test_a_named_kernel_never_falls_back():

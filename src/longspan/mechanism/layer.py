@@ -240,10 +240,10 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
         raise InputError(f"expected q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv]; got {shapes}")
     if k.shape != (q.shape[0], k.shape[1], *q.shape[2:]) or v.shape[:3] != k.shape[:3]:
         raise InputError(f"expected equal batch, rows and (for q and k) width; got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise InputError(f"the key heads must divide the query heads; got {shapes}")
     if 0 in q.shape or 0 in v.shape:
         raise InputError(f"expected no empty axis; got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"the key heads must divide the query heads; got {shapes}")
     # Norms of heads leave queries and keys wider than values under autocast.
     same = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
     if not same or not all(x.is_floating_point() for x in (q, k, v)):

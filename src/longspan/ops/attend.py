@@ -11,20 +11,21 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError
+from longspan.errors import InputError, PlanError
 from longspan.ops.capability import choose, choose_together, in_order, needs_grad
 from longspan.ops.compiled import attend_compiled
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
+from longspan.planning.layout import table
 
 
 def attend(
@@ -60,7 +61,7 @@ def attend(
             and a negative number marks padding, whose output is 0.
         key_positions: the same for keys, [M] or [B, M].
         key_segments: the same for keys, [M] or [B, M].
-        scale: factor on the logits; default ``D ** -0.5``.
+        scale: factor on the logits, a number; default ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the logits.
         impl: kernel name, or ``"auto"``. A named kernel never falls back to another.
         layer: for patterns that differ between layers.
@@ -71,7 +72,7 @@ def attend(
         causal pattern that would leave a query without keys keeps the query's own position.
 
     Raises:
-        InputError: if shapes, dtypes or devices do not fit.
+        InputError: if shapes, dtypes or devices do not fit, or ``scale`` is no finite number.
         PatternError: if the pattern does not parse or does not fit the heads.
         PlanError: if positions or segments do not fit.
         Refusal: if a named kernel cannot do it.
@@ -81,8 +82,8 @@ def attend(
     if torch.compiler.is_compiling():
         return attend_compiled(q, k, v, pattern, rows, scale, return_lse, impl, layer)
     _check(q, k, v)
+    factor = _factor(scale, q.shape[-1])
     laid = _plan(q, k, pattern, rows, layer)
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
     parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse)
@@ -96,15 +97,23 @@ def explain(
     v: Tensor,
     pattern: Pattern | Plan | str,
     *,
-    impl: str = "auto",
+    positions: Any = None,
+    segments: Any = None,
+    key_positions: Any = None,
+    key_segments: Any = None,
+    scale: float | None = None,
     return_lse: bool = False,
-    **rows: Any,
+    impl: str = "auto",
+    layer: int = 0,
 ) -> str:
-    """Say what ``attend`` would do: the plan, the kernel, and why not the others."""
+    """Say what ``attend`` would do: the plan, the kernel, and why not the others.
+
+    Takes and raises what ``attend`` does, and computes nothing.
+    """
     q, k, v = autocast(q, k, v)
     _check(q, k, v)
-    order = ("positions", "segments", "key_positions", "key_segments")
-    laid = _plan(q, k, pattern, tuple(rows.get(name) for name in order), rows.get("layer", 0))
+    _factor(scale, q.shape[-1])
+    laid = _plan(q, k, pattern, (positions, segments, key_positions, key_segments), layer)
     use_lse = return_lse or len(laid.passes) > 1
     lines = [str(laid)]
     calls = calls_apart(laid.passes, q, k) or ()
@@ -145,16 +154,21 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     A rotation in float32 leaves queries wider than values.
     """
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    # Autocast knows no device without data, and asking what it knows breaks a compiler's graph.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype)
-        if tensor.is_floating_point() and tensor.dtype != torch.float64
+        if isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
         else tensor
         for tensor in tensors
     )
 
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Plans of a plain call are kept: a training loop asks for the same one in every layer and step.
 _cached_plan = lru_cache(maxsize=32)(plan)
@@ -180,21 +194,45 @@ def _plan(
         if all(row is None for row in rows):
             return _cached_plan(pattern, n, heads, keys=keys, layer=layer)
         names = ("positions", "segments", "key_positions", "key_segments")
-        tables = {name: _table(row) for name, row in zip(names, rows, strict=True)}
+        lengths = (n, n, keys, keys)
+        tables = {
+            name: table(name, _on_cpu(name, row), length)
+            for name, row, length in zip(names, rows, lengths, strict=True)
+        }
+        # A plan of equal rows has a single one: what was given tells more.
+        for one in tables.values():
+            _check_batch(1 if one is None else len(one), q)
         laid = plan(pattern, n, heads, keys=keys, layer=layer, **tables)
-    if laid.batch not in (1, q.shape[0]):
-        raise InputError(f"positions or segments have {laid.batch} batch rows, q has {q.shape[0]}")
+    _check_batch(laid.batch, q)
     return laid
 
 
-def _table(row: Any) -> Any:
-    return (
-        row.detach().cpu().numpy()
-        if isinstance(row, Tensor)
-        else row
-        if row is None
-        else np.asarray(row)
-    )
+def _on_cpu(name: str, row: Any) -> Any:
+    if not isinstance(row, Tensor):
+        return row
+    if row.is_floating_point() or row.is_complex():
+        raise PlanError(f"{name} must be whole numbers, got {row.dtype}")
+    return row.detach().cpu().numpy()
+
+
+def _check_batch(rows: int, q: Tensor) -> None:
+    if rows not in (1, q.shape[0]):
+        raise InputError(f"positions or segments have {rows} batch rows, q has {q.shape[0]}")
+
+
+def _factor(scale: Any, width: int) -> float:
+    """The factor on the logits."""
+    if scale is None:
+        return width**-0.5
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise InputError("scale gets no gradient: multiply q by it, and pass scale=1.0")
+    try:
+        found = float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"scale must be a finite number, got {scale!r}")
+    return found
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -207,17 +245,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(
             f"k must have the width of q, and v the heads and rows of k; got {shapes}"
         )
-    if q.shape[1] % k.shape[1]:
-        raise InputError(f"the key heads must divide the query heads; got {shapes}")
     if min(q.numel(), k.numel(), v.numel()) == 0:
         raise InputError(f"expected no empty axis; got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"the key heads must divide the query heads; got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise InputError(
-            f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+            "q, k and v must share one floating dtype, float64, float32, bfloat16 or float16; got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not q.device == k.device == v.device:
         raise InputError(
             f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
+        )
+    if q.is_meta or not q.layout == k.layout == v.layout == torch.strided:
+        raise InputError(
+            "expected dense tensors with data; got "
+            f"{', '.join('meta' if t.is_meta else str(t.layout) for t in (q, k, v))}"
         )
 
 

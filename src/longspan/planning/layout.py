@@ -141,10 +141,10 @@ def layouts(
     """
     if n < 1 or keys < 1:
         raise PlanError(f"expected at least one query row and one key row, got {n} and {keys}")
-    query_segment = _table("segments", segments, n)
-    key_segment = _table("key_segments", key_segments, keys)
-    query_position = _table("positions", positions, n)
-    key_position = _table("key_positions", key_positions, keys)
+    query_segment = table("segments", segments, n)
+    key_segment = table("key_segments", key_segments, keys)
+    query_position = table("positions", positions, n)
+    key_position = table("key_positions", key_positions, keys)
     if n > keys and (query_position is None or key_position is None):
         raise PlanError(
             f"{n} query rows but only {keys} key rows: say where both stand with positions= and "
@@ -165,21 +165,29 @@ def layouts(
     if query_position is None:
         query_position = key_position[:, keys - n :]
     tables = [query_position, query_segment, key_position, key_segment]
-    batch = max(len(table) for table in tables if table is not None)
-    if any(len(table) not in (1, batch) for table in tables):
-        raise PlanError(f"batch sizes differ: {[len(table) for table in tables]}")
-    full = [np.broadcast_to(table, (batch, table.shape[1])) for table in tables]
-    found = [Layout(*(table[b] for table in full)) for b in range(batch)]
+    batch = max(map(len, tables))
+    if any(len(one) not in (1, batch) for one in tables):
+        raise PlanError(f"batch sizes differ: {[len(one) for one in tables]}")
+    full = [np.broadcast_to(one, (batch, one.shape[1])) for one in tables]
+    found = [Layout(*(one[b] for one in full)) for b in range(batch)]
     for b, layout in enumerate(found):
         _check(layout, b)
-    alike = all((table[:1] == table).all() for table in full)
+    alike = all((one[:1] == one).all() for one in full)
     return found[:1] if alike else found
 
 
-def _table(name: str, value: ArrayLike | None, rows: int) -> Positions | None:
+def table(name: str, value: ArrayLike | None, rows: int) -> Positions | None:
+    """Positions or segments as int64 [1 or batch, rows]; None stays None.
+
+    Raises:
+        PlanError: for other shapes, or what is no whole number.
+    """
     if value is None:
         return None
-    array: NDArray[Any] = np.asarray(value)
+    try:
+        array: NDArray[Any] = np.asarray(value)
+    except ValueError as error:
+        raise PlanError(f"{name} must have shape [{rows}] or [batch, {rows}]: {error}") from None
     if array.ndim not in (1, 2) or array.shape[-1] != rows:
         raise PlanError(
             f"{name} must have shape [{rows}] or [batch, {rows}], got {list(array.shape)}"
