@@ -67,7 +67,7 @@ ATOMS = st.one_of(
     st.builds(ls.RandomBlocks, small, st.integers(1, 3), small, small, st.integers(0, 2), flag),
     st.builds(
         lambda rows, size, causal: ls.Blocks(tuple(map(tuple, rows)), size, causal),
-        st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=6),
+        st.lists(st.lists(st.integers(0, 6), max_size=3, unique=True), min_size=1, max_size=6),
         small,
         flag,
     ),

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 import longspan as ls
 from longspan.errors import PatternError
@@ -166,6 +167,8 @@ def test_causal_masks_do_not_depend_on_the_length(pattern):
         (lambda: ls.longformer(8, 3), ["tokens", "list", "3"]),
         (lambda: ls.Blocks.of([[1, 0], [1]], 4), ["expected a matrix"]),
         (lambda: ls.PerHead(), ["at least one"]),
+        (lambda: ls.Document(np.array([9, 11])), ["one by one, Document(9, 11)"]),
+        (lambda: ls.Window(torch.tensor(4)), ["size", "whole number", "tensor(4)"]),
         (lambda: ls.PerHead(3), ["expected patterns", "3"]),
         (lambda: ls.PerHead(ls.Causal(), ls.Window(2)).mask(8, heads=3), ["2 patterns", "3"]),
     ],

@@ -209,6 +209,8 @@ def test_presets_and_lists_survive_their_text(pattern):
         (lambda: ls.Blocks((), 4), ["map", "Blocks.of"]),
         (lambda: ls.Blocks((0, 1), 4), ["list of whole numbers", "0"]),
         (lambda: ls.Blocks.of(np.ones(3), 4), ["matrix", "[3]"]),
+        (lambda: ls.Blocks([[1, 0, 0], [1, 1, 0]], 4), ["twice", "[1, 0, 0]", "Blocks.of"]),
+        (lambda: ls.Global([3, 7]), ["one by one, Global(3, 7)", "[3, 7]"]),
         (lambda: ls.VerticalSlash((), ()), ["neither"]),
         (lambda: ls.VerticalSlash((0,), (-2,)), ["offsets", "-2"]),
         (lambda: ls.RandomBlocks(4, 0), ["RandomBlocks", "count"]),

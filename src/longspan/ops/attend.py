@@ -195,7 +195,7 @@ def _plan(
             return _cached_plan(pattern, n, heads, keys=keys, layer=layer)
         names = ("positions", "segments", "key_positions", "key_segments")
         lengths = (n, n, keys, keys)
-        tables = {
+        tables: dict[str, Any] = {
             name: table(name, _on_cpu(name, row), length)
             for name, row, length in zip(names, rows, lengths, strict=True)
         }

@@ -17,7 +17,6 @@ padding).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
@@ -199,17 +198,14 @@ def whole(owner: str, field: str, value: Any, least: int) -> int:
     Raises:
         PatternError: if ``value`` is no integer, or below ``least``, or past the largest position.
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
+    # A tensor would count as a number, but neither prints nor hashes like one.
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise PatternError(
             f"{owner}: {field} must be a whole number, got {value!r} ({type(value).__name__})"
-        ) from None
-    if not least <= number <= END:
-        raise PatternError(f"{owner}: {field} must be from {least} to {END}, got {number}")
-    return number
+        )
+    if not least <= value <= END:
+        raise PatternError(f"{owner}: {field} must be from {least} to {END}, got {value}")
+    return int(value)
 
 
 def flag(owner: str, field: str, value: Any) -> bool:
@@ -236,6 +232,19 @@ def wholes(
     if len(values) == 0 and not may_be_empty:
         raise PatternError(f"{owner}: {field} must hold at least one number, got none")
     return tuple(sorted({whole(owner, field, value, least) for value in values}))
+
+
+def one_by_one(owner: str, field: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers that were given as arguments of their own.
+
+    Raises:
+        PatternError: if they were given as one list.
+    """
+    first = values[0] if values else None
+    if isinstance(first, Sequence | np.ndarray | set | range) and not isinstance(first, str):
+        words = ", ".join(map(str, first))
+        raise PatternError(f"{owner}: give {field} one by one, {owner}({words}); got {first!r}")
+    return values
 
 
 @dataclass(frozen=True, repr=False)

@@ -39,8 +39,8 @@ class Blocks(Atom):
     """Explicit block map.
 
     Args:
-        map: for each query block, the key blocks that it sees; an empty list sees nothing, and so
-            do query blocks past the end of the map.
+        map: for each query block, the key blocks that it sees, each once; an empty list sees
+            nothing, and so do query blocks past the end of the map.
         size: tokens in a block.
         causal: also cut at the diagonal; off by default.
     """
@@ -59,6 +59,13 @@ class Blocks(Atom):
                 f"[[0], [0, 1]]; got {self.map!r} (a matrix: Blocks.of(matrix, size))"
             )
         rows = tuple(wholes("Blocks", "map", row, 0, may_be_empty=True) for row in self.map)
+        for own, row in zip(self.map, rows, strict=True):
+            if len(own) != len(row):
+                # Rows of zeros and ones would pass for lists of the blocks 0 and 1.
+                raise PatternError(
+                    f"Blocks: map names a key block twice in {own!r}; a matrix of zeros and ones "
+                    "goes to Blocks.of(matrix, size)"
+                )
         object.__setattr__(self, "map", rows)
 
     @classmethod

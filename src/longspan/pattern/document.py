@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, one_by_one, whole
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -32,8 +32,9 @@ class Document(Atom):
     name: ClassVar[str] = "document"
 
     def __init__(self, *lengths: int) -> None:
+        given = one_by_one("Document", "lengths", lengths)
         object.__setattr__(
-            self, "lengths", tuple(whole("Document", "length", n, 1) for n in lengths)
+            self, "lengths", tuple(whole("Document", "length", n, 1) for n in given)
         )
 
     @property

@@ -15,7 +15,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import END, At, Atom, Mask, Positions, Progression, flag, wholes
+from longspan.pattern.algebra import (
+    END,
+    At,
+    Atom,
+    Mask,
+    Positions,
+    Progression,
+    flag,
+    one_by_one,
+    wholes,
+)
 from longspan.pattern.lattice import EVERY
 from longspan.pattern.listed import stretches
 
@@ -34,7 +44,8 @@ class Global(Atom):
     name: ClassVar[str] = "global"
 
     def __init__(self, *positions: int, causal: bool = False) -> None:
-        object.__setattr__(self, "positions", wholes("Global", "positions", positions, 0))
+        given = one_by_one("Global", "positions", positions)
+        object.__setattr__(self, "positions", wholes("Global", "positions", given, 0))
         object.__setattr__(self, "causal", flag("Global", "causal", causal))
 
     @property
