@@ -67,6 +67,21 @@ def test_a_window_layer_keeps_its_own_cache(tiny):
         ls.kv.cache(tiny.build("mistral"), "recent(4)")
 
 
+@pytest.mark.parametrize("policy", ["recent(3)", "expected_attention(8)"])
+def test_latents_are_no_keys(policy):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    widths = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(**sizes, **heads, **dict.fromkeys(widths, 8), first_k_dense_replace=1)
+    )
+    with pytest.raises(Refusal, match="latents"):
+        ls.kv.cache(model, policy)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_what_cannot_work_is_refused(llama, tiny):
     ids = tiny.tokens(1, 20)
     with pytest.raises(PolicyError, match="did you mean"):
@@ -90,6 +105,10 @@ def test_what_cannot_work_is_refused(llama, tiny):
         ls.hf.remove(llama)
         with pytest.raises(Refusal, match="does not use"):
             llama(ids[:, :1], past_key_values=cache)
+    longer = tiny.build("llama", num_hidden_layers=3)
+    ls.hf.apply(longer, ls.Causal())
+    with pytest.raises(Refusal, match="made for a model of 2 layers"):
+        longer(ids, past_key_values=ls.kv.cache(llama, "recent(3)"))
     ls.hf.apply(llama, ls.DualChunk(chunk=64, local=16))
     with pytest.raises(Refusal, match="in its own way"):
         ls.kv.cache(llama, "recent(3)")

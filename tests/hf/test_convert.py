@@ -213,6 +213,11 @@ def test_new_weights_are_saved_and_loaded(tiny, name, options, tmp_path):
     loaded = ls.hf.load_mechanism(again, tmp_path)
     assert torch.equal(logits(again, ids), wanted)
     assert str(loaded.pattern) == str(applied.pattern)
+    loaded.remove()
+    (tmp_path / "mechanism.safetensors").write_bytes(b"interrupted")
+    with pytest.raises(DataError, match="holds no saved mechanism"):
+        ls.hf.load_mechanism(again, tmp_path)
+    ls.hf.save_mechanism(model, tmp_path)
     other = tiny.build("qwen3", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     plain = logits(other, ids)
     with pytest.raises(DataError, match="does not fit this model"):
@@ -303,6 +308,8 @@ def test_refusals_name_the_method_and_leave_the_model_alone(tiny):
         ls.hf.convert(model, "MoBA", window=5)
     with pytest.raises(InputError, match="numbers from 0 to 1"):
         ls.hf.convert(model, "MoBA", layers=[2])
+    with pytest.raises(InputError, match="numbers from 0 to 1, got 1"):
+        ls.hf.convert(model, "MoBA", layers=1)
     with pytest.raises(InputError, match="computes no mechanism"):
         ls.hf.save_mechanism(model, "nowhere")
     with pytest.raises(DataError, match="holds no saved mechanism"):

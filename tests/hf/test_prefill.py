@@ -195,6 +195,8 @@ def test_what_cannot_be_is_refused(tiny):
         public(model, "window(64)")
     with pytest.raises(InputError, match="dense_below"):
         public(model, TEXTS[0], dense_below=-1)
+    with pytest.raises(InputError, match="number of tokens from 0, got '64'"):
+        public(model, TEXTS[0], dense_below="64")
     with pytest.raises(Refusal, match="Unknown impl"):
         public(model, TEXTS[0], impl="fastest")
     assert model.config._attn_implementation == "sdpa"

@@ -173,6 +173,8 @@ def test_refusals_leave_the_model_alone(tiny):
         ("yarn", 100, "below the 128"),
         ("linear", 256, "already scaled by 'yarn'"),
         ("yran", 256, "choose one of none, linear"),
+        ("yarn", 256.5, "whole number of tokens, got 256.5"),
+        ("yarn", "256", "whole number of tokens, got '256'"),
     ]:
         with pytest.raises(InputError, match=words):
             set_rope(model, kind, length)

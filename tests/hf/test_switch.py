@@ -352,6 +352,41 @@ def test_masks_of_pairs_are_refused(tiny):
         logits(model, ids, attention_mask=torch.ones(1, 1, N, N, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("shape", [(2, N, N), (3, N), (2, N - 1), (N,)])
+def test_masks_that_do_not_fit_the_tokens_are_refused(tiny, shape):
+    # A short one would make padding of the last tokens, without a word.
+    model, ids = tiny.build("llama"), tiny.tokens(2, N)
+    ls.hf.apply(model, ls.Causal())
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[..., 0] = 0
+    with pytest.raises(InputError, match=r"attention_mask.*\[2, 29\]"):
+        logits(model, ids, attention_mask=mask)
+
+
+def test_a_mask_may_speak_for_all_rows(tiny):
+    model, ids = tiny.build("llama"), tiny.tokens(2, N)
+    ls.hf.apply(model, ls.Window(5))
+    mask = torch.ones(2, N, dtype=torch.int64)
+    mask[:, 0] = 0
+    expected = logits(model, ids, attention_mask=mask)
+    assert torch.equal(logits(model, ids, attention_mask=mask[:1]), expected)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("MoBa", 'apply(model, "MoBA"'),
+        ("topk(keep=3)", 'apply(model, "TopK"'),
+        (ls.Window, "Window itself"),
+        (ls.mechanism.TopK(32, 4, keep=3), "TopK layer"),
+    ],
+)
+def test_what_is_nearly_a_pattern_or_a_mechanism_is_named(tiny, what, words):
+    with pytest.raises(PatternError) as caught:
+        ls.hf.apply(tiny.build("llama"), what)
+    assert words in str(caught.value)
+
+
 def test_dropout_is_refused(tiny):
     model, ids = tiny.build("llama", attention_dropout=0.1), tiny.tokens(1, N)
     ls.hf.apply(model, ls.Causal())

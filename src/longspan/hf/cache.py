@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -106,6 +107,21 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         self.policy = policy
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values of a layer; see ``KeptLayer.update``.
+
+        Raises:
+            Refusal: if the model has more layers than the one that the cache was made for.
+        """
+        if layer_idx >= len(self.layers):
+            raise Refusal(
+                f"This cache was made for a model of {len(self.layers)} layers; make one with "
+                "longspan.kv.cache(model, ...) for the model that uses it."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def compress(self) -> None:
         """Let the policy decide now, instead of when it would.
 
@@ -135,6 +151,11 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
     packed = positions == "packed"
     if packed and any(isinstance(p, Quest) for p in wanted.parts):
         raise Refusal("quest bounds keys where they are; it cannot read them packed.")
+    if getattr(config, "kv_lora_rank", None):
+        raise Refusal(
+            f"{type(base).__name__} caches latents (multi-head latent attention), from which keys "
+            "are made afterwards: a policy would keep or forget what it cannot read."
+        )
     layers: list[Any] = list(DynamicCache(config=config).layers)
     chosen = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not chosen:

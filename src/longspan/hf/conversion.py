@@ -114,6 +114,7 @@ def load_mechanism(model: Any, folder: str | Path, *, impl: str = "auto") -> App
         DataError: if the folder holds no mechanism, or one of another model. The model is then
             unchanged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     source = Path(folder)
@@ -121,7 +122,7 @@ def load_mechanism(model: Any, folder: str | Path, *, impl: str = "auto") -> App
         said = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
         weights = load_file(source / _WEIGHTS)
         name, layers, options = said["mechanism"], said["layers"], said["options"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"{source} holds no saved mechanism: {error}") from error
     try:
         applied = convert(model, name, layers=layers, impl=impl, **options)

@@ -70,12 +70,13 @@ def method(
     if isinstance(kind, str):
         found = getattr(mechanisms, kind, None) if kind in mechanisms.__all__ else None
         if not isinstance(found, type) or not issubclass(found, MechanismLayer):
-            raise InputError(f"{kind!r} is no layer of longspan.mechanism: {', '.join(_names())}")
+            known = ", ".join(mechanism_names())
+            raise InputError(f"{kind!r} is no layer of longspan.mechanism: {known}")
         kind = found
     if not isinstance(kind, type) or not issubclass(kind, MechanismLayer):
         raise InputError(
             f"expected a layer of longspan.mechanism or its name, got {kind!r}: there are "
-            f"{', '.join(_names())}"
+            f"{', '.join(mechanism_names())}"
         )
     name = kind.__name__
     if kind.no_causal_form or options.get("causal") is False:
@@ -262,12 +263,15 @@ def _numbers(base: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...] |
     if layers is None:
         return None
     count = len(list(routed(base)))
+    if not isinstance(layers, Sequence):
+        raise InputError(f"layers must be a list of numbers from 0 to {count - 1}, got {layers!r}")
     wrong = [n for n in layers if not isinstance(n, int) or not -count <= n < count]
     if wrong or not layers:
         raise InputError(f"layers must be numbers from 0 to {count - 1}, got {list(layers)}")
     return tuple(sorted({n % count for n in layers}))
 
 
-def _names() -> list[str]:
+def mechanism_names() -> list[str]:
+    """Names of the layers of ``longspan.mechanism``."""
     found = ((name, getattr(mechanisms, name)) for name in mechanisms.__all__)
     return [n for n, kind in found if isinstance(kind, type) and issubclass(kind, MechanismLayer)]

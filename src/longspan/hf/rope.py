@@ -67,6 +67,8 @@ def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[st
     """
     if kind not in KINDS:
         raise InputError(f"Unknown RoPE scaling {kind!r}; choose one of {', '.join(KINDS)}.")
+    if not isinstance(length, int):
+        raise InputError(f"The target length must be a whole number of tokens, got {length!r}.")
     text = config.get_text_config()
     trained = trained_length(text)
     if length < trained:

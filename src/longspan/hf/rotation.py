@@ -39,7 +39,10 @@ def rotation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def rotations_add(module: nn.Module, rotary: nn.Module) -> bool:
     """Whether turning by 5 and then by 7 is turning by 12, with the width that queries have."""
     device = next(module.parameters()).device
-    x = torch.linspace(-1, 1, int(module.head_dim), device=device)[None, None, None]  # pyright: ignore
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int):
+        return False
+    x = torch.linspace(-1, 1, width, device=device)[None, None, None]
     scale = getattr(rotary, "attention_scaling", 1.0)
     try:
         turn = rotation(module)

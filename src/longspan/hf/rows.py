@@ -179,9 +179,10 @@ def rows_mask(
         q_offset: rows before the first query.
         kv_offset: rows before the first key.
         mask_function: what transformers composed; None means causal.
-        attention_mask: [B, rows so far], true for real tokens; or a record made ahead.
+        attention_mask: [B or 1, rows so far], true for real tokens; or a record made ahead.
 
     Raises:
+        InputError: if ``attention_mask`` has another shape.
         Refusal: if the mask is composed of something that is not understood.
     """
     if isinstance(attention_mask, Rows):
@@ -202,6 +203,7 @@ def rows_mask(
         return Rows(**common, segments=segments, key_segments=segments)
     if attention_mask is None:
         return Rows(**common)
+    _check_mask(attention_mask, batch_size, query_start + q_length)
     end = key_start + kv_length
     real = np.zeros((attention_mask.shape[0], end), bool)
     given = attention_mask[:, :end].to(torch.bool).cpu().numpy()
@@ -221,6 +223,15 @@ def rows_mask(
         key_segments=segment[:, key_start:],
         real=real[:, : query_start + q_length],
     )
+
+
+def _check_mask(mask: Tensor, batch: int, tokens: int) -> None:
+    """Refuse a mask that would make padding of tokens it does not speak of."""
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < tokens:
+        raise InputError(
+            "attention_mask must say of each token that the model has read whether it is real: "
+            f"expected [{batch}, {tokens}], got {list(mask.shape)}"
+        )
 
 
 def read_mask(function: Callable[..., Any] | None) -> tuple[Pattern, Tensor | None]:

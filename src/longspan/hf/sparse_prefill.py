@@ -215,11 +215,11 @@ def prefill(
 
     Raises:
         PolicyError: if the method does not parse.
-        InputError: for a length below 0.
+        InputError: for a length that is no whole number from 0.
         Refusal: if the model does not route through the attention interface. It is then unchanged.
     """
-    if dense_below is not None and dense_below < 0:
-        raise InputError(f"dense_below must be a number of tokens from 0, got {dense_below}.")
+    if dense_below is not None and not (isinstance(dense_below, int) and dense_below >= 0):
+        raise InputError(f"dense_below must be a number of tokens from 0, got {dense_below!r}.")
     base = base_model(model)
     wanted = Prefilled(method=method(what), dense_below=dense_below)
     put_in = put(base, wanted, impl)

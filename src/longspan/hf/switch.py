@@ -15,7 +15,14 @@ from longspan.errors import InputError, PatternError, Refusal
 from longspan.hf.dual_chunk import settle, why_not
 from longspan.hf.embedded import forget_norms
 from longspan.hf.entries import Entries, Entry
-from longspan.hf.mechanisms import Method, method, swap, swapped, why_not_swap
+from longspan.hf.mechanisms import (
+    Method,
+    mechanism_names,
+    method,
+    swap,
+    swapped,
+    why_not_swap,
+)
 from longspan.hf.rope import set_rope
 from longspan.hf.routes import inspect
 from longspan.hf.unwrap import base_model
@@ -115,6 +122,7 @@ def apply(
     """
     base = base_model(model)
     if isinstance(pattern, str) and pattern not in mechanism.__all__:
+        _refuse_mechanism_as_text(pattern)
         pattern = parse(pattern)
     if isinstance(pattern, str) or (
         isinstance(pattern, type) and issubclass(pattern, MechanismLayer)
@@ -123,8 +131,26 @@ def apply(
     if options:
         raise InputError(f"{', '.join(options)}: only mechanisms have options.")
     if not isinstance(pattern, Pattern | DualChunk):
-        raise PatternError(f"Expected a pattern or its text, got {type(pattern).__name__}.")
+        given = type(pattern).__name__
+        if isinstance(pattern, type):
+            given = (
+                f"the class {pattern.__name__} itself: give one such as {pattern.__name__}(...)"
+            )
+        elif isinstance(pattern, MechanismLayer):
+            given = f"a {given} layer, not made for this model: give the class and its options"
+        raise PatternError(f"Expected a pattern or its text, got {given}.")
     return put(base, pattern, impl)
+
+
+def _refuse_mechanism_as_text(text: str) -> None:
+    """A mechanism has a name and options beside it; as a pattern it would be unknown."""
+    word = text.partition("(")[0].strip()
+    meant = [name for name in mechanism_names() if name.lower() == word.lower()]
+    if meant:
+        raise PatternError(
+            f"{text!r} is no pattern. The mechanism takes its options beside its name: "
+            f'apply(model, "{meant[0]}", ...)'
+        )
 
 
 def put(
