@@ -239,6 +239,16 @@ def test_wrong_sizes_are_refused(changed):
         Compare(**{"entries": choose(("causal()",)), **changed})
 
 
+def test_a_table_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("measured"))
+    asked = ["compare", "causal()", "--rounds", "0", "--html", str(tmp_path / "no" / "a.html")]
+    monkeypatch.setattr(sys, "argv", ["longspan", *asked])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     def call(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["longspan", "compare", *map(str, arguments)])

@@ -46,6 +46,13 @@ def call(
     return run
 
 
+def test_the_package_runs_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "longspan", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"longspan {__version__}\n"
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["extend", "--help"], ["eval", "ppl", "--help"]]
 )

@@ -127,10 +127,10 @@ def test_perplexity_through_a_cache(call, some_text):
 
 
 def test_ruler_lists_without_asking(call):
-    asked = ("ruler", MODEL, "--tasks", "passkey.code,vt", "--lengths", "256,400", "--samples", 3)
+    asked = ("ruler", MODEL, "--tasks", "passkey.code,vt", "--lengths", "600,800", "--samples", 3)
     code, out, _ = call(*asked, "--kv", "tova(9)", "--prefill", "sinks(4)", "--dry-run")
     assert code == 0
-    assert "passkey.code, vt at 256, 400 tokens: 12 questions" in out
+    assert "passkey.code, vt at 600, 800 tokens: 12 questions" in out
     assert "prefill sinks(4), cache tova(9). Nothing was asked." in out
     code, out, _ = call(*asked, "--limit", 5, "--dry-run", "--json")
     assert code == 0
@@ -139,6 +139,24 @@ def test_ruler_lists_without_asking(call):
     code, _, err = call(*asked[:-1], 0, "--dry-run")
     assert code == 2
     assert "At least one question" in err
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_ruler_asks_nothing_where_a_later_question_has_no_room(call, tmp_path, more):
+    asked = ("ruler", MODEL, "--lengths", "300", "--samples", 1, "--tasks", "passkey.code,vt")
+    code, out, err = call(*asked, "--out", tmp_path / "r.jsonl", *more)
+    assert code == 2
+    assert not out
+    assert "A question of vt and its answer need more than 300 tokens" in err
+    assert "ruler 1/2" not in err
+    assert call(*asked, "--limit", 1, "--dry-run")[0] == 0
+
+
+def test_lengths_are_checked_without_words_about_a_cache(call, some_text):
+    code, _, err = call("ppl", MODEL, "--data", some_text, "--lengths", "0")
+    assert code == 2
+    assert "--chunk" not in err
+    assert "0" in err
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,11 @@ class Killed(Exception):
     """Stands for a run that ends without warning."""
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_training():
+    with pytest.raises(DataError, match="cannot be written"):
+        pretrain(CONFIG, TEXT, "/proc/model", on_step=lambda *_: pytest.fail("trained"))
+
+
 def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):
     seen = []
     report = pretrain(
@@ -58,6 +63,8 @@ def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):
     written = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "pretrain.json"} <= written
     assert "checkpoint" not in written
+    with pytest.raises(DataError, match="finished: there is nothing to resume"):
+        pretrain(CONFIG, TEXT, tmp_path / "model", resume=True)
     saved = json.loads((tmp_path / "model" / "pretrain.json").read_text())
     assert saved["heldout_perplexity"] == pytest.approx(report.heldout_perplexity)
 

@@ -60,6 +60,12 @@ def test_writes_files(tmp_path):
         call("chunk(4)", "--svg", str(tmp_path / "no" / "a.svg"))
 
 
+def test_a_page_that_cannot_be_written_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("longspan.viz.gallery.page", lambda **_: pytest.fail("drawn"))
+    with pytest.raises(DataError, match="cannot write"):
+        call("--all", "--out", str(tmp_path / "no" / "all.html"))
+
+
 def test_words_as_text_and_json():
     sentence = ["--tokens", "a b c d", "--heads", "1"]
     text = call("window(3, causal=false) | prefix(1)", *sentence).output

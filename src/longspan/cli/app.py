@@ -75,7 +75,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print(
             "longspan: interrupted; the same command goes on where a run with --out stopped "
-            "(extend: with --resume)",
+            "(extend and pretrain: with --resume)",
             file=sys.stderr,
         )
         sys.exit(130)

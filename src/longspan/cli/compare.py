@@ -42,6 +42,7 @@ def compare(
     from longspan.bench.compare_entries import choose
     from longspan.cli.progress import Bars
     from longspan.cli.values import whole_numbers
+    from longspan.eval.output import check_output_file
     from longspan.eval.records import Records
 
     asked = Compare(
@@ -57,6 +58,9 @@ def compare(
     if dry_run:
         _plan(asked, as_json)
         return
+    for path in (markdown, html):
+        if path is not None:
+            check_output_file(path)
     records = Records(out / report.FILE if out else None, settings)
     with Bars() as bars:
         found = run(asked, records, bars)

@@ -54,7 +54,7 @@ def ppl(
         raise InputError("With --kv windows lie side by side: leave --protocol out.")
     if policy is None and (chunk, prompt) != (1, 0):
         raise InputError("--chunk and --prompt belong to --kv: nothing is read in pieces else.")
-    if chunk < 1 or not 0 <= prompt < min(sizes) - 1:
+    if policy is not None and (chunk < 1 or not 0 <= prompt < min(sizes) - 1):
         raise InputError(
             "--chunk must be at least 1, and --prompt at least 0 and two tokens shorter than the "
             f"shortest length {min(sizes)}; got {chunk} and {prompt}."
@@ -199,8 +199,9 @@ def ruler(
     from longspan.errors import InputError
     from longspan.eval.records import Records
     from longspan.eval.ruler import ALL, check_tasks
+    from longspan.eval.ruler_run import check_rooms, questions
     from longspan.eval.ruler_run import ruler as measure
-    from longspan.hf.models import check_folder
+    from longspan.hf.models import tokenizer_of
     from longspan.kv import cache
     from longspan.kv import parse as read_policy
     from longspan.select import parse as read_method
@@ -215,12 +216,12 @@ def ruler(
     check_dense_below(method, dense_below)
     subject = given.subject(model, max(sizes))
     if dry_run:
-        check_folder(model)
-        asked_in_all = len(names) * len(sizes) * samples
+        planned = questions(names, sizes, samples, given.limit)
+        check_rooms(tokenizer_of(model), planned)
         plan = {
             "tasks": list(names),
             "lengths": list(sizes),
-            "questions": min(asked_in_all, given.limit or asked_in_all),
+            "questions": len(planned),
             "prefill": method and str(method),
             "kv": policy and str(policy),
         }

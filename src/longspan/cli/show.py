@@ -64,13 +64,17 @@ def _pictures(
     from rich.console import Console
 
     from longspan.analysis import coverage
+    from longspan.eval.output import check_output_file
     from longspan.planning import plan
     from longspan.viz import matrices, terminal
     from longspan.viz.views import views
 
+    for path in (svg, png):
+        if path is not None:
+            check_output_file(path)
     found = views(pattern, n, heads=heads, layers=layers)
     if svg is not None:
-        _write(svg, matrices.document(found))
+        svg.write_text(matrices.document(found), encoding="utf-8")
     if png is not None:
         from longspan.viz.png import write
 
@@ -126,24 +130,17 @@ def _words(pattern: Pattern, sentence: str, heads: int, as_json: bool) -> None:
 
 def _gallery(out: Path, as_json: bool) -> None:
     from longspan.cli.progress import Bars
+    from longspan.eval.output import check_output_file
     from longspan.viz.gallery import page
 
+    check_output_file(out)
     with Bars() as bars:
         text, count = page(progress=bars)
-    _write(out, text)
+    out.write_text(text, encoding="utf-8")
     result = {"page": str(out), "patterns": count, "bytes": len(text.encode())}
     typer.echo(
         json.dumps(result) if as_json else f"wrote {count} patterns to {out} ({len(text):,} bytes)"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    from longspan.errors import DataError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _record(found: Views, covered: dict[str, Any], laid: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from longspan.errors import DataError
 from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
-from longspan.eval.ruler import TASKS, Sample, check_tasks, score
+from longspan.eval.ruler import TASKS, Sample, Task, check_tasks, score
 
 _LARGEST = 1 << 22
 
@@ -61,7 +62,8 @@ def ruler(
     check_tasks(tasks, samples)
     check_limit(limit)
     records = Records(None, {}) if records is None else records
-    cells = [(task, n, i) for n in lengths for task in tasks for i in range(samples)][:limit]
+    cells = questions(tasks, lengths, samples, limit)
+    check_rooms(tokenizer, cells)
     for done, (task, length, number) in enumerate(cells, start=1):
         key = _key(task, length, number)
         if key not in records:
@@ -80,6 +82,26 @@ def ruler(
     return _summary(records, tasks, lengths, samples)
 
 
+def questions(
+    tasks: Sequence[str], lengths: Sequence[int], samples: int, limit: int | None = None
+) -> list[tuple[str, int, int]]:
+    """Task, length and number of every question, in the order in which they are asked."""
+    return [(task, n, i) for n in lengths for task in tasks for i in range(samples)][:limit]
+
+
+def check_rooms(tokenizer: Any, asked: Sequence[tuple[str, int, int]]) -> None:
+    """Look for lengths that cannot hold a question, before any question is asked.
+
+    Raises:
+        DataError: naming a length and the tasks it is too short for.
+    """
+    for length in dict.fromkeys(n for _, n, _ in asked):
+        tasks = dict.fromkeys(task for task, n, _ in asked if n == length)
+        large = [task for task in tasks if not _fits(tokenizer, TASKS[task], length, "", 1)]
+        if large:
+            raise _no_room(large, length)
+
+
 def fitting(tokenizer: Any, task: str, length: int, seed: str) -> Sample:
     """The largest question of a task that leaves room for its answer.
 
@@ -94,25 +116,30 @@ def fitting(tokenizer: Any, task: str, length: int, seed: str) -> Sample:
     """
     kind = TASKS[task]
 
-    def at(size: int) -> Sample:
-        return kind.make(random.Random(seed), size)
-
-    def fits(size: int) -> bool:
-        found = len(tokenizer(at(size).prompt, verbose=False)["input_ids"])
-        return found + kind.tokens <= length
+    fits = partial(_fits, tokenizer, kind, length, seed)
 
     if not fits(1):
-        raise DataError(
-            f"A question of {task} and its answer need more than {length} tokens with this "
-            "tokenizer: give longer lengths."
-        )
+        raise _no_room([task], length)
     low, high = 1, 2
     while high < _LARGEST and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return at(low)
+    return kind.make(random.Random(seed), low)
+
+
+def _no_room(tasks: Sequence[str], length: int) -> DataError:
+    return DataError(
+        f"A question of {', '.join(sorted(tasks))} and its answer need more than {length} tokens "
+        "with this tokenizer: give longer lengths, or other tasks."
+    )
+
+
+def _fits(tokenizer: Any, kind: Task, length: int, seed: str, size: int) -> bool:
+    sample = kind.make(random.Random(seed), size)
+    found = len(tokenizer(sample.prompt, verbose=False)["input_ids"])
+    return found + kind.tokens <= length
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ def load_model(
         InputError: for an unknown dtype, or a device that this machine does not have.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
@@ -46,9 +46,7 @@ def load_model(
     _check_causal(folder, config)
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
-    # Some releases make an empty tokenizer where there is none.
-    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
-        raise DataError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}).")
+    _check_tokenizer(folder)
     try:
         with no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -67,11 +65,29 @@ def load_model(
             f"The weights in {folder} lack {len(missing)} tensors, first {missing[0]}; "
             "they would be random. Copy the folder again."
         )
+    return model.to(place).eval(), tokenizer_of(folder)
+
+
+def tokenizer_of(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved model alone.
+
+    Raises:
+        DataError: as ``load_model``.
+    """
+    from transformers import AutoTokenizer
+
+    folder = check_folder(path)
+    _check_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise DataError(f"The tokenizer in {folder} cannot be loaded: {_short(error)}") from error
-    return model.to(place).eval(), tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    # Some releases make an empty tokenizer where there is none.
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
+        raise DataError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER)}).")
 
 
 def check_device(name: str | torch.device) -> torch.device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from longspan import hf, pattern
 from longspan.errors import DataError, InputError, Refusal
+from longspan.eval.output import check_output_folder
 from longspan.eval.records import differences
 from longspan.hf.models import check_folder
 from longspan.hf.rope import check_rope, rope_parameters, trained_length
@@ -168,17 +168,7 @@ def doubling(trained: int, length: int) -> tuple[int, ...]:
 
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise DataError unless ``out`` can be written and is new, empty, or a run to resume."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"The output folder {out} is a file: give a folder that is new or empty.")
-    there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"The output folder {out} cannot be written: {error.strerror or error}. "
-            "Give a folder that can be."
-        ) from error
+    check_output_folder(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not resume:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.errors import DataError, InputError
+from longspan.eval.output import check_output_folder
 from longspan.hf.build import build_llama, load_tokenizer, save_model, train_tokenizer
 from longspan.hf.models import check_device
 from longspan.hf.quiet import saving
@@ -130,7 +131,8 @@ def pretrain(
             validation loss).
 
     Raises:
-        DataError: too little text, ``out`` not empty, or nothing to resume from.
+        DataError: too little text, ``out`` not empty or not to be written, or nothing to resume
+            from.
     """
     out = Path(out)
     checkpoint = out / CHECKPOINT_FOLDER
@@ -317,7 +319,10 @@ def _set_rng_state(device: torch.device, state: Tensor) -> None:
 
 
 def _check_out(out: Path, checkpoint: Path, *, resume: bool) -> None:
+    check_output_folder(out)
     if resume:
+        if (out / REPORT_NAME).is_file():
+            raise DataError(f"the run in {out} is finished: there is nothing to resume.")
         if not (checkpoint / "state.pt").is_file():
             raise DataError(
                 f"nothing to resume: {checkpoint} holds no checkpoint. Start without resume."
