@@ -106,6 +106,10 @@ def test_wrong_arguments(tiny):
         ls.hf.add_lora(model, rank=0, alpha=8)
     with pytest.raises(InputError, match=r"named qq_proj.*k_proj, o_proj, q_proj, v_proj"):
         ls.hf.add_lora(model, rank=4, alpha=8, targets=["q_proj", "qq_proj"])
+    adapted = ls.hf.add_lora(model, rank=4, alpha=8)
+    for again in (adapted, model):
+        with pytest.raises(InputError, match="has an adapter already"):
+            ls.hf.add_lora(again, rank=4, alpha=8)
 
 
 def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):

@@ -217,7 +217,8 @@ def test_wrong_sizes_are_named(name):
     for shape in ((2, 0, 16), (0, 21, 16)):
         with pytest.raises(InputError, match="at least one sequence of one token"):
             build(name)(torch.randn(shape))
-    with pytest.raises(InputError, match="padding mask of shape"):
-        build(name)(torch.randn(2, 21, 16), torch.ones(2, 20))
+    for mask, given in ((torch.ones(2, 20), r"\[2, 20\]"), ([[1] * 21] * 2, "list")):
+        with pytest.raises(InputError, match=rf"padding mask of shape \[2, 21\], got {given}"):
+            build(name)(torch.randn(2, 21, 16), mask)
     with pytest.raises(InputError, match="give head_dim="):
         getattr(ls.mechanism, name)(10, 4, **LAYERS[name])

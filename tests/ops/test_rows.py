@@ -35,6 +35,18 @@ def order(table):
     return Order.of(table, 4, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("table", [PER_ROW, PER_HEAD])
+def test_a_table_may_lie_by_columns(table):
+    # Searching in it would warn the user.
+    torch.set_warn_always(True)
+    try:
+        found = order(np.asfortranarray(table))
+    finally:
+        torch.set_warn_always(False)
+    x = torch.randn(2, 6, 4, 5)
+    assert torch.equal(found.take(x), order(table).take(x))
+
+
 def rows_of(table, b, h, heads):
     own = table[b % len(table)]
     return (own if own.ndim == 1 else own[h * len(own) // heads]).tolist()

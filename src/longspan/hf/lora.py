@@ -43,13 +43,20 @@ def add_lora(
         A ``PeftModel``. Which pattern is applied to ``model`` makes no difference.
 
     Raises:
-        InputError: for a rank below 1, or targets that the model does not have.
+        InputError: for a rank below 1, targets that the model does not have, or a model that has
+            an adapter already.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = base_model(model)
     if rank < 1:
         raise InputError(f"A LoRA rank is at least 1, got {rank}.")
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise InputError(
+            f"{type(base).__name__} has an adapter already: train that one, or fold it in with "
+            "longspan.hf.merge_and_save."
+        )
     wanted = list(targets) if targets is not None else attention_projections(base)
     names = [name for name, _ in base.named_modules()]
     absent = [

@@ -200,7 +200,8 @@ def check(x: Tensor, d_model: int, mask: Tensor | None) -> None:
         raise InputError(f"expected x of shape [batch, tokens, {d_model}], got {list(x.shape)}")
     if 0 in x.shape:
         raise InputError(f"expected at least one sequence of one token, got {list(x.shape)}")
-    if mask is not None and mask.shape != x.shape[:2]:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:2]):
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(
-            f"expected a padding mask of shape {list(x.shape[:2])}, got {list(mask.shape)}"
+            f"expected a tensor as padding mask of shape {list(x.shape[:2])}, got {given}"
         )

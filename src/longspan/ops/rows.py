@@ -148,7 +148,7 @@ class Order:
     @classmethod
     def of(cls, order: NDArray[np.int32], rows: int, device: torch.device) -> Order:
         """From a table [B or 1, P] or [B or 1, G, P], -1 for places without a row."""
-        row_BGP = torch.from_numpy(order.astype(np.int64))
+        row_BGP = torch.from_numpy(order.astype(np.int64, order="C"))
         if row_BGP.dim() == 2:
             row_BGP = row_BGP[:, None]
         table = Table.of(row_BGP[None], device)
