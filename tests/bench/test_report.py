@@ -12,6 +12,7 @@ from longspan.bench.curves import break_even, crossing, left_out, points, read, 
 from longspan.bench.report import render
 from longspan.cli.app import main
 from longspan.errors import DataError
+from longspan.eval.records import Records
 
 
 class Page(HTMLParser):
@@ -203,6 +204,11 @@ def test_only_records_are_read(tmp_path):
     with pytest.raises(DataError, match=r"records\.jsonl"):
         read(tmp_path)
     (tmp_path / "records.jsonl").write_text('{"key": "x"}\n')
+    with pytest.raises(DataError, match="holds no benchmark"):
+        read(tmp_path)
+    (tmp_path / "records.jsonl").unlink()
+    # As longspan compare keeps them.
+    Records(tmp_path / "records.jsonl", {"lengths": [64], "rounds": 0})
     with pytest.raises(DataError, match="holds no benchmark"):
         read(tmp_path)
 

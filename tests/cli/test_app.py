@@ -246,6 +246,10 @@ def test_eval_passkey(call: Callable[..., Result], tiny_model: Path) -> None:
         (["passkey", "MODEL", "--lengths", "999", "--pattern", "wndow(4)"], "window"),
         (
             ["passkey", "MODEL", "--lengths", "999", "--adapter", "none"],
+            "adapter folder none does not exist",
+        ),
+        (
+            ["passkey", "MODEL", "--lengths", "999", "--adapter", "MODEL"],
             "longspan.json is missing",
         ),
     ],

@@ -71,5 +71,23 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert path.read_text() == "hello\n"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00binary",
+        b'{"header": 3}\n',
+        b'{"header": {"settings": {}}}\n',
+        b'{"header": {"settings": {}, "hash": "x"}}\n{"loss": 1}\n',
+        b"7\n",
+    ],
+)
+def test_files_that_begin_otherwise_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a record file"):
+        Records(path, {})
+    assert path.read_bytes() == content
+
+
 def test_fingerprint_ignores_order() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})

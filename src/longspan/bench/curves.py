@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import DataError
-from longspan.eval.records import read_lines
+from longspan.eval.records import read_records
 from longspan.viz.svg import label
 
 FILE = "records.jsonl"
@@ -25,12 +25,14 @@ def read(folder: Path) -> dict[str, Any]:
         DataError: if the folder holds none.
     """
     path = folder / FILE
-    lines = read_lines(path) if path.exists() else []
-    if not lines or "header" not in lines[0]:
+    found = read_records(path) if path.exists() else None
+    # Other commands keep records too, under the same name.
+    if found is None or not found[0]["settings"].keys() >= {"heads", "key_heads", "width"}:
         raise DataError(
             f"{folder} holds no benchmark: expected {FILE}, as longspan bench --out writes it"
         )
-    return {"settings": lines[0]["header"]["settings"], "records": lines[1:]}
+    header, records = found
+    return {"settings": header["settings"], "records": records}
 
 
 def points(found: dict[str, Any], pattern: str, way: str, name: str, what: str) -> list[Any]:

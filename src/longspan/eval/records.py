@@ -68,21 +68,39 @@ class Records:
             file.write(json.dumps(line) + "\n")
 
     def _load(self, path: Path, header: dict[str, Any]) -> None:
-        lines = read_lines(path)
-        if not lines or "header" not in lines[0]:
+        there = read_records(path)
+        if there is None:
             raise DataError(
                 f"{path} is not a record file of longspan: its first line should be a header. "
                 "Give another path or remove the file."
             )
-        found = lines[0]["header"]
+        found, lines = there
         if found["hash"] != header["hash"]:
             changed = differences(found["settings"], header["settings"])
             raise DataError(
                 f"{path} holds results of other settings ({changed}). "
                 "Give another path, or remove the file to measure again."
             )
-        self._done = {line.pop("key"): line for line in lines[1:]}
+        self._done = {line.pop("key"): line for line in lines}
         _replace(path, _with_header(header, self._done))
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Header (``settings``, ``hash``) and results (with ``key``) of a file; None if it is no
+    record file.
+    """
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError:
+        return None
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        return None
+    header = lines[0].get("header")
+    if not isinstance(header, dict) or not header.keys() >= {"settings", "hash"}:
+        return None
+    if not all("key" in line for line in lines[1:]):
+        return None
+    return header, lines[1:]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

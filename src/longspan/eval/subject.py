@@ -74,6 +74,8 @@ class Subject:
     def _how_adapter_was_trained(self) -> dict[str, Any]:
         assert self.adapter is not None
         path = self.adapter / "longspan.json"
+        if not self.adapter.is_dir():
+            raise DataError(f"The adapter folder {self.adapter} does not exist.")
         if not path.exists():
             raise DataError(
                 f"{path} is missing: this adapter was not written by longspan extend, so its "
