@@ -20,6 +20,9 @@ from longspan.errors import Refusal
 from longspan.eval.environment import version
 from longspan.ops import measured
 
+# A rival that has no backward, which is told once.
+_LACKING = (Refusal, NotImplementedError)
+
 
 def compare(
     makers: Mapping[str, Callable[[], Call]],
@@ -87,7 +90,7 @@ def agreeing(
             try:
                 grads: Any = ways["forward+backward"]()
                 results += grads
-            except (Refusal, NotImplementedError) as refusal:
+            except _LACKING as refusal:
                 log.add(**about, kernel=name, way="forward+backward", refused=str(refusal))
             wait()
             # Kernels are compiled by now; what is left is what a new pattern costs.
@@ -162,7 +165,8 @@ def race(
                 step()
                 steps[name] = step
             except Exception as error:
-                log.add(**about, kernel=name, way=way, **failed(error))
+                if name not in first or not isinstance(error, _LACKING):
+                    log.add(**about, kernel=name, way=way, **failed(error))
         seconds = in_turns(steps, rounds=rounds, device=inputs[0].device, warm_up=2)
         rate = {
             name: flops
@@ -189,7 +193,8 @@ def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, A
     """The stored table that ``auto`` goes by, with cases of this GPU added or replaced.
 
     Args:
-        cases: pattern, width, keys, apart, backward, tflops, and fill where it is not 1.
+        cases: pattern, width, keys, apart, backward, tflops; several if queries have several
+            ranges, and fill where it is not 1.
         command: what measured them.
     """
     gpu = torch.cuda.get_device_name()

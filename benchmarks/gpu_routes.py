@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -486,6 +487,10 @@ def main() -> None:
     if options.only is not None:
         work = length
     command = f"python benchmarks/gpu_routes.py --seconds {options.seconds:.0f}"
+    if options.kernels != KERNELS:
+        command += f" --kernels {' '.join(options.kernels)}"
+    if options.match:
+        command += f" --match {shlex.join(options.match)}"
 
     def tables() -> None:
         if options.only is None:
