@@ -277,6 +277,7 @@ def compare(
         "density": pairs / (HEADS * n * (n + (1 if cut else size)) / 2),
         "keys": mean_keys,
         "apart": apart,
+        "several": ranges.lo_GNm.shape[2] > 1,
         "fill": filled,
         "auto": picked(ranges, inputs),
     }
@@ -321,6 +322,7 @@ def measured_cases(log: Log) -> list[dict[str, Any]]:
             "width": row["width"],
             "keys": round(row["keys"]),
             "apart": row["apart"],
+            "several": row["several"],
             "fill": round(row["fill"], 3),
             "backward": row["way"] != "forward",
             "tflops": {},

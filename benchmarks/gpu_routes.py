@@ -272,6 +272,7 @@ def compare(
         "passes": len(plan.passes),
         "keys": plan.pairs / (HEADS * n),
         "apart": len({one for p in plan.passes for one in p.head_class}) > 1,
+        "several": any(p.lo.shape[-1] > 1 for p in plan.passes),
         "plan_seconds": planned,
     }
     gpu_race.compare(
@@ -384,6 +385,7 @@ def measured(log: Log, command: str) -> dict[str, Any]:
                 "width": row["width"],
                 "keys": round(row["keys"]),
                 "apart": row["apart"],
+                "several": row["several"],
                 "backward": row["way"] != "forward",
                 "tflops": {},
             },

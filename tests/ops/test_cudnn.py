@@ -469,6 +469,19 @@ def test_auto_follows_the_measurements_of_this_gpu(hopper, monkeypatch):
     assert measured.rates(training, window(4096, 500, heads=4), True).tflops == {"flex": 3.0}
 
 
+def test_rates_of_one_range_a_query_come_from_such_cases(hopper, monkeypatch):
+    table = [
+        {**TABLE[0], "tflops": {"cudnn": 5.0, "flex": 3.0}},
+        {**TABLE[0], "keys": 1010, "several": True, "tflops": {"cudnn": 3.0, "flex": 5.0}},
+    ]
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": table}})
+    q = On(1, 4, 8192, 128)
+    one, two = window(8192, 1080, heads=4), cases.sink_window(8192, 4, 60, 1020)
+    for ranges, first in ((one, "cudnn"), (two, "flex")):
+        assert abs(measured.shape_of(ranges)[0] - 1010) < 5
+        assert capability.in_order(q, q, q, ranges)[0][0].name == first
+
+
 @pytest.mark.parametrize(
     ("rate", "rows", "names"),
     [

@@ -3,8 +3,9 @@
 ``measured.json`` holds for each model the rates of all kernels on a few patterns and the command
 that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py`` for scattered
 blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
-128 it fills, width, keys per query, and whether heads differ. A model that nobody measured, and
-short inputs, where making a plan costs more than the kernel, keep the order of the kernels.
+128 it fills, width, keys per query, whether heads differ, and whether queries have several ranges.
+A model that nobody measured, and short inputs, where making a plan costs more than the kernel,
+keep the order of the kernels.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
         return None
     gpu = torch.cuda.get_device_name(q_BHND.device)
     cases = table().get(gpu, {}).get("cases", ())
-    return nearest(gpu, cases, q_BHND.shape[-1], *shape_of(ranges), backward)
+    several = ranges.lo_GNm.shape[2] > 1
+    return nearest(gpu, cases, q_BHND.shape[-1], *shape_of(ranges), several, backward)
 
 
 @functools.cache
@@ -88,6 +90,7 @@ def nearest(
     keys: float,
     apart: bool,
     filled: float,
+    several: bool,
     backward: bool,
 ) -> Rates | None:
     """The nearest of some measured cases; sizes are compared by their ratio."""
@@ -96,7 +99,8 @@ def nearest(
         wide = abs(math.log2(case["width"] / width))
         long = abs(math.log2(case["keys"] / max(keys, 1.0)))
         dense = abs(math.log2(case.get("fill", 1.0) / max(filled, 1e-3)))
-        return 2 * wide + 2 * dense + long + (case["apart"] != apart)
+        split = case.get("several", False) != several
+        return 2 * wide + 2 * dense + long + (case["apart"] != apart) + 0.5 * split
 
     same = [case for case in cases if case["backward"] == backward]
     if not same:
