@@ -26,8 +26,6 @@ from longspan.eval.environment import environment, version
 from longspan.eval.records import read_lines
 
 KERNELS = ("cudnn", "flash", "hopper", "flex_flash", "flex")
-# Those without a backward.
-FORWARD_ONLY = ("hopper",)
 RESULTS = Path(__file__).parent / "results"
 HEADS, KEY_HEADS = 32, 8
 # What the libraries below our kernels call themselves.

@@ -41,7 +41,6 @@ from torch import Tensor
 import gpu_race
 import longspan as ls
 from gpu_harness import (
-    FORWARD_ONLY,
     HEADS,
     KERNELS,
     KEY_HEADS,
@@ -141,7 +140,6 @@ def check_cases() -> dict[str, tuple[str, int, np.ndarray | None]]:
 
 
 def check(kernel: str, width: int, log: Log, *, only_one: bool = False) -> None:
-    gradients = kernel not in FORWARD_ONLY
     lse_gradient = kernel != "flex_flash"
     for name, (text, n, segments) in list(check_cases().items())[: 1 if only_one else None]:
         about = {"kind": "check", "kernel": kernel, "width": width, "case": name, "pattern": text}
@@ -158,7 +156,7 @@ def check(kernel: str, width: int, log: Log, *, only_one: bool = False) -> None:
                 return ls.attend(q, k, v, plan, impl=kernel), lse
 
             theirs = oracle.reference(plan, width**-0.5)
-            found = oracle.errors(ours, theirs, inputs, use_lse=lse_gradient, gradients=gradients)
+            found = oracle.errors(ours, theirs, inputs, use_lse=lse_gradient)
             wrong = oracle.wrong(found, torch.bfloat16)
             log.add(**about, errors=found, wrong=wrong, seconds=time.perf_counter() - start)
         except Refusal as refusal:
@@ -182,9 +180,8 @@ def warm(kernel: str, width: int, log: Log) -> None:
         try:
             plan = ls.plan(ls.parse(text), 32768, HEADS)
             inputs = tensors(32768, width)
-            for way, call in both_ways(through(kernel, plan), inputs).items():
-                if way == "forward" or kernel not in FORWARD_ONLY:
-                    call()
+            for call in both_ways(through(kernel, plan), inputs).values():
+                call()
             torch.cuda.synchronize()
             log.add(**about, seconds=time.perf_counter() - start)
         except Exception as error:

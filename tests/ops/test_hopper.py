@@ -263,8 +263,7 @@ def test_a_named_kernel_refuses_without_a_gpu():
         (On(1, 4, 500, 64), On(1, 2, 500, 64), None),
         (On(1, 4, 500, 128, dtype=torch.float16), On(1, 2, 500, 64), None),
         (On(1, 4, 500, 8), On(1, 2, 500, 104), None),
-        (On(1, 4, 500, 64, grad=True), On(1, 2, 500, 64), "no gradients"),
-        (On(1, 4, 500, 64), On(1, 2, 500, 64, grad=True), "no gradients"),
+        (On(1, 4, 500, 64, grad=True), On(1, 2, 500, 64, grad=True), None),
         (On(1, 4, 500, 64, dtype=torch.float32), On(1, 2, 500, 64), "bfloat16"),
         (On(1, 4, 500, 60), On(1, 2, 500, 64), "got 60"),
         (On(1, 4, 500, 64), On(1, 2, 500, 136), "values of 136"),
@@ -274,9 +273,6 @@ def test_a_named_kernel_refuses_without_a_gpu():
 def test_reasons(on_hopper, q, v, word):
     found = module.reasons(q, On(1, 2, 500, q.shape[-1]), v, window(500, 100, heads=4))
     assert found == [] if word is None else word in " ".join(found)
-    with torch.no_grad():
-        again = module.reasons(q, On(1, 2, 500, q.shape[-1]), v, window(500, 100, heads=4))
-    assert again == ([] if word == "no gradients" else found)
 
 
 def test_reasons_of_the_machine(on_hopper, monkeypatch):

@@ -34,36 +34,27 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 
 def errors(
-    ours: Attend,
-    theirs: Attend,
-    inputs: Sequence[Tensor],
-    *,
-    use_lse: bool = True,
-    gradients: bool = True,
+    ours: Attend, theirs: Attend, inputs: Sequence[Tensor], *, use_lse: bool = True
 ) -> dict[str, float]:
-    """Relative errors of output, log-sum-exp and, unless told otherwise, the gradients.
+    """Relative errors of output, log-sum-exp and the gradients.
 
     Args:
         ours: what is tested, from q, k and v.
         theirs: the oracle; it gets them in float32, or float64 on a CPU.
         inputs: q [B, H, N, D], k and v [B, K, M, D].
         use_lse: send gradients through the log-sum-exp too.
-        gradients: ask for gradients.
     """
     exact = torch.float64 if inputs[0].device.type == "cpu" else torch.float32
-    leaves = [x.detach().requires_grad_(gradients) for x in inputs]
-    sharp = [x.detach().to(exact).requires_grad_(gradients) for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    sharp = [x.detach().to(exact).requires_grad_() for x in inputs]
     given, expected = ours(*leaves), theirs(*sharp)
     seen = expected[1] > -torch.inf
     make = torch.Generator(inputs[0].device).manual_seed(1)
     slopes = [torch.randn(x.shape, generator=make, device=x.device) for x in expected]
-    names = NAMES if gradients else NAMES[:2]
     if not (given[1][~seen] == -torch.inf).all():
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(NAMES, float("nan"))
 
-    def slopes_of(results: tuple[Tensor, Tensor], of: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if not gradients:
-            return ()
+    def gradients(results: tuple[Tensor, Tensor], of: Sequence[Tensor]) -> tuple[Tensor, ...]:
         out, lse = results
         ends, starts = [out], [slopes[0].to(out.dtype)]
         if use_lse:
@@ -71,10 +62,10 @@ def errors(
         return torch.autograd.grad(ends, of, starts)
 
     sides = [
-        (out, lse.masked_fill(~seen, 0.0), *slopes_of((out, lse), of))
+        (out, lse.masked_fill(~seen, 0.0), *gradients((out, lse), of))
         for (out, lse), of in ((given, leaves), (expected, sharp))
     ]
-    return {name: relative(a, b) for name, a, b in zip(names, *sides, strict=True)}
+    return {name: relative(a, b) for name, a, b in zip(NAMES, *sides, strict=True)}
 
 
 def reference(plan: Plan, scale: float) -> Attend:

@@ -142,7 +142,7 @@ KERNELS = (
     Capability(
         name="hopper",
         devices=("cuda",),
-        note="our own kernel for Hopper, without gradients",
+        note="our own kernel for Hopper",
     ),
     Capability(
         name="flash",

@@ -5,8 +5,9 @@ that load the next task while they write the last one (see ``_hopper_forward``),
 that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width
 alone, so that a new pattern is a new plan of a few milliseconds.
 
-Forward only: 4 D flops for each pair of a tile that is visited; memory O(N D), the bounds and the
-lists of tiles.
+4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``),
+which computes in a width of 128 whatever D is; memory O(N D), the bounds and the lists of tiles,
+and in the backward 4 N D bytes for each head.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
@@ -15,13 +16,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
-from longspan.ops.capability import needs_grad
+from longspan.ops.capability import Halves, needs_grad
+from longspan.ops.empty import harmless
+from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
     MOST_TILES,
@@ -36,6 +41,8 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
+# What the backward is compiled for.
+_WIDE = 128
 _LOG2_E = 1.4426950408889634
 
 
@@ -62,7 +69,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
     if 0 in (*q_BHND.shape, *k_BKMD.shape):
         found.append("hopper takes at least one query and one key")
     if needs_grad(q_BHND, k_BKMD, v_BKMD):
-        found.append("hopper computes no gradients")
+        found += _gradient_reasons(ranges)
     if not found and (missing := missing_gluon()):
         found.append(missing)
     if ranges.lo_GNm[:, 0].numel() >= MOST_PLANES:
@@ -70,6 +77,14 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
     if not found and most_tiles(ranges) > MOST_TILES:
         found.append("the ranges touch more than 2**28 tiles of 128 x 128, whose list is too long")
     return found
+
+
+def _gradient_reasons(ranges: KeyRanges) -> list[str]:
+    if torch.are_deterministic_algorithms_enabled():
+        return ["hopper adds gradients of queries up in any order, not deterministically"]
+    if most_entries(ranges) > MOST_TILES:
+        return ["the ranges touch more than 2**28 tiles of 64 x 128, whose list is too long"]
+    return []
 
 
 def why_no_hopper() -> str | None:
@@ -95,6 +110,10 @@ def _kernels() -> Any:
     return importlib.import_module("longspan.ops.kernels._hopper_forward")
 
 
+def _back_kernels() -> Any:
+    return importlib.import_module("longspan.ops.kernels._hopper_backward")
+
+
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
 @torch.compiler.disable
 def hopper(
@@ -112,62 +131,212 @@ def hopper(
 
     Returns:
         out [B, H, N, Dv] in the dtype of ``q``, laid out in memory as ``q`` where it is as wide,
-        and natural-log lse [B, H, N] in float32. Without gradients.
+        and natural-log lse [B, H, N] in float32. Both are differentiable, once.
 
     Raises:
         Refusal: ``reasons`` has one.
     """
+    backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
+    ready = _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=backward)
+    if not backward:
+        return ready.forward(q_BHND, k_BKMD, v_BKMD)
+    return _Attend.apply(q_BHND, k_BKMD, v_BKMD, ready)
+
+
+def hopper_halves(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
+) -> Halves:
+    """The same, with gradients, as a forward and a backward of their own.
+
+    Raises:
+        Refusal: ``reasons`` has one.
+    """
+    return _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=True)
+
+
+def _ready(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    *,
+    backward: bool,
+) -> _Ready:
+    """The plans for these ranges and tensors."""
     if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
     batch, heads = q_BHND.shape[:2]
+    key_heads = k_BKMD.shape[1]
     row_bytes = k_BKMD.shape[3] * k_BKMD.element_size() + v_BKMD.shape[3] * v_BKMD.element_size()
-    plan = plan_of(ranges, batch, heads, k_BKMD.shape[1], row_bytes)
-    if scale <= 0:
-        # The greatest logit is found before the logits are scaled.
-        q_BHND, scale = (-q_BHND, -scale) if scale else (torch.zeros_like(q_BHND), 1.0)
-    return _forward(plan, aligned(q_BHND), aligned(k_BKMD), aligned(v_BKMD), scale)
+    plan = plan_of(ranges, batch, heads, key_heads, row_bytes)
+    back = back_plan_of(ranges, batch, heads, key_heads) if backward else None
+    return _Ready(plan, back, scale)
 
 
-def _forward(
-    plan: HopperPlan, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp. What belongs to a view, as the rows of a remainder, is one."""
-    batch, heads, rows, width = q_BHND.shape
-    out_BHND = torch.empty_like(q_BHND)
-    if v_BKMD.shape[3] != width:
-        out_BHND = q_BHND.new_empty(batch, heads, rows, v_BKMD.shape[3])
-    lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
-    compiled = next(wide for wide in _PLACES if wide >= max(width, v_BKMD.shape[3]))
-    device = q_BHND.device
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    tasks = len(plan.tasks_T8)
-    with torch.cuda.device(device):
-        _kernels().forward[(min(programs, tasks),)](
-            _described(q_BHND, 64, compiled),
-            _described(k_BKMD, 128, compiled),
-            _described(v_BKMD, 128, compiled),
-            _described(out_BHND, 64, compiled),
-            lse_BHN,
-            plan.tasks_T8,
-            plan.entries_E2,
-            plan.lo_PN,
-            plan.hi_PN,
-            tasks,
+class _Attend(torch.autograd.Function):
+    """Both kernels for a pass that stands alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ready: _Ready
+    ) -> tuple[Tensor, Tensor]:
+        out_BHND, lse_BHN = ready.forward(q_BHND, k_BKMD, v_BKMD)
+        ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
+        ctx.ready = ready
+        ctx.set_materialize_grads(False)
+        return out_BHND, lse_BHN
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout_BHND: Tensor | None, dlse_BHN: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *rows, lse_BHN = ctx.saved_tensors
+        slopes = harmless(ctx.ready.back.empty, lse_BHN, dout_BHND, dlse_BHN)
+        return *ctx.ready.backward(*rows, *slopes), None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """Both kernels over given ranges.
+
+    Attributes:
+        plan: of the forward.
+        back: of the backward, if there will be one.
+        scale: factor on the logits.
+    """
+
+    plan: HopperPlan
+    back: HopperBackPlan | None
+    scale: float
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp. What belongs to a view, as the rows of a remainder, is one."""
+        q_BHND, k_BKMD, v_BKMD = self._queries(q), aligned(k), aligned(v)
+        batch, heads, rows, width = q_BHND.shape
+        out_BHND = torch.empty_like(q_BHND)
+        if v.shape[3] != width:
+            out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
+        lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
+        compiled = next(wide for wide in _PLACES if wide >= max(width, v.shape[3]))
+        tasks = len(self.plan.tasks_T8)
+        with torch.cuda.device(q.device):
+            _kernels().forward[(min(_programs(q.device), tasks),)](
+                _described(q_BHND, 64, compiled),
+                _described(k_BKMD, 128, compiled),
+                _described(v_BKMD, 128, compiled),
+                _described(out_BHND, 64, compiled),
+                lse_BHN,
+                self.plan.tasks_T8,
+                self.plan.entries_E2,
+                self.plan.lo_PN,
+                self.plan.hi_PN,
+                tasks,
+                rows,
+                heads,
+                heads // k.shape[1],
+                abs(self.scale or 1.0) * _LOG2_E,
+                _PLACES[compiled],
+                compiled,
+                num_warps=4,
+            )
+        return out_BHND, lse_BHN
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v, laid out in memory as these are.
+
+        All numbers are finite; with ``out``, ``lse`` may be that of more keys.
+        """
+        assert self.back is not None
+        q_BHND, k_BKMD, v_BKMD, out_BHND = self._queries(q), *map(aligned, (k, v, out))
+        dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
+        batch, heads, rows, width = q_BHND.shape
+        lse_BHN = lse.contiguous()
+        delta_BHN = _deltas(out_BHND, dout_BHND, dlse)
+        sums_BHND = q_BHND.new_zeros(batch, heads, rows, width, dtype=torch.float32)
+        dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
+        tasks = len(self.back.tasks_T4)
+        scale = abs(self.scale or 1.0)
+        with torch.cuda.device(q.device):
+            _back_kernels().backward[(min(_programs(q.device), tasks),)](
+                *(_described(x, 64, _WIDE) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
+                _described(sums_BHND, 64, _WIDE // 2, 32),
+                _described(dk_BKMD, 64, _WIDE),
+                _described(dv_BKMD, 64, _WIDE),
+                lse_BHN,
+                delta_BHN,
+                self.back.tasks_T4,
+                self.back.parts_TS4,
+                self.back.entries_E2,
+                self.plan.lo_PN,
+                self.plan.hi_PN,
+                tasks,
+                rows,
+                heads,
+                heads // k.shape[1],
+                scale,
+                scale * _LOG2_E,
+                _WIDE,
+                num_warps=4,
+            )
+        dq_BHND = torch.empty_like(q_BHND)
+        torch.mul(sums_BHND, self.scale, out=dq_BHND)
+        # The log-sum-exp does not depend on the values.
+        return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
+
+    def _queries(self, q_BHND: Tensor) -> Tensor:
+        """As the kernels take them, with a scale above 0.
+
+        The greatest logit is found before the logits are scaled.
+        """
+        if self.scale > 0:
+            return aligned(q_BHND)
+        return -aligned(q_BHND) if self.scale else torch.zeros_like(aligned(q_BHND))
+
+
+def _deltas(out_BHND: Tensor, dout_BHND: Tensor, dlse_BHN: Tensor | None) -> Tensor:
+    """What the backward subtracts from the gradient of each weight of a row."""
+    batch, heads, rows, width = out_BHND.shape
+    delta_BHN = out_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
+    dlse_BHN = delta_BHN if dlse_BHN is None else dlse_BHN.float().contiguous()
+    wide = 1 << (width - 1).bit_length()
+    tall = 4096 // wide
+    with torch.cuda.device(out_BHND.device):
+        _back_kernels().deltas[(-(-rows // tall), batch * heads)](
+            out_BHND,
+            dout_BHND,
+            dlse_BHN,
+            delta_BHN,
             rows,
             heads,
-            heads // k_BKMD.shape[1],
-            scale * _LOG2_E,
-            _PLACES[compiled],
-            compiled,
-            num_warps=4,
+            *out_BHND.stride()[:3],
+            *dout_BHND.stride()[:3],
+            dlse_BHN is not delta_BHN,
+            width,
+            wide,
+            tall,
         )
-    return out_BHND, lse_BHN
+    return delta_BHN
 
 
-def _described(x_BHND: Tensor, rows: int, width: int) -> Any:
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _described(x_BHND: Tensor, rows: int, width: int, bits: int = 16) -> Any:
     """A tensor for the unit that copies tiles."""
     gluon = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     language = importlib.import_module("triton.experimental.gluon.language")
-    layout = language.NVMMASharedLayout(128, 16, 4)
+    layout = language.NVMMASharedLayout(128, bits, 4)
     shape, strides = list(x_BHND.shape), list(x_BHND.stride())
     return gluon.TensorDescriptor(x_BHND, shape, strides, [1, 1, rows, width], layout)

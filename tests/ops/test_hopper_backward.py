@@ -1,0 +1,239 @@
+"""The backward of the Hopper kernel: its plans, a stand-in that goes through them on the CPU, and
+gradients on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import partial
+
+import pytest
+import torch
+from tests.ops import cases
+from tests.ops.cases import On
+from tests.ops.test_flex import gpu, relative, tensors, to, window
+from tests.ops.test_hopper import GPU_CASES, PLANNED, here, plan
+
+import longspan as ls
+from longspan.ops.kernels import _hopper_back_plan
+from longspan.ops.kernels.reference import reference
+
+module = importlib.import_module("longspan.ops.kernels.hopper")
+
+
+def back_plan(ranges, batch, heads, key_heads):
+    return _hopper_back_plan.back_plan_of(ranges, batch, heads, key_heads)
+
+
+def seen(made, row, key, about):
+    """bool [64, 128]: what the kernel takes of a tile, going by the bits of its entry."""
+    key_S = torch.arange(key, key + 128)
+    lo, hi = (x[about >> 6, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
+    inside = key_S >= lo if about & 16 else key_S < hi
+    return inside & (key_S >= lo) if about & 32 else inside
+
+
+def executed(made, back, tensors, lse, dout, dlse, scale):
+    """Gradients, one task after another."""
+    q, k, v, out = tensors
+    share = q.shape[1] // k.shape[1]
+    dq, dk, dv = torch.zeros_like(q), torch.full_like(k, math.nan), torch.full_like(v, math.nan)
+    delta = (dout * out).sum(-1) - dlse
+    for (key, key_head, b, _), parts in zip(
+        back.tasks_T4.tolist(), back.parts_TS4.tolist(), strict=True
+    ):
+        own = b, key_head, slice(key, key + 128)
+        dk_own, dv_own = torch.zeros_like(k[own]), torch.zeros_like(v[own])
+        for x, (first, masked, count, _) in enumerate(parts):
+            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
+                rows = b, key_head * share + x, slice(row, row + 64)
+                p = (scale * q[rows] @ k[own].mT - lse[rows][:, None]).exp()
+                if at < masked:
+                    p = p.where(seen(made, row, key, about)[:, : p.shape[1]], 0.0)
+                ds = p * (dout[rows] @ v[own].mT - delta[rows][:, None])
+                dv_own += p.mT @ dout[rows]
+                dk_own += scale * ds.mT @ q[rows]
+                dq[rows] += scale * ds @ k[own]
+        dk[own], dv[own] = dk_own, dv_own
+    return dq, dk, dv
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name):
+    build, batch, heads, key_heads = PLANNED[name]
+    ranges = build()
+    q, k, v = (
+        x.double().requires_grad_()
+        for x in tensors(batch, heads, key_heads, ranges.queries, ranges.keys, 8, 8)
+    )
+    out, lse = reference(q, k, v, ranges, 0.3)
+    empty = lse == -math.inf
+    lse = lse.masked_fill(empty, 0.0)
+    dout = torch.randn_like(out).masked_fill(empty[..., None], 0.0)
+    dlse = torch.randn_like(lse).masked_fill(empty, 0.0)
+    expected = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    back = back_plan(ranges, batch, heads, key_heads)
+    assert (back.empty is not None) == bool(empty.any())
+    with torch.no_grad():
+        made = plan(ranges, batch, heads, key_heads)
+        found = executed(made, back, (q, k, v, out), lse, dout, dlse, 0.3)
+    for x, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
+
+
+def test_few_tiles_are_visited():
+    n = 4096
+    back = back_plan(window(n, 1024, heads=2), 1, 2, 1)
+    # 1,151 queries see some of 128 keys; four of these tiles have a mask.
+    assert back.parts_TS4[..., 2].max() == 18
+    assert back.parts_TS4[..., 1].max() == 4
+    back = back_plan(cases.causal(n, 2), 1, 2, 1)
+    assert back.parts_TS4[0, :, :3].tolist() == [[0, 2, n // 64]] * 2
+    # The last queries of whole tiles first; the task with the most tiles first.
+    assert back.entries_E2[2 : n // 64, 0].tolist() == list(range(n - 64, 64, -64))
+    assert back.tasks_T4[:, 0].tolist() == list(range(0, n, 128))
+    for x in (back.entries_E2, back.parts_TS4, back.tasks_T4):
+        assert x.dtype == torch.int32
+        assert x.is_contiguous()
+
+
+def test_reasons_where_gradients_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "missing_gluon", lambda: None)
+    q, k = On(1, 4, 512, 64, grad=True), On(1, 2, 512, 64, grad=True)
+    ranges = window(512, 100, heads=4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        (found,) = module.reasons(q, k, k, ranges)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "not deterministically" in found
+    monkeypatch.setattr(module, "MOST_TILES", 10)
+    assert "tiles of 64 x 128" in " ".join(module.reasons(q, k, k, ranges))
+
+
+# Results on a GPU.
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_equals_the_oracle(name, dtype):
+    here()
+    build, shape = GPU_CASES[name]
+    ranges = to(build(), "cuda")
+    qkv = [x.to("cuda", dtype) for x in tensors(*shape)]
+    found = cases.run(module.hopper, qkv, ranges)
+    expected = cases.run(reference, [x.float() for x in qkv], ranges)
+    for values in (found, expected):
+        values["lse"] = values["lse"].masked_fill(expected["lse"] == -math.inf, 0)
+    for key, value in expected.items():
+        assert found[key].isfinite().all()
+        assert relative(found[key], value) < 1e-2, key
+
+
+def ours(ranges, scale=0.1):
+    return lambda q, k, v: module.hopper(q, k, v, ranges, scale)
+
+
+def oracle(ranges, scale=0.1):
+    return lambda q, k, v: reference(q, k, v, ranges, scale)
+
+
+def gradients(attend, inputs, dout, dlse=None):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out, lse = attend(*leaves)
+    ends, slopes = [out], [dout.to(out.dtype)]
+    if dlse is not None:
+        ends, slopes = [out, lse], [*slopes, dlse]
+    return torch.autograd.grad(ends, leaves, slopes)
+
+
+@gpu
+def test_any_layout_and_scales_of_any_sign():
+    here()
+    ranges = to(window(300, 77, heads=4), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 4, 2, 300, 300, 64, 64))
+    rows_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    turned = [x.mT.contiguous().mT for x in (q, k, v)]
+    for scale in (0.125, -0.125, 0.0):
+        for dout in (torch.randn_like(q), torch.ones((), device="cuda").expand(q.shape)):
+            exact = [x.float() for x in (q, k, v)]
+            expected = gradients(oracle(ranges, scale), exact, dout)
+            for inputs in ((q, k, v), rows_first, turned):
+                found = gradients(ours(ranges, scale), inputs, dout)
+                for a, b in zip(found, expected, strict=True):
+                    assert a.isfinite().all()
+                    assert relative(a, b) < 1e-2 or b.norm() == a.norm() == 0
+
+
+@gpu
+def test_passes_views_and_packed_documents():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 128, 128))
+    documents = torch.tensor([0] * 700 + [1] * 900 + [2] * 448)
+    dout = torch.randn_like(q)
+    for pattern, rows in (
+        ("dilated(300, 8)", {}),
+        ("dilated(300, [1, 2, 4, 8])", {}),
+        ("ssa(256, 8)", {}),
+        ("longnet([256, 1024], [1, 4])", {}),
+        ("longformer(200, tokens=[0, 100, 900])", {}),
+        ("window(400)", {"segments": documents}),
+        ("window(400)", {"segments": documents - 1}),
+    ):
+        found, expected = (
+            gradients(
+                partial(ls.attend, pattern=pattern, impl=impl, return_lse=True, **rows),
+                inputs,
+                dout,
+            )
+            for inputs, impl in (
+                ((q, k, v), "hopper"),
+                ((q.float(), k.float(), v.float()), "reference"),
+            )
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert a.isfinite().all()
+            assert relative(a, b) < 1e-2, pattern
+
+
+@gpu
+def test_gradients_of_later_rows_do_not_reach_earlier_queries():
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, 1500, 1500, 128, 128))
+    ranges = to(window(1500, 400, heads=4), "cuda")
+    dout = torch.randn_like(q)
+    dout[:, :, :700] = 0
+    dq, dk, dv = gradients(ours(ranges), (q, k, v), dout)
+    assert (dq[:, :, :700] == 0).all()
+    for x in (dk, dv):
+        assert (x[:, :, :301] == 0).all()
+        assert (x[:, :, 301] != 0).any()
+
+
+@gpu
+def test_nan_gradients_of_rows_without_keys_stay_there():
+    here()
+    ranges = to(cases.segments(300, 1, 2, 0), "cuda")
+    empty = ranges.lo_GNm[0, :, 0] == ranges.hi_GNm[0, :, 0]
+    assert empty.any()
+    qkv = [x.to("cuda", torch.bfloat16) for x in tensors(1, 2, 1, 300, 300, 64, 64)]
+    dout, dlse = torch.randn_like(qkv[0]), torch.randn(1, 2, 300, device="cuda")
+    dout[:, :, empty], dlse[:, :, empty] = math.nan, math.nan
+    for x in gradients(ours(ranges), qkv, dout, dlse):
+        assert x.isfinite().all()
+
+
+@gpu
+def test_a_plan_of_inference_serves_training():
+    here()
+    ranges = to(window(700, 100, heads=4), "cuda")
+    qkv = [x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, 700, 700, 64, 64)]
+    with torch.inference_mode():
+        module.hopper(*qkv, ranges, 0.1)
+    dout = torch.randn_like(qkv[0])
+    found = gradients(ours(ranges), qkv, dout)
+    expected = gradients(oracle(ranges), [x.float() for x in qkv], dout)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-2
