@@ -48,11 +48,16 @@ _LANES = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 
 
 @_core.builtin
-def _add_to(desc, coord, tile, _semantic: Any = None):
-    """Add a tile of shared memory to global memory; Gluon has no name for it yet."""
+def _add_through_builder(desc, coord, tile, _semantic: Any = None):
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, tile.handle)
+
+
+# Add a tile of shared memory to global memory, and let the threads of a group meet, by the names
+# that Gluon has for them from Triton 3.8 and 3.7 on.
+_add_to = getattr(tma, "async_atomic_add", _add_through_builder)
+_meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit(
@@ -169,7 +174,7 @@ def _bring(descs, tiles, by_row, batch, head, row, place, phase):
     row_room.index(2 * place).store(own_lse * _LOG2_E)
     row_room.index(2 * place + 1).store(own_delta)
     # All lanes have written before one of them says so.
-    gl.thread_barrier()
+    _meet()
     bar = full.index(place)
     mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2)
     tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], bar, q_room.index(place))

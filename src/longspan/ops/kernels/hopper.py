@@ -100,7 +100,7 @@ def missing_gluon() -> str | None:
     """What has to be installed, None if nothing."""
     return why_missing(
         "triton",
-        _kernels,
+        lambda: (_kernels(), _back_kernels()),
         "Triton is not installed: it comes with torch for CUDA",
         "hopper needs Gluon as in Triton 3.6 and newer, which comes with torch for CUDA",
     )
