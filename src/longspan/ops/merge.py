@@ -123,11 +123,40 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         -inf. Differentiable in both inputs and both outputs.
 
     Raises:
-        InputError: if there is no part.
+        InputError: if there is no part, or a part is no such pair or does not fit the first one.
     """
     if not parts:
         raise InputError("merge needs at least one (out, lse) pair, got none")
+    for index, part in enumerate(parts):
+        _check(index, part, parts[0])
     return merge_parts([Part(out, lse) for out, lse in parts])
+
+
+def _check(index: int, part: object, first: tuple[Tensor, Tensor]) -> None:
+    """Refuse what would fail, or be broadcast, further down."""
+    match part:
+        case (Tensor() as out, Tensor() as lse):
+            pass
+        case _:
+            raise InputError(
+                f"merge takes pairs of two tensors, out and lse; part {index} is {part!r:.80}"
+            )
+    if out.dim() != 4 or lse.shape != out.shape[:3]:
+        raise InputError(
+            "merge takes out [B, H, N, D] and lse [B, H, N]; the shapes of part "
+            f"{index} are {list(out.shape)} and {list(lse.shape)}"
+        )
+    if not (out.is_floating_point() and lse.is_floating_point()):
+        raise InputError(
+            f"merge takes floating point numbers; part {index} has {out.dtype} and {lse.dtype}"
+        )
+    here = (first[0].shape, first[0].device, first[0].device)
+    if (out.shape, out.device, lse.device) != here:
+        raise InputError(
+            f"parts of a merge have the same shape and device; the first one is "
+            f"{list(first[0].shape)} on {first[0].device}, part {index} is {list(out.shape)} on "
+            f"{out.device} with lse on {lse.device}"
+        )
 
 
 def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
