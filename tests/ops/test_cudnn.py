@@ -469,6 +469,30 @@ def test_auto_follows_the_measurements_of_this_gpu(hopper, monkeypatch):
     assert measured.rates(training, window(4096, 500, heads=4), True).tflops == {"flex": 3.0}
 
 
+def test_kernels_that_a_case_lacks_count_with_the_nearest_one_that_has_them(hopper, monkeypatch):
+    near, far = {**TABLE[0], "keys": 2000}, {**TABLE[0], "keys": 9000}
+    q = On(1, 4, 8192, 128)
+    ranges = window(8192, 1080, heads=4)
+
+    def first(*rates):
+        cases = [
+            {**case, "tflops": x} for case, x in zip((TABLE[0], near, far), rates, strict=True)
+        ]
+        monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": cases}})
+        return capability.in_order(q, q, q, ranges)
+
+    kernels, found = first(
+        {"flex": 3.0}, {"flex": 9.0, "cudnn": 5.0}, {"cudnn": 1.0, "flash": 9.0}
+    )
+    assert found.elsewhere == {"cudnn": 5.0}
+    said = [importlib.import_module("longspan.ops.attend")._rate(found, k.name) for k in kernels]
+    assert said[:3] == ["5 TFLOP/s on the nearest case that it has", "3 TFLOP/s there", ""]
+    assert [kernel.name for kernel in kernels[:2]] == ["cudnn", "flex"]
+    # What was measured on the case itself comes first where it is about as fast.
+    kernels, _ = first({"flex": 4.0}, {"cudnn": 5.0}, {"flash": 9.0})
+    assert [kernel.name for kernel in kernels[:2]] == ["flex", "cudnn"]
+
+
 def test_rates_of_one_range_a_query_come_from_such_cases(hopper, monkeypatch):
     table = [
         {**TABLE[0], "tflops": {"cudnn": 5.0, "flex": 3.0}},

@@ -21,6 +21,7 @@ from torch import Tensor
 from longspan.errors import InputError, PlanError
 from longspan.ops.capability import choose, choose_together, in_order, needs_grad
 from longspan.ops.compiled import attend_compiled
+from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
 from longspan.pattern import Pattern, parse
@@ -130,22 +131,30 @@ def explain(
         picked = [choose(impl, *own, use_lse=use_lse) for own in given]
     for (name, _), own, chosen in zip(named, given, picked, strict=True):
         kernels, measured = in_order(*own)
-        tflops = {} if measured is None else measured.tflops
         lines.append(f"{name}: kernel {chosen.name}: {chosen.note}")
         if measured is not None:
             lines.append(f"  measured on {measured.gpu}: {measured.case}")
-        if chosen.name in tflops:
-            lines.append(f"  {chosen.name}: {tflops[chosen.name]:.0f} TFLOP/s there")
+            if said := _rate(measured, chosen.name):
+                lines.append(f"  {chosen.name}: {said}")
         for kernel in kernels:
             if kernel is chosen:
                 continue
             why = "; ".join(kernel.reasons(*own, use_lse=use_lse))
-            if not why and kernel.name in tflops:
-                why = f"possible, {tflops[kernel.name]:.0f} TFLOP/s there"
+            if not why and measured is not None and (said := _rate(measured, kernel.name)):
+                why = f"possible, {said}"
             if not why and not kernel.worth(*own):
                 why = "possible, slower for so few queries"
             lines.append(f"  not {kernel.name}: {why or 'possible, comes later in the order'}")
     return "\n".join(lines)
+
+
+def _rate(measured: Rates, kernel: str) -> str:
+    """What is known of a kernel, empty if nothing."""
+    if kernel in measured.tflops:
+        return f"{measured.tflops[kernel]:.0f} TFLOP/s there"
+    if kernel in measured.elsewhere:
+        return f"{measured.elsewhere[kernel]:.0f} TFLOP/s on the nearest case that it has"
+    return ""
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -185,7 +185,7 @@ def in_order(
     if found is None:
         return KERNELS, None
     # Sorting is stable: what was not measured follows in the order of the table above.
-    return tuple(sorted(KERNELS, key=lambda c: -found.tflops.get(c.name, 0.0))), found
+    return tuple(sorted(KERNELS, key=lambda c: -found.rate(c.name))), found
 
 
 def choose(
@@ -253,9 +253,10 @@ def _with_halves(
 ) -> Capability | None:
     """One with halves in place of the best; None if there is none, or it is slower."""
     kernels, measured = in_order(q, k, v, ranges)
-    rate = {} if measured is None else measured.tflops
     for kernel in kernels:
-        fast = rate.get(kernel.name, 0.0) >= _AS_GOOD * rate.get(best.name, 0.0)
+        fast = measured is None or measured.rate(kernel.name) >= _AS_GOOD * measured.rate(
+            best.name
+        )
         if kernel.has_halves and fast and not kernel.reasons(q, k, v, ranges):
             return kernel
     return None

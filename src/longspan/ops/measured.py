@@ -4,7 +4,8 @@
 that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py`` for scattered
 blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
 128 it fills, width, keys per query, whether heads differ, and whether queries have several ranges.
-A model that nobody measured, and short inputs, where making a plan costs more than the kernel,
+A kernel that this case lacks counts with three quarters of its rate on the nearest case that has
+it. A model that nobody measured, and short inputs, where making a plan costs more than the kernel,
 keep the order of the kernels.
 """
 
@@ -14,7 +15,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,6 +28,10 @@ from longspan.ops.whole_blocks import fill
 
 # Query rows from which the table holds; below it the host, not the GPU, sets the time.
 LEAST_QUERIES = 2048
+# A case is near where, all else alike, its queries have up to four times as many keys or as few.
+_NEAR = 2.0
+# What was measured on the nearest case comes before what was not, unless it is much slower.
+_ELSEWHERE = 0.75
 
 _shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool, float]] = WeakKeyDictionary()
 
@@ -38,12 +43,18 @@ class Rates:
     Attributes:
         gpu: model it was measured on.
         case: what was measured, in words.
-        tflops: rate of each kernel that could do it.
+        tflops: rate of each kernel that was measured on it.
+        elsewhere: of the others, on the nearest case that they were measured on, if it is near.
     """
 
     gpu: str
     case: str
     tflops: Mapping[str, float]
+    elsewhere: Mapping[str, float] = field(default_factory=dict)
+
+    def rate(self, kernel: str) -> float:
+        """What to expect of a kernel, 0 if nothing is known."""
+        return self.tflops.get(kernel, _ELSEWHERE * self.elsewhere.get(kernel, 0.0))
 
 
 def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
@@ -102,9 +113,17 @@ def nearest(
         split = case.get("several", False) != several
         return 2 * wide + 2 * dense + long + (case["apart"] != apart) + 0.5 * split
 
-    same = [case for case in cases if case["backward"] == backward]
+    same = sorted((case for case in cases if case["backward"] == backward), key=distance)
     if not same:
         return None
-    case = min(same, key=distance)
-    words = f"{case['pattern']}, width {case['width']}, forward"
-    return Rates(gpu=gpu, case=words + " and backward" * case["backward"], tflops=case["tflops"])
+    case, *others = same
+    elsewhere: dict[str, float] = {}
+    for other in others:
+        if distance(other) <= _NEAR:
+            elsewhere = {**other["tflops"], **elsewhere}
+    return Rates(
+        gpu=gpu,
+        case=f"{case['pattern']}, width {case['width']}, forward" + " and backward" * backward,
+        tflops=case["tflops"],
+        elsewhere={name: x for name, x in elsewhere.items() if name not in case["tflops"]},
+    )
