@@ -92,6 +92,12 @@ def test_mask_words_bound_the_partly_visible_tiles(name):
     assert _cudnn_plan.mask_words(ranges, batch, heads) >= int(partial) * 512
 
 
+def test_mask_words_of_every_batch_row_count():
+    ranges = cases.window(500, 2, 100)
+    one, three = (_cudnn_plan.mask_words(ranges, batch, 2) for batch in (1, 3))
+    assert three == 3 * one > 0
+
+
 def test_mask_words_of_a_window_are_few():
     # Two tiles on each edge of the window, of 512 words each, for every 128 queries and head.
     words = _cudnn_plan.mask_words(cases.window(1 << 14, 32, 4096), 1, 32)

@@ -74,11 +74,12 @@ def mask_words(ranges: KeyRanges, batch: int, heads: int) -> int:
     A tile is partly visible only where some range begins or ends: between the least and the
     greatest bound of its rows. O(N m) time and memory.
     """
-    group_BH = ranges.group_BH.expand(batch, heads)
+    group_BH = ranges.group_BH.expand(-1, heads)
     if ranges not in _words:
         tiles_G = _edge_tiles(ranges)
         _words[ranges] = int(tiles_G[group_BH].sum()) * _WORDS
-    return _words[ranges]
+    # Ranges may be those of any number of batch rows.
+    return _words[ranges] * (batch // len(group_BH))
 
 
 def plan_of(
