@@ -61,7 +61,7 @@ from longspan.bench.peers.flex import flex
 from longspan.bench.setting import Call, Setting, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
-from longspan.ops.kernels import _cudnn_plan, _hopper_plan
+from longspan.ops.kernels import _cudnn_plan, _hopper_back_plan, _hopper_plan
 
 WIDTHS = (128, 64, 96)
 CORE = (
@@ -110,7 +110,7 @@ GROWTH = (
 
 def fresh(plan: ls.Plan) -> ls.Plan:
     """The same plan as one that no kernel has seen: what is derived from it is made anew."""
-    for plans in (_cudnn_plan.PLANS, _hopper_plan.PLANS):
+    for plans in (_cudnn_plan.PLANS, _hopper_plan.PLANS, _hopper_back_plan.PLANS):
         plans.latest.clear()
     return replace(plan, passes=tuple(replace(part) for part in plan.passes))
 
