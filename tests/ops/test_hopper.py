@@ -267,7 +267,8 @@ def test_a_named_kernel_refuses_without_a_gpu():
         (On(1, 4, 500, 64, dtype=torch.float32), On(1, 2, 500, 64), "bfloat16"),
         (On(1, 4, 500, 60), On(1, 2, 500, 64), "got 60"),
         (On(1, 4, 500, 64), On(1, 2, 500, 136), "values of 136"),
-        (On(1, 4, 0, 64), On(1, 2, 500, 64), "at least one query"),
+        (On(1, 4, 0, 64), On(1, 2, 500, 64), "at least one query and one key; got 0 and 500"),
+        (On(2, 4, 500, 64), On(1, 2, 500, 64), "as many batch rows as queries; got 1 for 2"),
     ],
 )
 def test_reasons(on_hopper, q, v, word):
@@ -317,6 +318,23 @@ def test_auto_takes_it_for_windows_without_gradients(on_hopper):
 
 
 # Results on a GPU.
+@pytest.mark.parametrize(("rows", "keys"), [(0, 500), (500, 0)])
+def test_no_queries_or_no_keys(on_hopper, rows, keys):
+    lo_GNm = torch.zeros(1, rows, 1, dtype=torch.int32)
+    ranges = KeyRanges(lo_GNm, lo_GNm, torch.zeros(1, 4, dtype=torch.int64), keys)
+    q, k = On(1, 4, rows, 64, grad=True), On(1, 2, keys, 64)
+    (found,) = module.reasons(q, k, k, ranges)
+    assert f"got {rows} and {keys}" in found
+
+
+def test_ranges_are_counted_only_where_nothing_else_is_wrong(on_hopper, monkeypatch):
+    for name in ("most_tiles", "most_entries"):
+        monkeypatch.setattr(module, name, lambda _: pytest.fail("counted"))
+    q = On(1, 4, 500, 64, dtype=torch.float32, grad=True)
+    (found,) = module.reasons(q, q, q, window(500, 100, heads=4))
+    assert "bfloat16" in found
+
+
 
 
 def here():
@@ -337,6 +355,15 @@ def compare(ranges, q, k, v, scale=0.125, **tolerance):
     assert (out[~seen] == 0).all()
     assert relative(out, expected) < (2e-3 if q.dtype == torch.float16 else 1e-2)
     assert (lse[seen] - expected_lse[seen]).abs().max() < 2e-3 if seen.any() else True
+def test_too_many_tasks(on_hopper, monkeypatch):
+    q, k = On(3, 4, 512, 64, grad=True), On(3, 2, 1024, 64)
+    ranges = window(512, 100, keys=1024, heads=4)
+    for most, word in ((96, None), (95, "12 times 1,024 rows")):
+        monkeypatch.setattr(module, "MOST_TASKS", most)
+        found = module.reasons(q, k, k, ranges)
+        assert found == [] if word is None else word in found[0]
+
+
     # No row is far off alone.
     assert (out - expected).abs().max() < 0.05
     return out, lse

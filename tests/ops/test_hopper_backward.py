@@ -108,7 +108,7 @@ def test_reasons_where_gradients_are_asked_for(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert "not deterministically" in found
-    monkeypatch.setattr(module, "MOST_TILES", 10)
+    monkeypatch.setattr(module, "MOST_TILES", 25)
     assert "tiles of 64 x 128" in " ".join(module.reasons(q, k, k, ranges))
 
 

@@ -36,6 +36,8 @@ TILE = 128
 # Tiles are refused rather than allowed to crowd out the model: 2 GiB. That is enough for a million
 # causal rows whose heads differ eightfold.
 MOST_TILES = 1 << 28
+# Eight numbers each, which are counted in int32.
+MOST_TASKS = (1 << 28) - 1
 # Rows of bounds, which share a number with six bits.
 MOST_PLANES = 1 << 25
 # Of the L2 cache for keys and values; queries and outputs pass through it too.

@@ -29,7 +29,9 @@ from longspan.ops.empty import harmless
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
+    MOST_TASKS,
     MOST_TILES,
+    TILE,
     HopperPlan,
     most_tiles,
     plan_of,
@@ -60,29 +62,60 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         )
     if q_BHND.dtype not in DTYPES:
         found.append(f"hopper computes bfloat16 and float16, got {q_BHND.dtype}")
+    found += _shape_reasons(q_BHND, k_BKMD, v_BKMD)
+    backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
+    if backward and torch.are_deterministic_algorithms_enabled():
+        found.append(
+            "hopper adds gradients of queries up in any order, not deterministically, and "
+            "torch.use_deterministic_algorithms is on"
+        )
+    if not found and (missing := missing_gluon()):
+        found.append(missing)
+    # Counted only where it matters: it may take a look at all ranges.
+    return found or _range_reasons(q_BHND, k_BKMD, ranges, backward=backward)
+
+
+def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor) -> list[str]:
+    found = []
     widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
     if any(width % 8 or not 0 < width <= 128 for width in widths):
         found.append(
             f"hopper takes head widths that are multiples of 8 up to 128; got {widths[0]} with "
             f"values of {widths[1]}"
         )
-    if 0 in (*q_BHND.shape, *k_BKMD.shape):
-        found.append("hopper takes at least one query and one key")
-    if needs_grad(q_BHND, k_BKMD, v_BKMD):
-        found += _gradient_reasons(ranges)
-    if not found and (missing := missing_gluon()):
-        found.append(missing)
-    if ranges.lo_GNm[:, 0].numel() >= MOST_PLANES:
-        found.append("groups of heads times ranges of a query are 2**25 or more")
-    if not found and most_tiles(ranges) > MOST_TILES:
-        found.append("the ranges touch more than 2**28 tiles of 128 x 128, whose list is too long")
+    if 0 in (*q_BHND.shape[:3], *k_BKMD.shape[:3]):
+        found.append(
+            "hopper takes at least one query and one key; got "
+            f"{q_BHND.shape[2]} and {k_BKMD.shape[2]}"
+        )
+    batch, *others = (x.shape[0] for x in (q_BHND, k_BKMD, v_BKMD))
+    # Rows that are not there would be read as zeros.
+    for other in {*others} - {batch}:
+        found.append(
+            f"hopper takes keys and values of as many batch rows as queries; got {other} for "
+            f"{batch}"
+        )
     return found
 
 
-def _gradient_reasons(ranges: KeyRanges) -> list[str]:
-    if torch.are_deterministic_algorithms_enabled():
-        return ["hopper adds gradients of queries up in any order, not deterministically"]
-    if most_entries(ranges) > MOST_TILES:
+def _range_reasons(
+    q_BHND: Tensor, k_BKMD: Tensor, ranges: KeyRanges, *, backward: bool
+) -> list[str]:
+    batch, heads, rows, _ = q_BHND.shape
+    longest = max(rows, k_BKMD.shape[2]) if backward else rows
+    if batch * heads * -(-longest // TILE) > MOST_TASKS:
+        return [
+            f"heads of all batch rows times rows of a head, here {batch * heads:,} times "
+            f"{longest:,} rows, are more than 2**28 tasks of {TILE} rows"
+        ]
+    groups, _, count = ranges.lo_GNm.shape
+    if groups * count >= MOST_PLANES:
+        return [
+            f"groups of heads times ranges of a query are 2**25 or more: {groups:,} times {count}"
+        ]
+    if most_tiles(ranges) > MOST_TILES:
+        return ["the ranges touch more than 2**28 tiles of 128 x 128, whose list is too long"]
+    if backward and most_entries(ranges) > MOST_TILES:
         return ["the ranges touch more than 2**28 tiles of 64 x 128, whose list is too long"]
     return []
 
