@@ -9,6 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
@@ -97,8 +99,11 @@ def seen(made: _hopper_plan.HopperPlan, row: int, key: int, about: int, *, whole
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_every_pair_is_in_one_entry_and_full_ones_are_full(name):
-    build, batch, heads, key_heads = PLANNED[name]
-    ranges = build()
+    build, *shape = PLANNED[name]
+    check_plan(build(), *shape)
+
+
+def check_plan(ranges, batch, heads, key_heads):
     n, keys = ranges.queries, ranges.keys
     made = plan(ranges, batch, heads, key_heads)
     for x in (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8):
@@ -121,6 +126,43 @@ def test_every_pair_is_in_one_entry_and_full_ones_are_full(name):
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
     assert len(made.entries_E2) - 1 <= _hopper_plan.most_tiles(ranges)
+
+
+# Around whole tiles and halves of them.
+LENGTHS = st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 257, 384, 385])
+
+
+@st.composite
+def any_ranges(draw):
+    """Ranges of any kind, and batch rows, heads and key heads."""
+    n, keys, count, groups = draw(LENGTHS), draw(LENGTHS), draw(count_of(4)), draw(count_of(4))
+    batch, (heads, key_heads) = draw(count_of(2)), draw(st.sampled_from([(1, 1), (4, 2), (3, 3)]))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    # Rows that stay alike for a while, bounds at any key or at whole tiles, ranges that touch.
+    alike, grain = draw(st.sampled_from([1, 63, 64, 128, 1000])), draw(st.sampled_from([1, 64]))
+    blocks = -(-n // alike)
+    cuts = rng.integers(0, keys // grain + 2, (groups, blocks, 2 * count)) * grain
+    cuts = np.sort(cuts.clip(max=keys).repeat(alike, 1)[:, :n], 2)
+    if draw(st.booleans()):
+        cuts[..., 2::2] = cuts[..., 1:-1:2]
+    slide = draw(st.booleans()) * np.arange(n)[:, None]
+    lo, hi = ((cuts[..., at::2] + slide).clip(max=keys) for at in range(2))
+    gone = (rng.random(lo.shape) < draw(st.sampled_from([0, 0.1, 0.9]))) | (lo >= hi)
+    # What is empty may begin behind its end, and lie anywhere.
+    lo[gone] = rng.integers(0, keys + 1, gone.sum())
+    hi[gone] = lo[gone] * draw(st.booleans())
+    group = rng.integers(0, groups, (draw(st.sampled_from([1, batch])), heads))
+    return cases.key_ranges(lo, hi, group, heads=heads, keys=keys), batch, heads, key_heads
+
+
+def count_of(most):
+    return st.integers(1, most)
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_ranges())
+def test_every_pair_of_any_ranges_is_in_one_entry(given):
+    check_plan(*given)
 
 
 def test_few_tiles_are_visited():
@@ -276,6 +318,23 @@ def test_reasons(on_hopper, q, v, word):
     assert found == [] if word is None else word in " ".join(found)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(0, 500), (500, 0)])
+def test_no_queries_or_no_keys(on_hopper, rows, keys):
+    lo_GNm = torch.zeros(1, rows, 1, dtype=torch.int32)
+    ranges = KeyRanges(lo_GNm, lo_GNm, torch.zeros(1, 4, dtype=torch.int64), keys)
+    q, k = On(1, 4, rows, 64, grad=True), On(1, 2, keys, 64)
+    (found,) = module.reasons(q, k, k, ranges)
+    assert f"got {rows} and {keys}" in found
+
+
+def test_ranges_are_counted_only_where_nothing_else_is_wrong(on_hopper, monkeypatch):
+    for name in ("most_tiles", "most_entries"):
+        monkeypatch.setattr(module, name, lambda _: pytest.fail("counted"))
+    q = On(1, 4, 500, 64, dtype=torch.float32, grad=True)
+    (found,) = module.reasons(q, q, q, window(500, 100, heads=4))
+    assert "bfloat16" in found
+
+
 def test_reasons_of_the_machine(on_hopper, monkeypatch):
     q, k = On(1, 4, 500, 64), On(1, 2, 500, 64)
     ranges = window(500, 100, heads=4)
@@ -293,6 +352,15 @@ def test_too_many_tiles(on_hopper, monkeypatch):
         monkeypatch.setattr(_hopper_plan, "MOST_TILES", most)
         monkeypatch.setattr(module, "MOST_TILES", most)
         found = module.reasons(q, k, k, window(512, 100, heads=4))
+        assert found == [] if word is None else word in found[0]
+
+
+def test_too_many_tasks(on_hopper, monkeypatch):
+    q, k = On(3, 4, 512, 64, grad=True), On(3, 2, 1024, 64)
+    ranges = window(512, 100, keys=1024, heads=4)
+    for most, word in ((96, None), (95, "12 times 1,024 rows")):
+        monkeypatch.setattr(module, "MOST_TASKS", most)
+        found = module.reasons(q, k, k, ranges)
         assert found == [] if word is None else word in found[0]
 
 
@@ -318,23 +386,6 @@ def test_auto_takes_it_for_windows_without_gradients(on_hopper):
 
 
 # Results on a GPU.
-@pytest.mark.parametrize(("rows", "keys"), [(0, 500), (500, 0)])
-def test_no_queries_or_no_keys(on_hopper, rows, keys):
-    lo_GNm = torch.zeros(1, rows, 1, dtype=torch.int32)
-    ranges = KeyRanges(lo_GNm, lo_GNm, torch.zeros(1, 4, dtype=torch.int64), keys)
-    q, k = On(1, 4, rows, 64, grad=True), On(1, 2, keys, 64)
-    (found,) = module.reasons(q, k, k, ranges)
-    assert f"got {rows} and {keys}" in found
-
-
-def test_ranges_are_counted_only_where_nothing_else_is_wrong(on_hopper, monkeypatch):
-    for name in ("most_tiles", "most_entries"):
-        monkeypatch.setattr(module, name, lambda _: pytest.fail("counted"))
-    q = On(1, 4, 500, 64, dtype=torch.float32, grad=True)
-    (found,) = module.reasons(q, q, q, window(500, 100, heads=4))
-    assert "bfloat16" in found
-
-
 
 
 def here():
@@ -355,15 +406,6 @@ def compare(ranges, q, k, v, scale=0.125, **tolerance):
     assert (out[~seen] == 0).all()
     assert relative(out, expected) < (2e-3 if q.dtype == torch.float16 else 1e-2)
     assert (lse[seen] - expected_lse[seen]).abs().max() < 2e-3 if seen.any() else True
-def test_too_many_tasks(on_hopper, monkeypatch):
-    q, k = On(3, 4, 512, 64, grad=True), On(3, 2, 1024, 64)
-    ranges = window(512, 100, keys=1024, heads=4)
-    for most, word in ((96, None), (95, "12 times 1,024 rows")):
-        monkeypatch.setattr(module, "MOST_TASKS", most)
-        found = module.reasons(q, k, k, ranges)
-        assert found == [] if word is None else word in found[0]
-
-
     # No row is far off alone.
     assert (out - expected).abs().max() < 0.05
     return out, lse

@@ -9,10 +9,11 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative, tensors, to, window
-from tests.ops.test_hopper import GPU_CASES, PLANNED, here, plan
+from tests.ops.test_hopper import GPU_CASES, PLANNED, any_ranges, here, plan
 
 import longspan as ls
 from longspan.ops.kernels import _hopper_back_plan
@@ -81,6 +82,32 @@ def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(any_ranges())
+def test_every_pair_of_any_ranges_is_in_one_entry(given):
+    ranges, batch, heads, key_heads = given
+    n, keys = ranges.queries, ranges.keys
+    made, back = plan(*given), back_plan(*given)
+    counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
+    tasks = back.tasks_T4[:, :3].tolist()
+    for (key, key_head, b), parts in zip(tasks, back.parts_TS4.tolist(), strict=True):
+        for x, (first, masked, count, _) in enumerate(parts):
+            own = counted[b, key_head * heads // key_heads + x, :, key : key + 128]
+            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
+                assert row % 64 == 0
+                assert at < masked or about & 63 == 0
+                own[row : row + 64] += seen(made, row, key, about) if at < masked else 1
+    assert len({tuple(task) for task in tasks}) == batch * key_heads * -(-keys // 128)
+    expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
+    assert (counted[..., :keys] == expected).all()
+    assert (counted[..., keys:] == 0).all()
+    assert len(back.entries_E2) - 1 <= _hopper_back_plan.most_entries(ranges)
+    unseen = torch.zeros(batch, heads, n, dtype=torch.bool)
+    if back.empty is not None:
+        unseen[back.empty] = True
+    assert torch.equal(unseen, ~expected.any(-1))
+
+
 def test_few_tiles_are_visited():
     n = 4096
     back = back_plan(window(n, 1024, heads=2), 1, 2, 1)
@@ -110,6 +137,22 @@ def test_reasons_where_gradients_are_asked_for(monkeypatch):
     assert "not deterministically" in found
     monkeypatch.setattr(module, "MOST_TILES", 25)
     assert "tiles of 64 x 128" in " ".join(module.reasons(q, k, k, ranges))
+
+
+def test_entries_are_counted_once(monkeypatch):
+    ranges = window(512, 100, heads=4)
+    bound = _hopper_back_plan.most_entries(ranges)
+    monkeypatch.setattr(_hopper_back_plan, "MOST_TILES", 0)
+    count = len(back_plan(ranges, 1, 4, 2).entries_E2) - 1
+    assert _hopper_back_plan.most_entries(ranges) == count < bound
+    monkeypatch.setattr(_hopper_back_plan, "row_tiles", lambda *_: pytest.fail("once more"))
+    assert _hopper_back_plan.most_entries(ranges) == count
+
+
+def test_memory_of_a_plan_has_the_rows_without_keys():
+    full, none = (back_plan(window(300, width, heads=2), 1, 2, 1) for width in (1, 0))
+    assert none.empty is not None
+    assert none.nbytes >= full.nbytes - full.entries_E2.nbytes + 2 * 300 * 8
 
 
 # Results on a GPU.

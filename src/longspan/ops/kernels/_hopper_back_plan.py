@@ -7,7 +7,7 @@ behind them whole ones, the last queries first: causal keys begin to be seen at 
 but most are seen to the end, and programs that run at the same time then read the same queries.
 Tasks with the most entries come first.
 
-O(N m) time and memory, and the entries; on the device of the ranges, with two waits.
+O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
 Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles of
 64, M key rows in J tiles of 128, G range groups, m ranges per query, T tasks, E entries, X = G Q
@@ -17,14 +17,16 @@ m.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from longspan.ops.empty import Index, index_of
 from longspan.ops.kept import Kept
+from longspan.ops.kernels._hopper_plan import MOST_TILES, cuts
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.row_tiles import row_tiles
+from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
 
@@ -49,17 +51,24 @@ class HopperBackPlan:
     @property
     def nbytes(self) -> int:
         """Memory of all of it."""
-        return sum(x.nbytes for x in (self.entries_E2, self.parts_TS4, self.tasks_T4))
+        own = (self.entries_E2, self.parts_TS4, self.tasks_T4, *(self.empty or ()))
+        return sum(x.nbytes for x in own if isinstance(x, Tensor))
 
 
 PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.nbytes)
+_counts: WeakKeyDictionary[KeyRanges, int] = WeakKeyDictionary()
 
 
 def most_entries(ranges: KeyRanges) -> int:
-    """At most how many entries the plan has."""
+    """At most how many entries the plan has: exact where there may be too many."""
     groups, rows, count = ranges.lo_GNm.shape
     most = groups * count * -(-rows // ROWS) * (-(-ranges.keys // KEYS))
-    return most if most < 1 << 20 else int(_lengths(ranges)[2].sum())
+    if most <= MOST_TILES:
+        return most
+    if ranges not in _counts:
+        _, length_GQm = _touched(row_tiles(ranges, ROWS))
+        _counts[ranges] = int(length_GQm.sum(dtype=torch.int64))
+    return _counts[ranges]
 
 
 def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> HopperBackPlan:
@@ -99,36 +108,38 @@ def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> H
     return PLANS.plan_of(ranges, kind, lambda: content, make)
 
 
-def _lengths(ranges: KeyRanges) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last key, and how many tiles of keys these touch, for each of X."""
-    tiles = row_tiles(ranges, ROWS)
-    first, last = tiles.first.flatten().long(), tiles.last.flatten().long()
-    return first, last, (-(-last // KEYS) - first // KEYS).clamp(min=0)
+def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
+    """The first tile of keys that each range touches, and how many, [G, Q, m] each."""
+    first_GQm = tiles.first // KEYS
+    return first_GQm, (-(-tiles.last // KEYS) - first_GQm).clamp(min=0)
 
 
 def _entries(ranges: KeyRanges) -> tuple[Tensor, Tensor]:
     """Entries by group and tile of keys, and first, masked and all of each [G, J, 3]."""
-    tiles = row_tiles(ranges, ROWS)
+    # The last queries first: sorting keeps that order.
+    tiles = RowTiles(*(x.flip(1) for x in row_tiles(ranges, ROWS)))
     groups, rows, count = tiles.first.shape
-    first, _, length = _lengths(ranges)
-    at = torch.arange(len(first), device=first.device).repeat_interleave(length)
-    start = length.cumsum(0) - length
-    tile = first[at] // KEYS + torch.arange(len(at), device=at.device) - start[at]
-    key = tile * KEYS
-    begun, ended, whole = (x.flatten()[at] for x in (tiles.begun, tiles.ended, tiles.whole))
-    # Rows that lack the range say so by both of their bounds.
-    lower = (key < begun) | ~whole
-    upper = (key + KEYS > ended) | ~whole
-    masked = lower | upper
-    group, row, plane = at // (rows * count), at // count % rows, at % count
-    whose = group * -(-ranges.keys // KEYS) + tile
-    order = ((2 * whose + ~masked) * rows + rows - 1 - row).argsort(stable=True)
-    entries_E2 = first.new_zeros(len(at) + 1, 2, dtype=torch.int32)
-    entries_E2[:-1, 0] = (row * ROWS)[order]
-    bits = 16 * (lower & ~upper) + 32 * (lower & upper)
-    entries_E2[:-1, 1] = ((group * count + plane) * 64 + bits)[order]
-    size = groups * -(-ranges.keys // KEYS)
-    masked_J = torch.bincount(whose[masked], minlength=size)
-    all_J = torch.bincount(whose, minlength=size)
-    about = torch.stack([all_J.cumsum(0) - all_J, masked_J, all_J], -1)
-    return entries_E2, about.int().view(groups, -1, 3)
+    columns, device = -(-ranges.keys // KEYS), tiles.first.device
+    tile_X, length_X = (x.flatten() for x in _touched(tiles))
+    end_X = length_X.cumsum(0, dtype=torch.int64)
+    size = int(end_X[-1])
+    at_X = torch.arange(len(end_X), device=device)
+    row_X, group_X = at_X // count % rows, at_X // (rows * count)
+    about_X2 = torch.stack(
+        [ROWS * (rows - 1 - row_X), 64 * (group_X * count + at_X % count)], dim=1
+    ).int()
+    # There are many entries: no number takes more room than it needs.
+    at_E = at_X.int().repeat_interleave(length_X, output_size=size)
+    tile_E = (tile_X + length_X - end_X).int().index_select(0, at_E)
+    tile_E += torch.arange(size, dtype=torch.int32, device=device)
+    masked_E, bits_E = cuts(tiles, KEYS * tile_E, at_E)
+    numbers = torch.int32 if groups * columns < 1 << 30 else torch.int64
+    whose_E = (group_X * columns).to(numbers).index_select(0, at_E) + tile_E
+    masked_J = torch.bincount(whose_E[masked_E], minlength=groups * columns)
+    all_J = torch.bincount(whose_E, minlength=groups * columns)
+    order_E = (2 * whose_E + ~masked_E).argsort(stable=True)
+    entries_E2 = about_X2.new_zeros(size + 1, 2)
+    entries_E2[:-1] = about_X2.index_select(0, at_E.index_select(0, order_E))
+    entries_E2[:-1, 1] += bits_E.index_select(0, order_E)
+    about_J3 = torch.stack([all_J.cumsum(0) - all_J, masked_J, all_J], dim=-1).int()
+    return entries_E2, about_J3.view(groups, -1, 3)

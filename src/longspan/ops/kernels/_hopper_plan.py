@@ -13,7 +13,7 @@ Tasks go in sections of key heads that stay in the L2 cache together; in a secti
 first, and what is as long in the order of key heads and rows, so that programs that run at the
 same time read the same keys.
 
-O(N m) time and memory, and the tiles; on the device of the ranges, with three waits.
+O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
 Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles, G
 range groups, m ranges per query, P = G m rows of bounds, T tasks, E tiles, R runs of tiles, X = G
@@ -253,13 +253,7 @@ def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
         at_s: whose it is, of X.
     """
     tiles, halves = row_tiles(ranges, TILE), row_tiles(ranges, TILE // 2)
-    begun_s, ended_s, whole_s = (
-        x.flatten()[at_s] for x in (tiles.begun, tiles.ended, tiles.whole)
-    )
-    # Rows that lack the range say so by both of their bounds.
-    lower = (key_s < begun_s) | ~whole_s
-    upper = (key_s + TILE > ended_s) | ~whole_s
-    bits_s = 16 * (lower & ~upper) + 32 * (lower & upper)
+    _, bits_s = cuts(tiles, key_s, at_s)
     for half, (first_s, last_s) in enumerate(zip(*_by_half(halves, at_s), strict=True)):
         middle_s = key_s + TILE // 2
         sees_first = (middle_s > first_s) & (key_s < last_s)
@@ -267,6 +261,26 @@ def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
         kind_s = torch.where(sees_last, torch.where(sees_first, 1, 3), 2)
         bits_s = bits_s + (kind_s << (2 * half))
     return bits_s.int()
+
+
+def cuts(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether tiles of keys need a mask, and the int32 bits of the bounds that cut them.
+
+    Args:
+        tiles: bounds by tiles of rows.
+        key_s: the first key of each tile.
+        at_s: whose it is, of X.
+
+    Returns:
+        bool, and 16 where only lower bounds cut, 32 where both do.
+    """
+    begun_s, ended_s, whole_s = (
+        x.flatten().index_select(0, at_s) for x in (tiles.begun, tiles.ended, tiles.whole)
+    )
+    # Rows that lack the range say so by both of their bounds.
+    lower_s = (key_s < begun_s) | ~whole_s
+    upper_s = (key_s + TILE > ended_s) | ~whole_s
+    return lower_s | upper_s, lower_s.int() << (4 + upper_s.int())
 
 
 def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
