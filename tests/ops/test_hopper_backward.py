@@ -3,9 +3,11 @@ gradients on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,23 @@ def test_memory_of_a_plan_has_the_rows_without_keys():
     full, none = (back_plan(window(300, width, heads=2), 1, 2, 1) for width in (1, 0))
     assert none.empty is not None
     assert none.nbytes >= full.nbytes - full.entries_E2.nbytes + 2 * 300 * 8
+
+
+def test_any_number_of_heads_fits_the_grid(monkeypatch):
+    grids = []
+
+    class Deltas:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_: None
+
+    kernels = SimpleNamespace(deltas=Deltas())
+    monkeypatch.setattr(module, "_back_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
+    module._deltas(out, out, None)
+    # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
+    assert grids == [(2 * (1 << 16),)]
 
 
 # Results on a GPU.

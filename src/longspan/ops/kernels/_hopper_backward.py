@@ -359,9 +359,11 @@ def deltas(
     tall: tl.constexpr,
 ):
     """delta_i = dout_i . out_i - dlse_i, the last in memory as delta, [B, H, N]."""
-    plane = tl.program_id(1).to(tl.int64)
+    # The other axes of a grid are short.
+    parts = tl.cdiv(rows, tall)
+    plane = (tl.program_id(0) // parts).to(tl.int64)
     b, h = plane // heads, plane % heads
-    i = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    i = (tl.program_id(0) % parts).to(tl.int64) * tall + tl.arange(0, tall)
     d = tl.arange(0, wide)[None, :]
     inside = (i < rows)[:, None] & (d < width)
     one = tl.load(

@@ -345,7 +345,7 @@ def _deltas(out_BHND: Tensor, dout_BHND: Tensor, dlse_BHN: Tensor | None) -> Ten
     wide = 1 << (width - 1).bit_length()
     tall = 4096 // wide
     with torch.cuda.device(out_BHND.device):
-        _back_kernels().deltas[(-(-rows // tall), batch * heads)](
+        _back_kernels().deltas[(batch * heads * -(-rows // tall),)](
             out_BHND,
             dout_BHND,
             dlse_BHN,
