@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from tests.ops import cases
 from tests.ops.cases import On
-from tests.ops.test_flex import gpu, relative, tensors, to, window
+from tests.ops.test_flex import gpu, relative, scattered, tensors, to, window
 from tests.ops.test_hopper import GPU_CASES, PLANNED, any_ranges, here, plan
 
 import longspan as ls
-from longspan.ops.kernels import _hopper_back_plan
+from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
 from longspan.ops.kernels.reference import reference
+from longspan.ops.ranges import KeyRanges
 
 module = importlib.import_module("longspan.ops.kernels.hopper")
 
@@ -151,10 +152,49 @@ def test_entries_are_counted_once(monkeypatch):
     assert _hopper_back_plan.most_entries(ranges) == count
 
 
-def test_memory_of_a_plan_has_the_rows_without_keys():
-    full, none = (back_plan(window(300, width, heads=2), 1, 2, 1) for width in (1, 0))
-    assert none.empty is not None
-    assert none.nbytes >= full.nbytes - full.entries_E2.nbytes + 2 * 300 * 8
+def test_memory_of_a_plan_counts_bounds_once_and_rows_without_keys(monkeypatch):
+    for plans in (_hopper_plan.PLANS, _hopper_back_plan.PLANS):
+        monkeypatch.setattr(plans, "latest", [])
+    ranges = window(300, 0, heads=2)
+    made, back = plan(ranges, 1, 2, 1), back_plan(ranges, 1, 2, 1)
+    given = ranges.lo_GNm.nbytes + ranges.hi_GNm.nbytes + ranges.group_BH.nbytes
+    (one,), (other,) = _hopper_plan.PLANS.latest, _hopper_back_plan.PLANS.latest
+    assert one.nbytes == given + made.entries_E2.nbytes + made.tasks_T8.nbytes
+    own = (back.entries_E2, back.parts_TS4, back.tasks_T4, back.empty[0], back.empty[2])
+    assert other.nbytes == given + sum(x.nbytes for x in own)
+
+
+def test_plans_of_equal_bounds_and_other_numbers_of_keys():
+    few = scattered(300, 200, ranges=3, groups=2, batch=1, heads=2)
+    many = KeyRanges(few.lo_GNm.clone(), few.hi_GNm, few.group_BH, 1000)
+    # No tile lies behind the last key that is seen, but gradients of all keys are written.
+    for a, b in zip(plan(few, 1, 2, 1).tensors, plan(many, 1, 2, 1).tensors, strict=True):
+        assert torch.equal(a, b)
+    assert [len(back_plan(x, 1, 2, 1).tasks_T4) for x in (few, many)] == [2, 8]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_from_the_output_and_log_sum_exp_of_more_keys(count):
+    ranges = scattered(300, 400, ranges=count, groups=3, batch=2, heads=4)
+    q, k, v = (x.double().requires_grad_() for x in tensors(2, 4, 2, 300, 400, 8, 8))
+    out, lse = reference(q, k, v, ranges, 0.3)
+    empty = lse == -math.inf
+    dout = torch.randn_like(out).masked_fill(empty[..., None], 0.0)
+    dlse = torch.randn_like(lse).masked_fill(empty, 0.0)
+    expected = torch.autograd.grad((out, lse.masked_fill(empty, 0.0)), (q, k, v), (dout, dlse))
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    with torch.no_grad():
+        for at in range(count):
+            lo_GNm, hi_GNm = (x[..., at : at + 1] for x in (ranges.lo_GNm, ranges.hi_GNm))
+            own = KeyRanges(lo_GNm.contiguous(), hi_GNm.contiguous(), ranges.group_BH, 400)
+            plans = plan(own, 2, 4, 2), back_plan(own, 2, 4, 2)
+            joint = lse.masked_fill(empty, 0.0)
+            for x, more in zip(
+                found, executed(*plans, (q, k, v, out), joint, dout, dlse, 0.3), strict=True
+            ):
+                x += more
+    for x, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
 def test_any_number_of_heads_fits_the_grid(monkeypatch):

@@ -6,7 +6,7 @@ documents make new ranges in every layer, with the same numbers in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -35,11 +35,11 @@ class Kept(Generic[Plan]):
     """Plans of one kernel.
 
     Args:
-        nbytes: how many bytes a plan takes that its content does not.
+        tensors: what a plan holds, so far as it is known.
     """
 
-    def __init__(self, nbytes: Callable[[Plan], int] = lambda _: 0) -> None:
-        self.nbytes = nbytes
+    def __init__(self, tensors: Callable[[Plan], Iterable[Tensor]] = lambda _: ()) -> None:
+        self.tensors = tensors
         self.by_ranges: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], Plan]] = (
             WeakKeyDictionary()
         )
@@ -73,8 +73,9 @@ class Kept(Generic[Plan]):
                 self.latest.append(self.latest.pop(at))
                 return old.plan
         plan = make(*content)
-        nbytes = sum(x.nbytes for x in content) + self.nbytes(plan)
-        self.latest.append(_Made(kind, content, plan, nbytes))
+        # A plan may hold its content as it is.
+        each = {x.data_ptr(): x.nbytes for x in (*content, *self.tensors(plan))}
+        self.latest.append(_Made(kind, content, plan, sum(each.values())))
         while len(self.latest) > _MOST or sum(x.nbytes for x in self.latest) > _MOST_BYTES:
             self.latest.pop(0)
         return plan

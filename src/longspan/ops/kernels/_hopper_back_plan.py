@@ -49,13 +49,13 @@ class HopperBackPlan:
     empty: Index | None
 
     @property
-    def nbytes(self) -> int:
-        """Memory of all of it."""
-        own = (self.entries_E2, self.parts_TS4, self.tasks_T4, *(self.empty or ()))
-        return sum(x.nbytes for x in own if isinstance(x, Tensor))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        rows = [x for x in self.empty or () if isinstance(x, Tensor)]
+        return self.entries_E2, self.parts_TS4, self.tasks_T4, *rows
 
 
-PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.nbytes)
+PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.tensors)
 _counts: WeakKeyDictionary[KeyRanges, int] = WeakKeyDictionary()
 
 

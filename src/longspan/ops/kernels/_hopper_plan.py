@@ -64,12 +64,12 @@ class HopperPlan:
     tasks_T8: Tensor
 
     @property
-    def nbytes(self) -> int:
-        """Memory of all of it."""
-        return sum(x.nbytes for x in (self.lo_PN, self.hi_PN, self.entries_E2, self.tasks_T8))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.lo_PN, self.hi_PN, self.entries_E2, self.tasks_T8
 
 
-PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.nbytes)
+PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.tensors)
 _runs: WeakKeyDictionary[KeyRanges, _Runs] = WeakKeyDictionary()
 
 
