@@ -25,6 +25,8 @@ FIRST = pair(1, 2, 5)
     ("parts", "message"),
     [
         ([], "at least one"),
+        (torch.zeros(2, 1, 2, 5, 8), "got Tensor"),
+        (iter([FIRST]), "got list_iterator"),
         (FIRST, "part 0 is tensor"),
         ([FIRST, (FIRST[0],)], "part 1 is (tensor"),
         ([(FIRST[0], 0.5)], "part 0 is (tensor"),

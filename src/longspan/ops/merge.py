@@ -125,6 +125,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: if there is no part, or a part is no such pair or does not fit the first one.
     """
+    if not isinstance(parts, Sequence):
+        raise InputError(f"merge takes a list of (out, lse) pairs, got {type(parts).__name__}")
     if not parts:
         raise InputError("merge needs at least one (out, lse) pair, got none")
     for index, part in enumerate(parts):
