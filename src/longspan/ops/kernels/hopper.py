@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
-from longspan.ops.capability import Halves, needs_grad
+from longspan.ops.capability import needs_grad
 from longspan.ops.empty import harmless
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
@@ -174,17 +174,6 @@ def hopper(
     if not backward:
         return ready.forward(q_BHND, k_BKMD, v_BKMD)
     return _Attend.apply(q_BHND, k_BKMD, v_BKMD, ready)
-
-
-def hopper_halves(
-    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
-) -> Halves:
-    """The same, with gradients, as a forward and a backward of their own.
-
-    Raises:
-        Refusal: ``reasons`` has one.
-    """
-    return _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=True)
 
 
 def _ready(
