@@ -487,19 +487,24 @@ def test_results_lie_in_memory_as_the_queries_and_any_layout_will_do():
     assert torch.equal(out, expected[0][:1].expand_as(out))
 
 
+DOCUMENTS = torch.tensor([0] * 700 + [1] * 900 + [2] * 448)
+# Of several passes, of views, and packed documents, without and with rows of padding.
+LAID_OUT: tuple[tuple[str, dict[str, torch.Tensor]], ...] = (
+    ("dilated(300, 8)", {}),
+    ("dilated(300, [1, 2, 4, 8])", {}),
+    ("ssa(256, 8)", {}),
+    ("longnet([256, 1024], [1, 4])", {}),
+    ("longformer(200, tokens=[0, 100, 900])", {}),
+    ("window(400)", {"segments": DOCUMENTS}),
+    ("window(400)", {"segments": DOCUMENTS - 1}),
+)
+
+
 @gpu
 def test_passes_views_and_packed_documents():
     here()
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 64, 64))
-    documents = torch.tensor([0] * 700 + [1] * 900 + [2] * 448)
-    for pattern, rows in (
-        ("dilated(300, 8)", {}),
-        ("dilated(300, [1, 2, 4, 8])", {}),
-        ("ssa(256, 8)", {}),
-        ("longnet([256, 1024], [1, 4])", {}),
-        ("window(400)", {"segments": documents}),
-        ("window(400)", {"segments": documents - 1}),
-    ):
+    for pattern, rows in LAID_OUT:
         found, expected = (
             ls.attend(*inputs, pattern, impl=impl, return_lse=True, **rows)
             for inputs, impl in (

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative, scattered, tensors, to, window
-from tests.ops.test_hopper import GPU_CASES, PLANNED, any_ranges, here, plan
+from tests.ops.test_hopper import GPU_CASES, LAID_OUT, PLANNED, any_ranges, here, plan
 
 import longspan as ls
 from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
@@ -273,17 +273,8 @@ def test_any_layout_and_scales_of_any_sign():
 def test_passes_views_and_packed_documents():
     here()
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 128, 128))
-    documents = torch.tensor([0] * 700 + [1] * 900 + [2] * 448)
     dout = torch.randn_like(q)
-    for pattern, rows in (
-        ("dilated(300, 8)", {}),
-        ("dilated(300, [1, 2, 4, 8])", {}),
-        ("ssa(256, 8)", {}),
-        ("longnet([256, 1024], [1, 4])", {}),
-        ("longformer(200, tokens=[0, 100, 900])", {}),
-        ("window(400)", {"segments": documents}),
-        ("window(400)", {"segments": documents - 1}),
-    ):
+    for pattern, rows in LAID_OUT:
         found, expected = (
             gradients(
                 partial(ls.attend, pattern=pattern, impl=impl, return_lse=True, **rows),

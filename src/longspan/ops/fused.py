@@ -46,7 +46,7 @@ def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
     batch, heads, _, width = x_BHND.shape
     count, row_batch, groups, places = row_cBGP.shape
     out_BHPD = x_BHND.new_empty(batch, heads, places, width)
-    wide, tall = _tile(width)
+    wide, tall = tile_of(width)
     with torch.cuda.device(x_BHND.device):
         _kernels().gather_rows[(-(-places // tall), batch * heads)](
             x_BHND,
@@ -83,7 +83,7 @@ def add_rows(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     batch, heads, rows, width = first.shape
     rows = rows if table is None else table.shape[-1]
     out = first.new_empty(batch, heads, rows, width)
-    wide, tall = _tile(width)
+    wide, tall = tile_of(width)
     with torch.cuda.device(out.device):
         _kernels().add_rows[(-(-rows // tall), batch * heads)](
             tensors, *_where(tables, tensors), out, rows, heads, width, wide, tall
@@ -132,7 +132,7 @@ def merge_into(
     part_BGPD, part_lse_BGP = rows_dense(part_BGPD), part_lse_BGP.contiguous()
     row = part_lse_BGP if row_BGP is None else row_BGP.contiguous()
     batch, heads, places, width = part_BGPD.shape
-    wide, tall = _tile(width)
+    wide, tall = tile_of(width)
     with torch.cuda.device(out_BHND.device):
         _kernels().merge_into[(-(-places // tall), batch * heads)](
             out_BHND,
@@ -170,7 +170,7 @@ class _Merge(torch.autograd.Function):
         batch, heads, _, width = outs[0].shape
         out = outs[0].new_empty(batch, heads, rows, width)
         lse = lses[0].new_empty(batch, heads, rows)
-        wide, tall = _tile(width)
+        wide, tall = tile_of(width)
         with torch.cuda.device(out.device):
             _kernels().merge_rows[(-(-rows // tall), batch * heads)](
                 outs, lses, *_where(tables, outs), out, lse, rows, heads, width, wide, tall
@@ -197,7 +197,7 @@ class _Merge(torch.autograd.Function):
         )
         batch, heads, rows = lse.shape
         width = outs[0].shape[-1]
-        wide, tall = _tile(width)
+        wide, tall = tile_of(width)
         d_out, d_lse = (x.contiguous() for x in grads)
         with torch.cuda.device(lse.device):
             _kernels().merge_gradients[(-(-rows // tall), batch * heads)](
@@ -249,10 +249,15 @@ def rows_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _tile(width: int) -> tuple[int, int]:
-    """Columns and rows of a program, both powers of two."""
+def tile_of(width: int, numbers: int = _NUMBERS) -> tuple[int, int]:
+    """Columns and rows of a program, both powers of two.
+
+    Args:
+        width: columns there are.
+        numbers: how many it holds at most.
+    """
     wide = 1 << (width - 1).bit_length()
-    return wide, max(1, _NUMBERS // wide)
+    return wide, max(1, numbers // wide)
 
 
 @cache

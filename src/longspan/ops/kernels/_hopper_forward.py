@@ -29,6 +29,9 @@ are read and nothing is written. Offsets of rows are 64-bit.
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon.language.nvidia import (  # pyright: ignore[reportMissingImports]
@@ -37,6 +40,9 @@ from triton.experimental.gluon.language.nvidia import (  # pyright: ignore[repor
 from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
     mbarrier,
     tma,
+)
+from triton.experimental.gluon.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
+    TensorDescriptor,
 )
 
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -48,6 +54,13 @@ _HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _WHOLE = gl.constexpr(0)
 _FIRST = gl.constexpr(1)
 _LAST = gl.constexpr(2)
+
+
+def described(x_BHND: Tensor, rows: int, width: int) -> Any:
+    """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
+    layout = gl.NVMMASharedLayout(128, 8 * x_BHND.element_size(), 4)
+    shape, strides = list(x_BHND.shape), list(x_BHND.stride())
+    return TensorDescriptor(x_BHND, shape, strides, [1, 1, rows, width], layout)
 
 
 @gluon.jit(

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
 from longspan.ops.empty import harmless
+from longspan.ops.fused import tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
@@ -243,12 +244,13 @@ class _Ready:
         lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
         compiled = next(wide for wide in _PLACES if wide >= max(width, v.shape[3]))
         tasks = len(self.plan.tasks_T8)
+        described = _kernels().described
         with torch.cuda.device(q.device):
             _kernels().forward[(min(_programs(q.device), tasks),)](
-                _described(q_BHND, 64, compiled),
-                _described(k_BKMD, 128, compiled),
-                _described(v_BKMD, 128, compiled),
-                _described(out_BHND, 64, compiled),
+                described(q_BHND, 64, compiled),
+                described(k_BKMD, 128, compiled),
+                described(v_BKMD, 128, compiled),
+                described(out_BHND, 64, compiled),
                 lse_BHN,
                 self.plan.tasks_T8,
                 self.plan.entries_E2,
@@ -289,12 +291,13 @@ class _Ready:
         dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
         tasks = len(self.back.tasks_T4)
         scale = abs(self.scale or 1.0)
+        described = _kernels().described
         with torch.cuda.device(q.device):
             _back_kernels().backward[(min(_programs(q.device), tasks),)](
-                *(_described(x, 64, _WIDE) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
-                _described(sums_BHND, 64, _WIDE // 2, 32),
-                _described(dk_BKMD, 64, _WIDE),
-                _described(dv_BKMD, 64, _WIDE),
+                *(described(x, 64, _WIDE) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
+                described(sums_BHND, 64, _WIDE // 2),
+                described(dk_BKMD, 64, _WIDE),
+                described(dv_BKMD, 64, _WIDE),
                 lse_BHN,
                 delta_BHN,
                 self.back.tasks_T4,
@@ -331,8 +334,7 @@ def _deltas(out_BHND: Tensor, dout_BHND: Tensor, dlse_BHN: Tensor | None) -> Ten
     batch, heads, rows, width = out_BHND.shape
     delta_BHN = out_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
     dlse_BHN = delta_BHN if dlse_BHN is None else dlse_BHN.float().contiguous()
-    wide = 1 << (width - 1).bit_length()
-    tall = 4096 // wide
+    wide, tall = tile_of(width, numbers=4096)
     with torch.cuda.device(out_BHND.device):
         _back_kernels().deltas[(batch * heads * -(-rows // tall),)](
             out_BHND,
@@ -353,12 +355,3 @@ def _deltas(out_BHND: Tensor, dout_BHND: Tensor, dlse_BHN: Tensor | None) -> Ten
 
 def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _described(x_BHND: Tensor, rows: int, width: int, bits: int = 16) -> Any:
-    """A tensor for the unit that copies tiles."""
-    gluon = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
-    language = importlib.import_module("triton.experimental.gluon.language")
-    layout = language.NVMMASharedLayout(128, bits, 4)
-    shape, strides = list(x_BHND.shape), list(x_BHND.stride())
-    return gluon.TensorDescriptor(x_BHND, shape, strides, [1, 1, rows, width], layout)
