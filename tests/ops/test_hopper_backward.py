@@ -29,12 +29,11 @@ def back_plan(ranges, batch, heads, key_heads):
     return _hopper_back_plan.back_plan_of(ranges, batch, heads, key_heads)
 
 
-def seen(made, row, key, about):
-    """bool [64, 128]: what the kernel takes of a tile, going by the bits of its entry."""
+def seen(made, row, key, plane):
+    """bool [64, 128]: what the kernel takes of a tile with a mask."""
     key_S = torch.arange(key, key + 128)
-    lo, hi = (x[about >> 6, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
-    inside = key_S >= lo if about & 16 else key_S < hi
-    return inside & (key_S >= lo) if about & 32 else inside
+    lo, hi = (x[plane, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
+    return (key_S >= lo) & (key_S < hi)
 
 
 def executed(made, back, tensors, lse, dout, dlse, scale):
@@ -49,11 +48,11 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
         own = b, key_head, slice(key, key + 128)
         dk_own, dv_own = torch.zeros_like(k[own]), torch.zeros_like(v[own])
         for x, (first, masked, count, _) in enumerate(parts):
-            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
+            for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
                 rows = b, key_head * share + x, slice(row, row + 64)
                 p = (scale * q[rows] @ k[own].mT - lse[rows][:, None]).exp()
                 if at < masked:
-                    p = p.where(seen(made, row, key, about)[:, : p.shape[1]], 0.0)
+                    p = p.where(seen(made, row, key, plane)[:, : p.shape[1]], 0.0)
                 ds = p * (dout[rows] @ v[own].mT - delta[rows][:, None])
                 dv_own += p.mT @ dout[rows]
                 dk_own += scale * ds.mT @ q[rows]
@@ -96,10 +95,9 @@ def test_every_pair_of_any_ranges_is_in_one_entry(given):
     for (key, key_head, b), parts in zip(tasks, back.parts_TS4.tolist(), strict=True):
         for x, (first, masked, count, _) in enumerate(parts):
             own = counted[b, key_head * heads // key_heads + x, :, key : key + 128]
-            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
+            for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
                 assert row % 64 == 0
-                assert at < masked or about & 63 == 0
-                own[row : row + 64] += seen(made, row, key, about) if at < masked else 1
+                own[row : row + 64] += seen(made, row, key, plane) if at < masked else 1
     assert len({tuple(task) for task in tasks}) == batch * key_heads * -(-keys // 128)
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
@@ -119,7 +117,7 @@ def test_few_tiles_are_visited():
     assert back.parts_TS4[..., 1].max() == 4
     back = back_plan(cases.causal(n, 2), 1, 2, 1)
     assert back.parts_TS4[0, :, :3].tolist() == [[0, 2, n // 64]] * 2
-    # The last queries of whole tiles first; the task with the most tiles first.
+    # The last queries of whole tiles first.
     assert back.entries_E2[2 : n // 64, 0].tolist() == list(range(n - 64, 64, -64))
     assert back.tasks_T4[:, 0].tolist() == list(range(0, n, 128))
     for x in (back.entries_E2, back.parts_TS4, back.tasks_T4):
@@ -197,21 +195,36 @@ def test_gradients_from_the_output_and_log_sum_exp_of_more_keys(count):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
+def test_long_tasks_come_before_all_and_others_by_key_head():
+    n = 2048
+    lo_GNm = torch.arange(n).sub(127).clamp(min=0)[None, :, None].repeat(1, 1, 2)
+    hi_GNm = torch.arange(1, n + 1)[None, :, None].repeat(1, 1, 2)
+    # All see keys 1,024 to 1,033 besides.
+    lo_GNm[..., 1], hi_GNm[..., 1] = 1024, 1034
+    lo_GNm[0, :1200, 0], hi_GNm[0, :1200, 0] = 0, 0
+    ranges = KeyRanges(lo_GNm.int(), hi_GNm.int(), torch.zeros(1, 4, dtype=torch.long), n)
+    tasks = back_plan(ranges, 1, 4, 2).tasks_T4[:, :2].tolist()
+    others = [[key, head] for head in range(2) for key in range(0, n, 128) if key != 1024]
+    assert tasks == [[1024, 0], [1024, 1], *others]
+
+
 def test_any_number_of_heads_fits_the_grid(monkeypatch):
     grids = []
 
-    class Deltas:
+    class Rows:
         def __getitem__(self, grid):
             grids.append(grid)
             return lambda *_: None
 
-    kernels = SimpleNamespace(deltas=Deltas())
+    kernels = SimpleNamespace(deltas=Rows(), scaled=Rows())
     monkeypatch.setattr(module, "_back_kernels", lambda: kernels)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
-    module._deltas(out, out, None)
+    lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)
+    module._first(out, out, lse, None, 1.0)
+    module._scaled(out, 1.0, torch.zeros(1).expand(out.shape))
     # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
-    assert grids == [(2 * (1 << 16),)]
+    assert grids == [(2 * (1 << 16),)] * 2
 
 
 # Results on a GPU.

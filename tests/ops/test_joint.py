@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tests.ops import test_cudnn
+from tests.ops import test_cudnn, test_hopper
 from tests.ops.test_flex import gpu, relative
 
 import longspan as ls
@@ -208,17 +209,23 @@ GPU_PATTERNS = [
 ]
 
 
-def need_library():
-    if not test_cudnn.installed(test_cudnn.cudnn_module):
+def need(impl="cudnn"):
+    if impl == "hopper":
+        test_hopper.here()
+    elif not test_cudnn.installed(test_cudnn.cudnn_module):
         pytest.skip("needs cudnn.flex_attention")
 
 
+each_kernel = pytest.mark.parametrize("impl", ["cudnn", "hopper"])
+
+
 @gpu
+@each_kernel
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("text", GPU_PATTERNS)
-def test_on_a_gpu(text, batch, packed):
-    need_library()
+def test_on_a_gpu(text, batch, packed, impl):
+    need(impl)
     n = 4096
     segments = None
     if packed:
@@ -229,10 +236,10 @@ def test_on_a_gpu(text, batch, packed):
     exact = [x.detach().float().requires_grad_() for x in inputs]
     # Alone at first, then on streams side by side; then without gradients, joined in place.
     for use_lse in (True, True, False):
-        found = both(inputs, plan, "cudnn", use_lse=use_lse)
+        found = both(inputs, plan, impl, use_lse=use_lse)
         wanted = both(exact, plan, "reference", use_lse=use_lse, poison=0.0)
         with torch.no_grad():
-            alone = attend(inputs, plan, "cudnn", return_lse=True)
+            alone = attend(inputs, plan, impl, return_lse=True)
         seen = wanted[1] > -math.inf
         for lse in (found[1], alone[1]):
             assert torch.equal(lse > -math.inf, seen)
@@ -247,7 +254,7 @@ def test_on_a_gpu(text, batch, packed):
 @gpu
 @pytest.mark.parametrize("text", [GPU_PATTERNS[i] for i in (0, 2)])
 def test_auto_picks_kernels_with_halves(text, monkeypatch):
-    need_library()
+    need()
     if torch.cuda.get_device_name() not in measured.table():
         pytest.skip("nothing was measured on this GPU")
     seen = []
@@ -262,30 +269,33 @@ def test_auto_picks_kernels_with_halves(text, monkeypatch):
     q, k, v = inputs
     found = both(inputs, plan, "auto", use_lse=False)
     assert seen == [len(plan.passes)]
-    assert f"pass {len(plan.passes) - 1}: kernel cudnn" in ls.explain(q, k, v, plan)
+    text = ls.explain(q, k, v, plan)
+    assert re.search(rf"pass {len(plan.passes) - 1}: kernel (cudnn|hopper)", text)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     for a, b in zip(found, both(exact, plan, "reference", use_lse=False), strict=True):
         assert relative(a, b) < 1e-2
 
 
 @gpu
-def test_streams_and_memory_that_is_used_again():
-    need_library()
+@each_kernel
+def test_streams_and_memory_that_is_used_again(impl):
+    need(impl)
     plan = ls.plan(ls.parse(GPU_PATTERNS[0]), 4096, HEADS)
     inputs = made(1, 64, 4096, device="cuda", dtype=torch.bfloat16)
-    wanted = both(inputs, plan, "cudnn", use_lse=True)
+    wanted = both(inputs, plan, impl, use_lse=True)
     for _ in range(8):
         # Memory that is used again too early would hold these.
         spoilt = [torch.full_like(inputs[0], torch.nan) for _ in range(8)]
         del spoilt
-        for a, b in zip(both(inputs, plan, "cudnn", use_lse=True), wanted, strict=True):
+        for a, b in zip(both(inputs, plan, impl, use_lse=True), wanted, strict=True):
             assert relative(a, b) < 1e-2
 
 
 @gpu
+@each_kernel
 @pytest.mark.parametrize("text", [GPU_PATTERNS[i] for i in (0, 4, 7, 8)])
-def test_nothing_leaks_from_later_rows(text):
-    need_library()
+def test_nothing_leaks_from_later_rows(text, impl):
+    need(impl)
     n, cut = 2048, 1111
     plan = ls.plan(ls.parse(text), n, HEADS)
     assert plan.pattern.is_causal
@@ -294,7 +304,7 @@ def test_nothing_leaks_from_later_rows(text):
     other = [torch.randn_like(x).where(later, x.detach()).requires_grad_() for x in inputs]
     results = []
     for given in (inputs, other):
-        out = attend(given, plan, "cudnn")
+        out = attend(given, plan, impl)
         before = out[:, :, :cut]
         results.append((before, *torch.autograd.grad(before.float().sin().sum(), given)))
     assert torch.equal(results[0][0], results[1][0])
@@ -304,7 +314,7 @@ def test_nothing_leaks_from_later_rows(text):
 
 @gpu
 def test_memory_between_the_passes_and_the_backward():
-    need_library()
+    need()
     n, text = 16384, "longformer(512, tokens=[0, 100, 2000])"
     plan = ls.plan(ls.parse(text), n, HEADS)
     assert len(plan.passes) == 2

@@ -143,6 +143,8 @@ KERNELS = (
         name="hopper",
         devices=("cuda",),
         note="our own kernel for Hopper",
+        adds_key_tiles="of a key head",
+        has_halves=True,
     ),
     Capability(
         name="flash",

@@ -5,7 +5,8 @@ part: the tiles of 64 queries that see some of its keys, one entry for each rang
 the ranges of a query are disjoint and every pair must count once. Entries with a mask come first;
 behind them whole ones, the last queries first: causal keys begin to be seen at different queries,
 but most are seen to the end, and programs that run at the same time then read the same queries.
-Tasks with the most entries come first.
+Tasks come by key head, the first keys first, so that programs that run at the same time read the
+same queries; but those that are much longer than others come before all.
 
 O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
@@ -29,6 +30,8 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
+# Times the mean: tasks that would keep all others waiting at the end.
+_LONG = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +39,8 @@ class HopperBackPlan:
     """What the backward kernel reads besides its tensors and the bounds of the forward plan.
 
     Attributes:
-        entries_E2: int32, the first query of each tile, and 64 times the row of its bounds with
-            the bits that ``_hopper_backward`` describes. One more than there are.
+        entries_E2: int32, the first query of each tile, and the row of its bounds. One more than
+            there are.
         parts_TS4: int32, for each task and query head its first entry, those with a mask, all.
         tasks_T4: int32, the first key, key head and batch row of each task.
         empty: the rows [B, H, N] that see no key; None if every one sees some.
@@ -97,7 +100,7 @@ def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> H
         ):
             number = torch.arange(0, size * step, step, dtype=torch.int32, device=lo_GNm.device)
             where_BKJ4[..., at] = number.view(*(-1 if axis == 2 - at else 1 for axis in range(3)))
-        order = parts_BKJS4[..., 2].sum(-1).flatten().argsort(descending=True, stable=True)
+        order = _order(parts_BKJS4[..., 2].sum(-1).flatten())
         return HopperBackPlan(
             entries_E2,
             parts_BKJS4.flatten(0, 2)[order].contiguous(),
@@ -106,6 +109,12 @@ def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> H
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
+
+
+def _order(length_T: Tensor) -> Tensor:
+    """Long tasks first, the longest of them at the head, and the others as they come."""
+    long_T = length_T > _LONG * length_T.float().mean()
+    return length_T.where(long_T, 0).argsort(descending=True, stable=True)
 
 
 def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
@@ -126,13 +135,14 @@ def _entries(ranges: KeyRanges) -> tuple[Tensor, Tensor]:
     at_X = torch.arange(len(end_X), device=device)
     row_X, group_X = at_X // count % rows, at_X // (rows * count)
     about_X2 = torch.stack(
-        [ROWS * (rows - 1 - row_X), 64 * (group_X * count + at_X % count)], dim=1
+        [ROWS * (rows - 1 - row_X), group_X * count + at_X % count], dim=1
     ).int()
     # There are many entries: no number takes more room than it needs.
     at_E = at_X.int().repeat_interleave(length_X, output_size=size)
     tile_E = (tile_X + length_X - end_X).int().index_select(0, at_E)
     tile_E += torch.arange(size, dtype=torch.int32, device=device)
-    masked_E, bits_E = cuts(tiles, KEYS * tile_E, at_E)
+    lower_E, upper_E = cuts(tiles, KEYS * tile_E, at_E)
+    masked_E = lower_E | upper_E
     numbers = torch.int32 if groups * columns < 1 << 30 else torch.int64
     whose_E = (group_X * columns).to(numbers).index_select(0, at_E) + tile_E
     masked_J = torch.bincount(whose_E[masked_E], minlength=groups * columns)
@@ -140,6 +150,5 @@ def _entries(ranges: KeyRanges) -> tuple[Tensor, Tensor]:
     order_E = (2 * whose_E + ~masked_E).argsort(stable=True)
     entries_E2 = about_X2.new_zeros(size + 1, 2)
     entries_E2[:-1] = about_X2.index_select(0, at_E.index_select(0, order_E))
-    entries_E2[:-1, 1] += bits_E.index_select(0, order_E)
     about_J3 = torch.stack([all_J.cumsum(0) - all_J, masked_J, all_J], dim=-1).int()
     return entries_E2, about_J3.view(groups, -1, 3)

@@ -6,17 +6,19 @@
 
 FlashAttention-3 (Shah et al., arXiv 2407.08608): a program keeps a tile of 128 keys, goes through
 the tiles of 64 queries that see some of it, and sums dk and dv in registers; dq is added up in
-memory, in float32. One warp loads, and two groups of four warps multiply, each 64 of the keys;
-dq, a sum over all of them, they share by columns, each reading the dS of both from shared memory.
+memory, in float32.
 
 What differs: a task has all query heads of its key head, so that dk and dv are complete and leave
-as they are, and programs persist.
+as they are; programs persist, and fetch tasks as they finish; and four kinds of warps share the
+work. One warp loads. Two groups of four warps, each 64 of the keys, multiply all but dq, and
+leave dS in shared memory. A third group makes dq of it a step later, so that neither of the
+others waits for dS of the other, for dq, or for dq to leave.
 
 A task is int32 [4]: first key, key head, batch row, nothing. A part is int32 [4] for each task and
 query head of its key head: first entry, entries with a mask (they come first), entries, nothing.
-An entry is int32 [2]: the first of 64 queries, and 64 times the row of ``lo`` and ``hi`` that says
-which keys each of them sees, with 16 if only lower bounds cut and 32 if both do. 10 D flops for
-each pair of a tile; of dq, 4 bytes a number are added in memory for each tile.
+An entry is int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi`` that says which
+keys each of them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number are added in
+memory for each tile.
 
 The log-sum-exp is finite, in rows that see no key as well, whose every entry has a mask.
 """
@@ -39,12 +41,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     tma,
 )
 
-_LOG2_E = gl.constexpr(1.4426950408889634)
+from longspan.ops.kernels._hopper_forward import entry, meet
+
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _BY_QUERY = gl.constexpr(gl.SliceLayout(0, _SCORES.value))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_BF16_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_LANES = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
+_DS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+# Of one warp, and of four.
+_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
+_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @_core.builtin
@@ -54,26 +59,32 @@ def _add_through_builder(desc, coord, tile, _semantic: Any = None):
     _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, tile.handle)
 
 
-# Add a tile of shared memory to global memory, and let the threads of a group meet, by the names
-# that Gluon has for them from Triton 3.8 and 3.7 on.
+# Add a tile of shared memory to global memory, by the name that Gluon has for it from Triton 3.8
+# on.
 _add_to = getattr(tma, "async_atomic_add", _add_through_builder)
-_meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit(
-    do_not_specialize=["count", "rows", "heads", "group"],
-    do_not_specialize_on_alignment=["lse", "delta", "tasks", "parts", "entries", "lo", "hi"],
+    do_not_specialize=["count", "rows", "group"],
+    do_not_specialize_on_alignment=[
+        "fetched",
+        "tasks",
+        "parts",
+        "entries",
+        "lo",
+        "hi",
+    ],
 )
 def backward(
     q_desc,
     k_desc,
     v_desc,
     dout_desc,
+    rows_desc,
     dq_desc,
     dk_desc,
     dv_desc,
-    lse,
-    delta,
+    fetched,
     tasks,
     parts,
     entries,
@@ -81,55 +92,60 @@ def backward(
     hi,
     count,
     rows,
-    heads,
     group,
     scale,
     scale_log2,
     width: gl.constexpr,
 ):
-    q_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
-    dout_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
+    q_room = gl.allocate_shared_memory(q_desc.dtype, [3, 1, 1, 64, width], q_desc.layout)
+    dout_room = gl.allocate_shared_memory(q_desc.dtype, [3, 1, 1, 64, width], q_desc.layout)
     k_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
-    dq_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, width // 2], dq_desc.layout)
-    ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _BF16_TILE)
-    # Log-sum-exps and deltas of each place.
-    row_room = gl.allocate_shared_memory(gl.float32, [4, 64], _FLAT)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 64, 64], dq_desc.layout)
+    ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
+    # What the sums of a place begin with, and the keys that its queries see.
+    row_room = gl.allocate_shared_memory(gl.float32, [3, 1, 1, 2, 64], rows_desc.layout)
+    seen_room = gl.allocate_shared_memory(gl.int32, [3, 64], _FLAT)
+    task_room = gl.allocate_shared_memory(gl.int32, [1], _FLAT)
+    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(3):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=1)
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=2)
-    tiles = (q_room, dout_room, row_room, full, empty)
-    fixed = (k_room, v_room, kv_full, kv_empty)
+    mbarrier.init(kv_empty, count=3)
+    tiles = (q_room, dout_room, row_room, seen_room, full, empty)
+    fixed = (k_room, v_room, task_room, kv_full, kv_empty)
     work = (tasks, parts, entries, count, group)
-    own = (dq_room, ds_room, ds_full)
-    bounds = (lo, hi, rows)
+    own = (dq_room, ds_room, ds_full, ds_empty)
     results = (dq_desc, dk_desc, dv_desc)
     scales = (scale, scale_log2)
     gl.warp_specialize(
         [
-            (_multiply, (0, tiles, fixed, own, work, bounds, results, scales)),
-            (_multiply, (1, tiles, fixed, own, work, bounds, results, scales)),
+            (_multiply, (0, tiles, fixed, own, work, results, scales)),
+            (_multiply, (1, tiles, fixed, own, work, results, scales)),
+            (_add_up, (fixed, own, work, results[0])),
             (
                 _load,
                 (
-                    (q_desc, k_desc, v_desc, dout_desc),
+                    (q_desc, k_desc, v_desc, dout_desc, rows_desc),
                     tiles,
                     fixed,
                     work,
-                    (lse, delta, rows, heads),
+                    (lo, hi, rows),
+                    fetched,
                 ),
             ),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4, 1],
+        [216, 64, 24],
     )
 
 
@@ -137,8 +153,8 @@ def backward(
 
 
 @gluon.jit
-def _load(descs, tiles, fixed, work, by_row):
-    k_room, v_room, kv_full, kv_empty = fixed
+def _load(descs, tiles, fixed, work, bounds, fetched):
+    k_room, v_room, task_room, kv_full, kv_empty = fixed
     tasks, parts, entries, count, group = work
     size: gl.constexpr = 128 * k_room.shape[4] * 2
     place, phase, kv_phase = 0, 0, 0
@@ -146,6 +162,7 @@ def _load(descs, tiles, fixed, work, by_row):
     while t < count:
         key, k_head, batch = _task(tasks, t)
         mbarrier.wait(kv_empty, kv_phase ^ 1)
+        _tell(task_room, t)
         mbarrier.expect(kv_full, 2 * size)
         for half in gl.static_range(2):
             at = [batch, k_head, key + 64 * half, 0]
@@ -153,33 +170,57 @@ def _load(descs, tiles, fixed, work, by_row):
             tma.async_copy_global_to_shared(descs[2], at, kv_full, v_room.index(half))
         kv_phase ^= 1
         for x in range(group):
-            first, _masked, length = _part(parts, t * group + x)
+            first, masked, length = _part(parts, t * group + x)
             head = k_head * group + x
+            row, plane = entry(entries, first)
             for j in range(length):
-                row = gl.load(entries + 2 * (first + j))
-                place, phase = _bring(descs, tiles, by_row, batch, head, row, place, phase)
-        t += gl.num_programs(0)
+                # Read before it is needed.
+                row1, plane1 = entry(entries, first + j + 1)
+                where = (batch, head, row, plane, key)
+                place, phase = _bring(descs, tiles, bounds, where, place, phase, j < masked)
+                row, plane = row1, plane1
+        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
+    mbarrier.wait(kv_empty, kv_phase ^ 1)
+    _tell(task_room, t)
+    mbarrier.arrive(kv_full, count=1)
 
 
 @gluon.jit
-def _bring(descs, tiles, by_row, batch, head, row, place, phase):
-    q_desc, dout_desc = descs[0], descs[3]
-    q_room, dout_room, row_room, full, empty = tiles
-    lse, delta, rows, heads = by_row
-    i = row + gl.arange(0, 64, _LANES)
-    at = (batch.to(gl.int64) * heads + head) * rows + i
-    own_lse = gl.load(lse + at, mask=i < rows, other=float("inf"))
-    own_delta = gl.load(delta + at, mask=i < rows, other=0.0)
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    row_room.index(2 * place).store(own_lse * _LOG2_E)
-    row_room.index(2 * place + 1).store(own_delta)
-    # All lanes have written before one of them says so.
-    _meet()
+def _tell(room, t):
+    room.store(gl.full([1], t, gl.int32, _WARP))
+    meet()
+
+
+@gluon.jit
+def _bring(descs, tiles, bounds, where, place, phase, masked):
+    q_desc, dout_desc, rows_desc = descs[0], descs[3], descs[4]
+    q_room, dout_room, row_room, seen_room, full, empty = tiles
+    lo, hi, rows = bounds
+    batch, head, row, plane, key = where
     bar = full.index(place)
-    mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2)
-    tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], bar, q_room.index(place))
-    tma.async_copy_global_to_shared(dout_desc, [batch, head, row, 0], bar, dout_room.index(place))
-    return place ^ 1, gl.where(place == 1, phase ^ 1, phase)
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    at = [batch, head, row, 0]
+    tma.async_copy_global_to_shared(q_desc, at, bar, q_room.index(place))
+    at_rows = [batch, head, 0, row]
+    tma.async_copy_global_to_shared(rows_desc, at_rows, bar, row_room.index(place))
+    tma.async_copy_global_to_shared(dout_desc, at, bar, dout_room.index(place))
+    if masked:
+        i = row + gl.arange(0, 64, _WARP)
+        at_i = plane.to(gl.int64) * rows + i
+        begin = gl.load(lo + at_i, mask=i < rows, other=0) - key
+        end = gl.load(hi + at_i, mask=i < rows, other=0) - key
+        begin = gl.minimum(gl.maximum(begin, 0), 128)
+        end = gl.minimum(gl.maximum(end, 0), 128)
+        seen_room.index(place).store(begin + (end << 16))
+        # All threads have written before one of them says so.
+        meet()
+    mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2 + 2 * 64 * 4)
+    return _next(place, phase)
+
+
+@gluon.jit
+def _next(place, phase):
+    return gl.where(place == 2, 0, place + 1), gl.where(place == 2, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -196,156 +237,165 @@ def _part(parts, at):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, tiles, fixed, own, work, bounds, results, scales):
-    kv_full, kv_empty = fixed[2], fixed[3]
-    tasks, parts, entries, count, group = work
-    q_room, dq_room = tiles[0], own[0]
+def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
+    k_room, v_room, task_room, kv_full, kv_empty = fixed
+    tasks, parts, _entries, count, group = work
+    q_room, ds_empty = tiles[0], own[3]
     width: gl.constexpr = q_room.shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
-    place, phase, turn, ds_phase, kv_phase = 0, 0, 0, 0, 0
-    t = gl.program_id(0)
+    place, phase, step = 0, 0, 0
+    mbarrier.wait(kv_full, 0)
+    kv_phase = 1
+    t = gl.max(task_room.load(_GROUP), 0)
     while t < count:
         key, k_head, batch = _task(tasks, t)
-        mbarrier.wait(kv_full, kv_phase)
-        kv_phase ^= 1
         dk = gl.zeros([64, width], gl.float32, sums)
         dv = gl.zeros([64, width], gl.float32, sums)
-        flow = place, phase, turn, ds_phase, dk, dv
+        flow = place, phase, step, dk, dv
         for x in range(group):
-            first, masked, length = _part(parts, t * group + x)
-            head = k_head * group + x
-            row, about = _entry(entries, first)
-            for j in range(masked):
-                row1, about1 = _entry(entries, first + j + 1)
-                where = (batch, head, row, about, key + 64 * half)
-                flow = _step(half, tiles, fixed, own, bounds, results, scales, flow, where, True)
-                row, about = row1, about1
-            for j in range(masked, length):
-                row1, about1 = _entry(entries, first + j + 1)
-                where = (batch, head, row, about, key + 64 * half)
-                flow = _step(half, tiles, fixed, own, bounds, results, scales, flow, where, False)
-                row, about = row1, about1
-        place, phase, turn, ds_phase, dk, dv = flow
-        mbarrier.arrive(kv_empty, count=1)
+            _first, masked, length = _part(parts, t * group + x)
+            for j in range(length):
+                flow = _step(half, tiles, fixed, own, scales[1], flow, j < masked)
+        place, phase, step, dk, dv = flow
+        # Gradients leave through the places of their keys and values.
         at = [batch, k_head, key + 64 * half, 0]
-        _put(results[2], at, dv, dq_room.index(half), q_room.dtype)
-        _put(results[1], at, dk * scales[0], dq_room.index(half), q_room.dtype)
-        t += gl.num_programs(0)
-    tma.store_wait(0)
+        _put(results[2], at, dv, v_room.index(half))
+        mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
+        _put(results[1], at, dk * scales[0], k_room.index(half))
+        tma.store_wait(0)
+        mbarrier.arrive(kv_empty, count=1)
+        mbarrier.wait(kv_full, kv_phase)
+        kv_phase ^= 1
+        t = gl.max(task_room.load(_GROUP), 0)
 
 
 @gluon.jit
-def _step(
-    half: gl.constexpr,
-    tiles,
-    fixed,
-    own,
-    bounds,
-    results,
-    scales,
-    flow,
-    where,
-    masked: gl.constexpr,
-):
-    """Gradients from a tile of queries."""
-    q_room, dout_room, row_room, full, empty = tiles
+def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
+    """What a tile of queries adds to dk and dv, and its dS."""
+    q_room, dout_room, row_room, seen_room, full, empty = tiles
     k_room, v_room = fixed[0], fixed[1]
-    dq_room, ds_room, ds_full = own
-    place, phase, turn, ds_phase, dk, dv = flow
-    batch, head, row, about, key = where
+    ds_room, ds_full, ds_empty = own[1], own[2], own[3]
+    place, phase, step, dk, dv = flow
     width: gl.constexpr = q_room.shape[4]
     dtype: gl.constexpr = q_room.dtype
     left: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    shared: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width // 2, 16])
+    turn = step & 1
+    first = row_room.index(place)._reinterpret(gl.float32, [128], _FLAT)
     mbarrier.wait(full.index(place), phase)
-    s_token = _times(k_room.index(half), q_room.index(place))
-    dp_token = _times(v_room.index(half), dout_room.index(place))
-    s = hopper.warpgroup_mma_wait(1, deps=(s_token,))
-    own_lse = row_room.index(2 * place).load(_BY_QUERY)
-    p = gl.exp2(s * scales[1] - own_lse[None, :])
+    # Sums begin with what is to be subtracted.
+    s_token = _times(k_room.index(half), q_room.index(place), first.slice(0, 64))
+    s = hopper.warpgroup_mma_wait(0, deps=(s_token,))
+    p = gl.exp2(s * scale_log2)
     if masked:
-        p = _mask(p, key, row, about, bounds)
+        p = _mask(p, seen_room.index(place).load(_BY_QUERY), half)
     q, dout = q_room.index(place).reshape([64, width]), dout_room.index(place).reshape([64, width])
-    p_left = gl.convert_layout(p.to(dtype), left)
+    p_small = p.to(dtype)
+    p_left = gl.convert_layout(p_small, left)
+    dp_token = _times(v_room.index(half), dout_room.index(place), first.slice(64, 64))
     dv_token = hopper.warpgroup_mma(p_left, dout, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=(dp_token,))
-    own_delta = row_room.index(2 * place + 1).load(_BY_QUERY)
-    ds = (p * (dp - own_delta[None, :])).to(dtype)
-    # What the other group had read of this room it had read before the last exchange.
+    ds = (p_small.to(gl.float32) * dp).to(dtype)
+    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
     ds_room.index(2 * turn + half).store(ds)
     hopper.fence_async_shared()
     mbarrier.arrive(ds_full.index(turn), count=1)
     ds_left = gl.convert_layout(ds, left)
     dk_token = hopper.warpgroup_mma(ds_left, q, dk, is_async=True)
-    mbarrier.wait(ds_full.index(turn), ds_phase)
-    dq_token = gl.zeros([64, width // 2], gl.float32, shared)
-    for part in gl.static_range(2):
-        keys = k_room.index(part).reshape([64, width]).slice(half * (width // 2), width // 2, 1)
-        ds_part = ds_room.index(2 * turn + part).permute((1, 0))
-        dq_token = hopper.warpgroup_mma(ds_part, keys, dq_token, use_acc=part > 0, is_async=True)
-    dv, dk, dq, p_left, ds_left = hopper.warpgroup_mma_wait(
-        0, deps=(dv_token, dk_token, dq_token, p_left, ds_left)
+    dv, dk, p_left, ds_left = hopper.warpgroup_mma_wait(
+        0, deps=(dv_token, dk_token, p_left, ds_left)
     )
     mbarrier.arrive(empty.index(place), count=1)
-    tma.store_wait(0)
-    dq_place = dq_room.index(half)
-    dq_place.reshape([64, width // 2]).store(dq)
-    hopper.fence_async_shared()
-    _add_to(results[0], [batch, head, row, half * (width // 2)], dq_place)
-    ds_phase = gl.where(turn == 1, ds_phase ^ 1, ds_phase)
-    phase = gl.where(place == 1, phase ^ 1, phase)
-    return place ^ 1, phase, turn ^ 1, ds_phase, dk, dv
+    place, phase = _next(place, phase)
+    return place, phase, step + 1, dk, dv
 
 
 @gluon.jit
-def _times(keys, queries):
-    """64 keys by 64 queries."""
+def _times(keys, queries, first):
+    """64 keys by 64 queries, plus a number for each query."""
     width: gl.constexpr = keys.shape[3]
-    zero = gl.zeros([64, 64], gl.float32, _SCORES)
+    acc = gl.zeros([64, 64], gl.float32, _SCORES) + first.load(_BY_QUERY)[None, :]
     a, b = keys.reshape([64, width]), queries.reshape([64, width]).permute((1, 0))
-    return hopper.warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma(a, b, acc, is_async=True)
 
 
 @gluon.jit
-def _entry(entries, at):
-    return gl.load(entries + 2 * at), gl.load(entries + 2 * at + 1)
+def _mask(p, seen, half: gl.constexpr):
+    j = 64 * half + gl.arange(0, 64, gl.SliceLayout(1, _SCORES))[:, None]
+    inside = (j >= (seen & 0xFFFF)[None, :]) & (j < (seen >> 16)[None, :])
+    return gl.where(inside, p, 0.0)
 
 
 @gluon.jit
-def _mask(p, key, row, about, bounds):
-    lo, hi, rows = bounds
-    i = row + gl.arange(0, 64, _BY_QUERY)
-    at = (about >> 6).to(gl.int64) * rows + i
-    j = key + gl.arange(0, 64, gl.SliceLayout(1, _SCORES))[:, None]
-    if about & 16:
-        bound = gl.load(lo + at, mask=i < rows, other=0)
-    else:
-        bound = gl.load(hi + at, mask=i < rows, other=0)
-    # Before the end, or not before the first one.
-    p = gl.where((j < bound[None, :]) ^ ((about & 16) != 0), p, 0.0)
-    for _ in range((about >> 5) & 1):
-        begin = gl.load(lo + at, mask=i < rows, other=0)
-        p = gl.where(j >= begin[None, :], p, 0.0)
-    return p
-
-
-@gluon.jit
-def _put(desc, at, x, room, dtype: gl.constexpr):
-    """Send a gradient on its way through a room of numbers twice as wide and half as many."""
-    tma.store_wait(0)
-    tile = room._reinterpret(dtype, [1, 1, 64, x.shape[1]], desc.layout)
-    tile.reshape([64, x.shape[1]]).store(x.to(dtype))
+def _put(desc, at, x, room):
+    """Send a gradient on its way."""
+    room.reshape([64, x.shape[1]]).store(x.to(room.dtype))
     hopper.fence_async_shared()
-    tma.async_copy_shared_to_global(desc, at, tile)
+    tma.async_copy_shared_to_global(desc, at, room)
+
+
+# A group of warps adds dq up.
+
+
+@gluon.jit
+def _add_up(fixed, own, work, dq_desc):
+    k_room, _v_room, task_room, kv_full, kv_empty = fixed
+    tasks, parts, entries, count, group = work
+    step = 0
+    mbarrier.wait(kv_full, 0)
+    kv_phase = 1
+    t = gl.max(task_room.load(_GROUP), 0)
+    while t < count:
+        _key, k_head, batch = _task(tasks, t)
+        for x in range(group):
+            first, _masked, length = _part(parts, t * group + x)
+            head = k_head * group + x
+            row = gl.load(entries + 2 * first)
+            for j in range(length):
+                row1 = gl.load(entries + 2 * (first + j + 1))
+                _of_queries(k_room, own, dq_desc, batch, head, row, step)
+                step += 1
+                row = row1
+        mbarrier.arrive(kv_empty, count=1)
+        mbarrier.wait(kv_full, kv_phase)
+        kv_phase ^= 1
+        t = gl.max(task_room.load(_GROUP), 0)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _of_queries(k_room, own, desc, batch, head, row, step):
+    dq_room, ds_room, ds_full, ds_empty = own
+    width: gl.constexpr = k_room.shape[4]
+    pieces: gl.constexpr = width // 64
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    turn = step & 1
+    mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
+    for piece in gl.static_range(pieces):
+        dq = gl.zeros([64, 64], gl.float32, layout)
+        for half in gl.static_range(2):
+            ds = ds_room.index(2 * turn + half).permute((1, 0))
+            keys = k_room.index(half).reshape([64, width]).slice(64 * piece, 64, 1)
+            dq = hopper.warpgroup_mma(ds, keys, dq, use_acc=half > 0, is_async=True)
+        dq = hopper.warpgroup_mma_wait(0, deps=(dq,))
+        if piece == pieces - 1:
+            mbarrier.arrive(ds_empty.index(turn), count=1)
+        room = dq_room.index(piece)
+        tma.store_wait(pieces - 1)
+        room.reshape([64, 64]).store(dq)
+        hopper.fence_async_shared()
+        _add_to(desc, [batch, head, row, 64 * piece], room)
 
 
 @triton.jit
 def deltas(
     out,
     dout,
+    lse,
     dlse,
-    delta,
+    first,
+    unscale,
     rows,
+    across,
     heads,
     out_batch,
     out_head,
@@ -358,7 +408,7 @@ def deltas(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    """delta_i = dout_i . out_i - dlse_i, the last in memory as delta, [B, H, N]."""
+    """-lse_i / scale and -delta_i, [B, H, 2, across]; lse and dlse [B, H, N] in memory."""
     # The other axes of a grid are short.
     parts = tl.cdiv(rows, tall)
     plane = (tl.program_id(0) // parts).to(tl.int64)
@@ -372,8 +422,38 @@ def deltas(
     other = tl.load(
         dout + b * dout_batch + h * dout_head + i[:, None] * dout_row + d, mask=inside, other=0.0
     )
-    found = tl.sum(one.to(tl.float32) * other.to(tl.float32), axis=1)
+    delta = tl.sum(one.to(tl.float32) * other.to(tl.float32), axis=1)
     at = plane * rows + i
     if has_dlse:
-        found -= tl.load(dlse + at, mask=i < rows, other=0.0)
-    tl.store(delta + at, found, mask=i < rows)
+        delta -= tl.load(dlse + at, mask=i < rows, other=0.0)
+    found = tl.load(lse + at, mask=i < rows, other=0.0)
+    at = first + 2 * plane * across + i
+    tl.store(at, -unscale * found, mask=i < rows)
+    tl.store(at + across, -delta, mask=i < rows)
+
+
+@triton.jit
+def scaled(
+    sums,
+    out,
+    scale,
+    rows,
+    heads,
+    out_batch,
+    out_head,
+    out_row,
+    out_column,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
+):
+    """out = scale sums, of numbers [B, H, N, D] that follow each other in memory."""
+    parts = tl.cdiv(rows, tall)
+    plane = (tl.program_id(0) // parts).to(tl.int64)
+    b, h = plane // heads, plane % heads
+    i = (tl.program_id(0) % parts).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    inside = (i < rows)[:, None] & (d < width)
+    found = scale * tl.load(sums + (plane * rows + i[:, None]) * width + d, mask=inside)
+    at = out + b * out_batch + h * out_head + i[:, None] * out_row + d * out_column
+    tl.store(at, found.to(out.dtype.element_ty), mask=inside)

@@ -7,8 +7,9 @@ groups of four warps multiply, each 64 of a task's 128 queries. The product of t
 tile of keys with their values runs beside the scores of the next tile and their softmax. Where
 rows are short, what happens once for a task decides, and that is where this one differs:
 
-* Programs persist and go through a list of tasks. Queries have two places, keys and values a ring
-  of places each, so that the next task is loaded while the last one is computed and written.
+* Programs persist and fetch tasks from a list as they finish. Queries have two places, keys and
+  values a ring of places each, so that the next task is loaded while the last one is computed and
+  written; the warp that loads leaves the numbers of a task beside its queries.
 * What the next task needs to begin (where it lies, the bounds in its first tile) is read before
   the last product of this one.
 * Outputs leave through the place of their own queries, and nobody waits for them until the next
@@ -50,22 +51,31 @@ _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _SCORES.value, 2))
 _BY_ROW = gl.constexpr(gl.SliceLayout(1, _SCORES.value))
 _HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# Numbers that each thread of one warp, or of four, has.
+_EIGHT = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# Of the task behind the last one.
+_NO_ROW = gl.constexpr(1 << 30)
 # Parts of a tile.
 _WHOLE = gl.constexpr(0)
 _FIRST = gl.constexpr(1)
 _LAST = gl.constexpr(2)
 
+# Let the threads of a group of warps meet, by the name that Gluon has for it from Triton 3.7 on.
+meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
-def described(x_BHND: Tensor, rows: int, width: int) -> Any:
+
+def described(x_BHND: Tensor, rows: int, width: int, swizzle: int = 128) -> Any:
     """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
-    layout = gl.NVMMASharedLayout(128, 8 * x_BHND.element_size(), 4)
+    layout = gl.NVMMASharedLayout(swizzle, 8 * x_BHND.element_size(), 4)
     shape, strides = list(x_BHND.shape), list(x_BHND.stride())
     return TensorDescriptor(x_BHND, shape, strides, [1, 1, rows, width], layout)
 
 
 @gluon.jit(
     do_not_specialize=["count", "rows", "heads", "group"],
-    do_not_specialize_on_alignment=["lse", "tasks", "entries", "lo", "hi"],
+    do_not_specialize_on_alignment=["lse", "fetched", "tasks", "entries", "lo", "hi"],
 )
 def forward(
     q_desc,
@@ -73,6 +83,7 @@ def forward(
     v_desc,
     out_desc,
     lse,
+    fetched,
     tasks,
     entries,
     lo,
@@ -88,14 +99,24 @@ def forward(
     queries = _ring(q_desc, 2, 2, 64, width)
     keys = _ring(k_desc, places // 2, 1, 128, width)
     values = _ring(v_desc, places - places // 2, 1, 128, width)
-    work = (tasks, entries, count)
+    told = gl.allocate_shared_memory(gl.int32, [2, 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
     gl.warp_specialize(
         [
-            (_multiply, (0, queries, keys, values, work, bounds, results, scale)),
-            (_multiply, (1, queries, keys, values, work, bounds, results, scale)),
-            (_load, (q_desc, k_desc, v_desc, queries, keys, values, work, group)),
+            (_multiply, (0, queries, keys, values, told, entries, bounds, results, scale)),
+            (_multiply, (1, queries, keys, values, told, entries, bounds, results, scale)),
+            (
+                _load,
+                (
+                    (q_desc, k_desc, v_desc),
+                    queries,
+                    keys,
+                    values,
+                    told,
+                    (fetched, tasks, entries, count, group),
+                ),
+            ),
         ],
         [4, 1],
         [240, 24],
@@ -122,32 +143,32 @@ def _next(ring, place, phase):
     return gl.where(turn, 0, place + 1), gl.where(turn, phase ^ 1, phase)
 
 
-@gluon.jit
-def _task(tasks, t):
-    at = tasks + t * 8
-    row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-    edges, tiles, key, about = gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
-    return row, head, batch, first, edges, tiles, key, about
-
-
 # One warp loads.
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, queries, keys, values, work, group):
-    tasks, entries, count = work
+def _load(descs, queries, keys, values, told, work):
+    q_desc, k_desc, v_desc = descs
+    fetched, tasks, entries, count, group = work
     room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
+    number = gl.arange(0, 8, _EIGHT)
     t = gl.program_id(0)
     while t < count:
-        row, head, batch, first, _, tiles, key, _ = _task(tasks, t)
+        at = tasks + t * 8
+        row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+        tiles, key = gl.load(at + 5), gl.load(at + 6)
+        whole = gl.load(at + number)
         k_head = head // group
         mbarrier.wait(empty.index(q_place), q_phase ^ 1)
+        told.index(q_place).store(whole)
+        # All threads have written before one of them says so.
+        meet()
         mbarrier.expect(full.index(q_place), 128 * room.shape[4] * 2)
         for half in gl.static_range(2):
-            at = [batch, head, row + 64 * half, 0]
             to = room.index(2 * q_place + half)
-            tma.async_copy_global_to_shared(q_desc, at, full.index(q_place), to)
+            from_row = [batch, head, row + 64 * half, 0]
+            tma.async_copy_global_to_shared(q_desc, from_row, full.index(q_place), to)
         q_place, q_phase = _next(queries, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
         place, phase = _bring(k_desc, batch, k_head, key, keys, place, phase)
@@ -157,7 +178,11 @@ def _load(q_desc, k_desc, v_desc, queries, keys, values, work, group):
             v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
             key = after
         v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
-        t += gl.num_programs(0)
+        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
+    mbarrier.wait(empty.index(q_place), q_phase ^ 1)
+    told.index(q_place).store(gl.where(number == 0, _NO_ROW, 0))
+    meet()
+    mbarrier.arrive(full.index(q_place), count=1)
 
 
 @gluon.jit
@@ -174,28 +199,24 @@ def _bring(desc, batch, head, row, ring, place, phase):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, queries, keys, values, work, bounds, results, scale):
+def _multiply(half: gl.constexpr, queries, keys, values, told, entries, bounds, results, scale):
     width: gl.constexpr = queries[0].shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
-    tasks, entries, count = work
     room, full, empty = queries
     rings = keys, values
-    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
-    t = gl.program_id(0)
-    step = gl.num_programs(0)
-    row, head, batch, first, edges, tiles, key, about = _task(tasks, t)
+    place, phase, v_place, v_phase, q_place, q_phase, done = 0, 0, 0, 0, 0, 0, 0
+    mbarrier.wait(full.index(0), 0)
+    row, head, batch, first, edges, tiles, key, about = _task(told, 0)
     bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
-    while t < count:
-        # The next task and the next entry are read long before they are needed.
-        ahead = _task(tasks, gl.minimum(t + step, count - 1))
-        key1, about1 = _entry(entries, first + 1)
-        mbarrier.wait(full.index(q_place), q_phase)
+    while row < bounds[2]:
+        # The next entry is read long before it is needed.
+        key1, about1 = entry(entries, first + 1)
         q_room = room.index(2 * q_place + half)
         q = q_room.reshape([64, width])
         scores = _times_keys(q, keys, place, phase, _WHOLE)
         # The output of the last task has left: its place is free.
         tma.store_wait(0)
-        mbarrier.arrive(empty.index(q_place ^ 1), count=1, pred=t >= step)
+        mbarrier.arrive(empty.index(q_place ^ 1), count=1, pred=done > 0)
         s = hopper.warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(keys[2].index(place), count=1)
         place, phase = _next(keys, place, phase)
@@ -209,7 +230,7 @@ def _multiply(half: gl.constexpr, queries, keys, values, work, bounds, results, 
         flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), top, total
         for j in range(1, edges):
             key, about = key1, about1
-            key1, about1 = _entry(entries, first + j + 1)
+            key1, about1 = entry(entries, first + j + 1)
             kind = (about >> (2 * half)) & 3
             # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
             # another one sets.
@@ -223,9 +244,11 @@ def _multiply(half: gl.constexpr, queries, keys, values, work, bounds, results, 
             flow = _step(q, rings, flow, scale, key, about, bounds, own, False, _WHOLE)
         place, phase, v_place, v_phase, acc, p, top, total = flow
         out_batch, out_head, out_row = batch, head, own
-        row, head, batch, first, edges, tiles, key, about = ahead
-        bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
         product = _plus_values(p, acc, values, v_place, v_phase)
+        q_place, q_phase = _next(queries, q_place, q_phase)
+        mbarrier.wait(full.index(q_place), q_phase)
+        row, head, batch, first, edges, tiles, key, about = _task(told, q_place)
+        bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(values[2].index(v_place), count=1)
         v_place, v_phase = _next(values, v_place, v_phase)
@@ -236,9 +259,21 @@ def _multiply(half: gl.constexpr, queries, keys, values, work, bounds, results, 
         q.store(acc.to(q.dtype))
         hopper.fence_async_shared()
         _put(results, out_batch, out_head, out_row, q_room, top, total)
-        q_place, q_phase = _next(queries, q_place, q_phase)
-        t += step
+        done += 1
     tma.store_wait(0)
+
+
+@gluon.jit
+def _task(told, place):
+    room = told.index(place)
+    row, head, batch, first = _told(room, 0), _told(room, 1), _told(room, 2), _told(room, 3)
+    edges, tiles, key, about = _told(room, 4), _told(room, 5), _told(room, 6), _told(room, 7)
+    return row, head, batch, first, edges, tiles, key, about
+
+
+@gluon.jit
+def _told(room, number: gl.constexpr):
+    return gl.max(room.slice(number, 1).load(_ONE), 0)
 
 
 @gluon.jit
@@ -315,7 +350,7 @@ def _weights(p, q, part: gl.constexpr):
 
 
 @gluon.jit
-def _entry(entries, at):
+def entry(entries, at):
     return gl.load(entries + 2 * at), gl.load(entries + 2 * at + 1)
 
 

@@ -253,7 +253,9 @@ def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
         at_s: whose it is, of X.
     """
     tiles, halves = row_tiles(ranges, TILE), row_tiles(ranges, TILE // 2)
-    _, bits_s = cuts(tiles, key_s, at_s)
+    lower_s, upper_s = cuts(tiles, key_s, at_s)
+    # 16 where only lower bounds cut, 32 where both do.
+    bits_s = lower_s.int() << (4 + upper_s.int())
     for half, (first_s, last_s) in enumerate(zip(*_by_half(halves, at_s), strict=True)):
         middle_s = key_s + TILE // 2
         sees_first = (middle_s > first_s) & (key_s < last_s)
@@ -264,23 +266,18 @@ def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
 
 
 def cuts(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether tiles of keys need a mask, and the int32 bits of the bounds that cut them.
+    """Whether lower bounds, and upper bounds, cut some tiles of keys.
 
     Args:
         tiles: bounds by tiles of rows.
         key_s: the first key of each tile.
         at_s: whose it is, of X.
-
-    Returns:
-        bool, and 16 where only lower bounds cut, 32 where both do.
     """
     begun_s, ended_s, whole_s = (
         x.flatten().index_select(0, at_s) for x in (tiles.begun, tiles.ended, tiles.whole)
     )
     # Rows that lack the range say so by both of their bounds.
-    lower_s = (key_s < begun_s) | ~whole_s
-    upper_s = (key_s + TILE > ended_s) | ~whole_s
-    return lower_s | upper_s, lower_s.int() << (4 + upper_s.int())
+    return (key_s < begun_s) | ~whole_s, (key_s + TILE > ended_s) | ~whole_s
 
 
 def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,8 @@ that load the next task while they write the last one (see ``_hopper_forward``),
 that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width
 alone, so that a new pattern is a new plan of a few milliseconds.
 
-4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``),
-which computes in a width of 128 whatever D is; memory O(N D), the bounds and the lists of tiles,
-and in the backward 4 N D bytes for each head.
+4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
+memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
-from longspan.ops.capability import needs_grad
+from longspan.ops.capability import Halves, needs_grad
 from longspan.ops.empty import harmless
 from longspan.ops.fused import tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
@@ -44,8 +43,6 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
-# What the backward is compiled for.
-_WIDE = 128
 _LOG2_E = 1.4426950408889634
 
 
@@ -177,6 +174,17 @@ def hopper(
     return _Attend.apply(q_BHND, k_BKMD, v_BKMD, ready)
 
 
+def hopper_halves(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
+) -> Halves:
+    """The same, with gradients, as a forward and a backward of their own.
+
+    Raises:
+        Refusal: ``reasons`` has one.
+    """
+    return _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=True)
+
+
 def _ready(
     q_BHND: Tensor,
     k_BKMD: Tensor,
@@ -242,7 +250,7 @@ class _Ready:
         if v.shape[3] != width:
             out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
         lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
-        compiled = next(wide for wide in _PLACES if wide >= max(width, v.shape[3]))
+        compiled = _compiled(width, v.shape[3])
         tasks = len(self.plan.tasks_T8)
         described = _kernels().described
         with torch.cuda.device(q.device):
@@ -252,6 +260,7 @@ class _Ready:
                 described(v_BKMD, 128, compiled),
                 described(out_BHND, 64, compiled),
                 lse_BHN,
+                lse_BHN.new_zeros(1, dtype=torch.int32),
                 self.plan.tasks_T8,
                 self.plan.entries_E2,
                 self.plan.lo_PN,
@@ -285,21 +294,23 @@ class _Ready:
         q_BHND, k_BKMD, v_BKMD, out_BHND = self._queries(q), *map(aligned, (k, v, out))
         dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
         batch, heads, rows, width = q_BHND.shape
-        lse_BHN = lse.contiguous()
-        delta_BHN = _deltas(out_BHND, dout_BHND, dlse)
-        sums_BHND = q_BHND.new_zeros(batch, heads, rows, width, dtype=torch.float32)
-        dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
-        tasks = len(self.back.tasks_T4)
         scale = abs(self.scale or 1.0)
+        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, scale)
+        # With the number of tasks that have been fetched behind the sums.
+        size = batch * heads * rows * width
+        zeros = q_BHND.new_zeros(size + 1, dtype=torch.float32)
+        sums_BHND, fetched = zeros[:size].view(batch, heads, rows, width), zeros[size:]
+        dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
+        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T4)
         described = _kernels().described
         with torch.cuda.device(q.device):
             _back_kernels().backward[(min(_programs(q.device), tasks),)](
-                *(described(x, 64, _WIDE) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
-                described(sums_BHND, 64, _WIDE // 2),
-                described(dk_BKMD, 64, _WIDE),
-                described(dv_BKMD, 64, _WIDE),
-                lse_BHN,
-                delta_BHN,
+                *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
+                described(first_BH2N, 2, 64, swizzle=0),
+                described(sums_BHND, 64, 64),
+                described(dk_BKMD, 64, compiled),
+                described(dv_BKMD, 64, compiled),
+                fetched.view(torch.int32),
                 self.back.tasks_T4,
                 self.back.parts_TS4,
                 self.back.entries_E2,
@@ -307,15 +318,13 @@ class _Ready:
                 self.plan.hi_PN,
                 tasks,
                 rows,
-                heads,
                 heads // k.shape[1],
                 scale,
                 scale * _LOG2_E,
-                _WIDE,
+                compiled,
                 num_warps=4,
             )
-        dq_BHND = torch.empty_like(q_BHND)
-        torch.mul(sums_BHND, self.scale, out=dq_BHND)
+        dq_BHND = _scaled(sums_BHND, self.scale, q_BHND)
         # The log-sum-exp does not depend on the values.
         return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
 
@@ -329,28 +338,65 @@ class _Ready:
         return -aligned(q_BHND) if self.scale else torch.zeros_like(aligned(q_BHND))
 
 
-def _deltas(out_BHND: Tensor, dout_BHND: Tensor, dlse_BHN: Tensor | None) -> Tensor:
-    """What the backward subtracts from the gradient of each weight of a row."""
+def _first(
+    out_BHND: Tensor,
+    dout_BHND: Tensor,
+    lse_BHN: Tensor,
+    dlse_BHN: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """What the sums over D of each row begin with, those of logits and those of gradients."""
     batch, heads, rows, width = out_BHND.shape
-    delta_BHN = out_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
-    dlse_BHN = delta_BHN if dlse_BHN is None else dlse_BHN.float().contiguous()
+    # Rows that the copy unit can take.
+    across = -(-rows // 4) * 4
+    first_BH2N = out_BHND.new_empty(batch, heads, 2, across, dtype=torch.float32)
+    lse_BHN = lse_BHN.contiguous()
+    dlse_BHN = lse_BHN if dlse_BHN is None else dlse_BHN.float().contiguous()
     wide, tall = tile_of(width, numbers=4096)
     with torch.cuda.device(out_BHND.device):
         _back_kernels().deltas[(batch * heads * -(-rows // tall),)](
             out_BHND,
             dout_BHND,
+            lse_BHN,
             dlse_BHN,
-            delta_BHN,
+            first_BH2N,
+            1 / scale,
             rows,
+            across,
             heads,
             *out_BHND.stride()[:3],
             *dout_BHND.stride()[:3],
-            dlse_BHN is not delta_BHN,
+            dlse_BHN is not lse_BHN,
             width,
             wide,
             tall,
         )
-    return delta_BHN
+    return first_BH2N[..., :rows]
+
+
+def _scaled(sums_BHND: Tensor, scale: float, like_BHND: Tensor) -> Tensor:
+    """Sums times a factor, in the dtype of another tensor and laid out as it is."""
+    batch, heads, rows, width = sums_BHND.shape
+    found_BHND = torch.empty_like(like_BHND)
+    wide, tall = tile_of(width, numbers=4096)
+    with torch.cuda.device(sums_BHND.device):
+        _back_kernels().scaled[(batch * heads * -(-rows // tall),)](
+            sums_BHND,
+            found_BHND,
+            scale,
+            rows,
+            heads,
+            *found_BHND.stride(),
+            width,
+            wide,
+            tall,
+        )
+    return found_BHND
+
+
+def _compiled(*widths: int) -> int:
+    """The width that a kernel is compiled for."""
+    return next(wide for wide in _PLACES if wide >= max(widths))
 
 
 def _programs(device: torch.device) -> int:
