@@ -75,16 +75,16 @@ class Log:
             path.write_text(text, encoding="utf-8")
 
     def timed(self) -> list[dict[str, Any]]:
-        """What was timed; of an earlier run what this one did not do again.
+        """What was timed, the last time of each kernel on each case, in the order of their runs.
 
-        Times of one case and way belong together: they were taken in turns.
+        A share of the dense rate is one of its own run.
         """
-        rows = [
-            [row for row in some if row["kind"] in ("speed", "long") and "tflops" in row]
-            for some in (self.earlier, self.rows)
-        ]
-        again = {_case(row) for row in rows[1]}
-        return [row for row in rows[0] if _case(row) not in again] + rows[1]
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in (*self.earlier, *self.rows):
+            if row["kind"] in ("speed", "long") and "tflops" in row:
+                found.pop(_case(row), None)
+                found[_case(row)] = row
+        return list(found.values())
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
@@ -101,7 +101,7 @@ class Log:
 
 
 def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["pattern"], row["n"], row["width"], row.get("way", "forward")
+    return row["kind"], row["pattern"], row["n"], row["width"], row.get("way"), row["kernel"]
 
 
 def failed(error: Exception) -> dict[str, str]:

@@ -371,8 +371,9 @@ def measured(log: Log, command: str) -> dict[str, Any]:
     for row in log.rows:
         if row["kind"] != "speed" or row.get("kernel") not in KERNELS or "tflops" not in row:
             continue
-        # Passes are chosen for one by one, so only patterns of one pass say which is faster.
-        if row["n"] != 32768 or row["passes"] > 1:
+        # Passes are chosen for one by one, unless they have one backward.
+        several = row["passes"] > 1
+        if row["n"] != 32768 or (several and row["way"] == "forward"):
             continue
         name = (row["pattern"], row["width"], row["way"])
         case = cases.setdefault(
@@ -383,6 +384,7 @@ def measured(log: Log, command: str) -> dict[str, Any]:
                 "keys": round(row["keys"]),
                 "apart": row["apart"],
                 "several": row["several"],
+                **({"passes": row["passes"]} if several else {}),
                 "backward": row["way"] != "forward",
                 "tflops": {},
             },

@@ -542,6 +542,34 @@ def test_passes_that_are_joined_agree_on_kernels_with_halves(
     assert [c.name for c in capability.choose_together("flex", [few, many])] == ["flex", "flex"]
 
 
+def test_passes_that_are_joined_go_by_cases_of_several_passes(hopper, monkeypatch):
+    alone = {**TABLE[0], "backward": True, "tflops": {"flex": 9.0, "cudnn": 1.0}}
+    joined = {**alone, "passes": 2, "keys": 1800}
+    for name in ("flex", "hopper"):
+        module = importlib.import_module(f"longspan.ops.kernels.{name}")
+        monkeypatch.setattr(module, "reasons", lambda *_: [])
+
+    def names(rates, rows=(8192, 2048), width=1080, passes=2):
+        table = [alone, {**joined, "tflops": rates, "passes": passes}]
+        monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": table}})
+        k = On(1, 2, 8192, 128)
+        each = [
+            (On(1, 4, n, 128, grad=True), k, k, window(n, width, keys=8192, heads=4)) for n in rows
+        ]
+        # Cases of several passes say nothing of a pass that stands alone.
+        assert capability.choose("auto", *each[0]).name == "flex"
+        return [kernel.name for kernel in capability.choose_together("auto", each)]
+
+    assert names({"cudnn": 2.0, "hopper": 3.0}) == ["hopper", "hopper"]
+    assert names({"cudnn": 3.0, "hopper": 2.0}) == ["cudnn", "cudnn"]
+    # One without halves was faster there; a case of many more passes, or keys, is not near.
+    assert names({"cudnn": 3.0, "flex": 4.0}) == ["flex", "flex"]
+    assert names({"cudnn": 3.0}, passes=16) == ["flex", "flex"]
+    assert names({"cudnn": 3.0}, width=200) == ["flex", "flex"]
+    # The pass with the most rows says whether there are enough for the table.
+    assert names({"hopper": 3.0}, rows=(8192, 100)) == ["hopper", "hopper"]
+
+
 def test_short_inputs_and_other_gpus_keep_the_order(hopper, monkeypatch):
     q = On(1, 4, 512, 128)
     monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})

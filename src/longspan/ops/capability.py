@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
-from longspan.ops.measured import Rates, rates
+from longspan.ops.measured import Rates, rates, rates_together
 from longspan.ops.ranges import KeyRanges
 
 Kernel = Callable[[Tensor, Tensor, Tensor, KeyRanges, float], tuple[Tensor, Tensor]]
@@ -230,7 +230,9 @@ def choose_together(
 ) -> list[Capability]:
     """Pick a kernel for each of several passes that are joined, and have gradients.
 
-    All with halves, where some of them would be picked anyway and the others are about as fast.
+    The one for all that was fastest on the nearest measured case of several passes, if it has
+    halves. For want of one, all with halves where some of them would be picked anyway and the
+    others are about as fast.
 
     Args:
         impl: as in ``choose``.
@@ -239,6 +241,8 @@ def choose_together(
     Raises:
         Refusal: as in ``choose``.
     """
+    if impl == "auto" and (kernel := _fastest_together(passes)) is not None:
+        return [kernel] * len(passes)
     best = [choose(impl, *own) for own in passes]
     if impl != "auto" or not any(kernel.has_halves for kernel in best):
         return best
@@ -248,6 +252,22 @@ def choose_together(
     ]
     found = [kernel for kernel in halves if kernel is not None]
     return found if len(found) == len(best) else best
+
+
+def _fastest_together(
+    passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]],
+) -> Capability | None:
+    """A kernel with halves for all passes, by measurement; None if there is none."""
+    measured = rates_together([(q, ranges) for q, _, _, ranges in passes])
+    if measured is None:
+        return None
+    able = [
+        kernel
+        for kernel in KERNELS
+        if kernel.name in measured.tflops and not any(kernel.reasons(*own) for own in passes)
+    ]
+    best = max(able, key=lambda kernel: measured.rate(kernel.name), default=None)
+    return best if best is not None and best.has_halves else None
 
 
 def _with_halves(

@@ -5,8 +5,9 @@ that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py
 blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
 128 it fills, width, keys per query, whether heads differ, and whether queries have several ranges.
 A kernel that this case lacks counts with three quarters of its rate on the nearest case that has
-it. A model that nobody measured, and short inputs, where making a plan costs more than the kernel,
-keep the order of the kernels.
+it. Passes that are joined in training, with one backward, are compared together with cases of
+several passes. A model that nobody measured, and short inputs, where making a plan costs more than
+the kernel, keep the order of the kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -59,13 +60,47 @@ class Rates:
 
 def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
     """The nearest measured case, None if there is none for this GPU or these sizes."""
-    half = q_BHND.dtype in (torch.bfloat16, torch.float16)
-    if q_BHND.device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
+    if not (cases := _cases(q_BHND, ranges)):
         return None
     gpu = torch.cuda.get_device_name(q_BHND.device)
-    cases = table().get(gpu, {}).get("cases", ())
+    alone = [case for case in cases if case.get("passes", 1) == 1]
     several = ranges.lo_GNm.shape[2] > 1
-    return nearest(gpu, cases, q_BHND.shape[-1], *shape_of(ranges), several, backward)
+    return nearest(gpu, alone, q_BHND.shape[-1], *shape_of(ranges), several, backward)
+
+
+def rates_together(passes: Sequence[tuple[Tensor, KeyRanges]]) -> Rates | None:
+    """The nearest measured case of several passes with a backward; None if there is none near.
+
+    Args:
+        passes: queries [B, H, N, D] and visible keys of each.
+    """
+    first_q = passes[0][0]
+    sizes = [math.prod(q_BHND.shape[:-1]) for q_BHND, _ in passes]
+    if not (cases := _cases(*passes[sizes.index(max(sizes))])):
+        return None
+    pairs = sum(
+        size * shape_of(ranges)[0] for size, (_, ranges) in zip(sizes, passes, strict=True)
+    )
+    several = any(ranges.lo_GNm.shape[2] > 1 for _, ranges in passes)
+
+    def distance(case: Mapping[str, Any]) -> float:
+        more = abs(math.log2(case["passes"] / len(passes)))
+        return more + _apart(case, first_q.shape[-1], pairs / max(sizes), several)
+
+    joined = [case for case in cases if case.get("passes", 1) > 1 and case["backward"]]
+    case = min(joined, key=distance, default=None)
+    if case is None or distance(case) > _NEAR:
+        return None
+    gpu = torch.cuda.get_device_name(first_q.device)
+    return Rates(gpu=gpu, case=_name(case), tflops=case["tflops"])
+
+
+def _cases(q_BHND: Tensor, ranges: KeyRanges) -> Sequence[Mapping[str, Any]]:
+    """All cases of this GPU; none where it or these sizes were not measured."""
+    half = q_BHND.dtype in (torch.bfloat16, torch.float16)
+    if q_BHND.device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
+        return ()
+    return table().get(torch.cuda.get_device_name(q_BHND.device), {}).get("cases", ())
 
 
 @functools.cache
@@ -107,11 +142,8 @@ def nearest(
     """The nearest of some measured cases; sizes are compared by their ratio."""
 
     def distance(case: Mapping[str, Any]) -> float:
-        wide = abs(math.log2(case["width"] / width))
-        long = abs(math.log2(case["keys"] / max(keys, 1.0)))
         dense = abs(math.log2(case.get("fill", 1.0) / max(filled, 1e-3)))
-        split = case.get("several", False) != several
-        return 2 * wide + 2 * dense + long + (case["apart"] != apart) + 0.5 * split
+        return 2 * dense + (case["apart"] != apart) + _apart(case, width, keys, several)
 
     same = sorted((case for case in cases if case["backward"] == backward), key=distance)
     if not same:
@@ -123,7 +155,19 @@ def nearest(
             elsewhere = {**other["tflops"], **elsewhere}
     return Rates(
         gpu=gpu,
-        case=f"{case['pattern']}, width {case['width']}, forward" + " and backward" * backward,
+        case=_name(case),
         tflops=case["tflops"],
         elsewhere={name: x for name, x in elsewhere.items() if name not in case["tflops"]},
     )
+
+
+def _apart(case: Mapping[str, Any], width: int, keys: float, several: bool) -> float:
+    """How far a case is in width, keys of a query, and whether queries have several ranges."""
+    wide = abs(math.log2(case["width"] / width))
+    long = abs(math.log2(case["keys"] / max(keys, 1.0)))
+    return 2 * wide + long + 0.5 * (case.get("several", False) != several)
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    way = "forward and backward" if case["backward"] else "forward"
+    return f"{case['pattern']}, width {case['width']}, {way}"
