@@ -218,6 +218,7 @@ def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, A
     commands = [one for one in old.get("command", "").split("; ") if one and one != command]
     found["gpus"][gpu] = {
         "command": "; ".join([*commands, command]),
+        "capability": list(torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "nvidia-cudnn-frontend": version("nvidia-cudnn-frontend"),
         "flash-attn-4": version("flash-attn-4"),

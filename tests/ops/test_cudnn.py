@@ -578,10 +578,30 @@ def test_short_inputs_and_other_gpus_keep_the_order(hopper, monkeypatch):
     assert measured.rates(On(1, 4, 4096, 128), window(4096, 9, heads=4), False) is None
 
 
+@pytest.mark.parametrize(("capability_there", "goes_by_it"), [([9, 0], True), ([8, 0], False)])
+def test_a_gpu_that_was_not_measured_goes_by_one_of_its_architecture(
+    capability_there, goes_by_it, hopper, monkeypatch
+):
+    own = [{**case, "tflops": {"flex": 1.0}} for case in TABLE]
+    table = {"another GPU": {"cases": TABLE, "capability": capability_there}}
+    monkeypatch.setattr(measured, "table", lambda: table)
+    q, ranges = On(1, 4, 4096, 128), window(4096, 500, heads=4)
+    found = measured.rates(q, ranges, False)
+    assert (found is not None) == goes_by_it
+    if found is not None:
+        assert found.gpu == "another GPU (no some GPU was, which has its compute capability)"
+        assert capability.choose("auto", q, q, q, ranges).name == "cudnn"
+    # Its own figures come first.
+    table["some GPU"] = {"cases": own, "capability": [9, 0]}
+    found = measured.rates(q, ranges, False)
+    assert (found.gpu, found.tflops) == ("some GPU", {"flex": 1.0})
+
+
 def test_the_stored_table_is_whole():
     names = {kernel.name for kernel in capability.KERNELS}
     for gpu_name, found in measured.table().items():
         assert found["command"], gpu_name
+        assert [type(x) for x in found["capability"]] == [int, int]
         for case in found["cases"]:
             assert set(case["tflops"]) <= names
             assert {"pattern", "width", "keys", "apart", "backward"} <= set(case)

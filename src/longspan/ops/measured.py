@@ -6,8 +6,9 @@ blocks). A pass is compared with the nearest case: same direction, then how much
 128 it fills, width, keys per query, whether heads differ, and whether queries have several ranges.
 A kernel that this case lacks counts with three quarters of its rate on the nearest case that has
 it. Passes that are joined in training, with one backward, are compared together with cases of
-several passes. A model that nobody measured, and short inputs, where making a plan costs more than
-the kernel, keep the order of the kernels.
+several passes. A model that nobody measured goes by one of the same compute capability: shares of
+what the chip can do change less between models than between architectures. For want of one, and
+for short inputs, where making a plan costs more than the kernel, the order of the kernels holds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Rates:
     """The measured case that is nearest to a pass.
 
     Attributes:
-        gpu: model it was measured on.
+        gpu: model it was measured on, and if that is another than this one.
         case: what was measured, in words.
         tflops: rate of each kernel that was measured on it.
         elsewhere: of the others, on the nearest case that they were measured on, if it is near.
@@ -60,9 +61,7 @@ class Rates:
 
 def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
     """The nearest measured case, None if there is none for this GPU or these sizes."""
-    if not (cases := _cases(q_BHND, ranges)):
-        return None
-    gpu = torch.cuda.get_device_name(q_BHND.device)
+    gpu, cases = _cases(q_BHND, ranges)
     alone = [case for case in cases if case.get("passes", 1) == 1]
     several = ranges.lo_GNm.shape[2] > 1
     return nearest(gpu, alone, q_BHND.shape[-1], *shape_of(ranges), several, backward)
@@ -76,7 +75,8 @@ def rates_together(passes: Sequence[tuple[Tensor, KeyRanges]]) -> Rates | None:
     """
     first_q = passes[0][0]
     sizes = [math.prod(q_BHND.shape[:-1]) for q_BHND, _ in passes]
-    if not (cases := _cases(*passes[sizes.index(max(sizes))])):
+    gpu, cases = _cases(*passes[sizes.index(max(sizes))])
+    if not cases:
         return None
     pairs = sum(
         size * shape_of(ranges)[0] for size, (_, ranges) in zip(sizes, passes, strict=True)
@@ -91,16 +91,23 @@ def rates_together(passes: Sequence[tuple[Tensor, KeyRanges]]) -> Rates | None:
     case = min(joined, key=distance, default=None)
     if case is None or distance(case) > _NEAR:
         return None
-    gpu = torch.cuda.get_device_name(first_q.device)
     return Rates(gpu=gpu, case=_name(case), tflops=case["tflops"])
 
 
-def _cases(q_BHND: Tensor, ranges: KeyRanges) -> Sequence[Mapping[str, Any]]:
-    """All cases of this GPU; none where it or these sizes were not measured."""
+def _cases(q_BHND: Tensor, ranges: KeyRanges) -> tuple[str, Sequence[Mapping[str, Any]]]:
+    """The GPU to go by, in words, and all of its cases; none for sizes that were not measured."""
+    device = q_BHND.device
     half = q_BHND.dtype in (torch.bfloat16, torch.float16)
-    if q_BHND.device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
-        return ()
-    return table().get(torch.cuda.get_device_name(q_BHND.device), {}).get("cases", ())
+    if device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
+        return "", ()
+    gpu = torch.cuda.get_device_name(device)
+    if gpu in table():
+        return gpu, table()[gpu]["cases"]
+    capability = list(torch.cuda.get_device_capability(device))
+    for other, found in table().items():
+        if found.get("capability") == capability:
+            return f"{other} (no {gpu} was, which has its compute capability)", found["cases"]
+    return "", ()
 
 
 @functools.cache
