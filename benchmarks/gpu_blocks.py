@@ -285,7 +285,10 @@ def compare(
 
 
 def verdict(log: Log) -> str:
-    """The best of ours, what ``auto`` took, and the best of others for each case, as a table."""
+    """The best of ours, what ``auto`` took, and the best of others for each case, as a table.
+
+    Each kernel with the share of its own last run.
+    """
     lines = ["", "Of dense, as is all here; ``auto`` by the table stored before this run.", ""]
     lines += ["| case | way | ours | | auto took | other | |", "|" + "---|" * 7]
     cases: dict[tuple[str, str], dict[str, float]] = {}

@@ -75,15 +75,19 @@ class Log:
             path.write_text(text, encoding="utf-8")
 
     def timed(self) -> list[dict[str, Any]]:
-        """What was timed, the last time of each kernel on each case, in the order of their runs.
+        """What was timed: of each kernel on each case what its last run says, if that is a time.
 
         A share of the dense rate is one of its own run.
         """
         found: dict[tuple[Any, ...], dict[str, Any]] = {}
         for row in (*self.earlier, *self.rows):
-            if row["kind"] in ("speed", "long") and "tflops" in row:
-                found.pop(_case(row), None)
-                found[_case(row)] = row
+            if row["kind"] not in ("speed", "long"):
+                continue
+            # What fails before it is timed fails in both ways.
+            for way in (row["way"],) if "way" in row else (None, "forward", "forward+backward"):
+                found.pop(_case(row, way), None)
+            if "tflops" in row:
+                found[_case(row, row.get("way"))] = row
         return list(found.values())
 
     def add(self, **row: Any) -> None:
@@ -100,8 +104,8 @@ class Log:
         self.add(kind="machine", **environment(), stack=stack, **more)
 
 
-def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["kind"], row["pattern"], row["n"], row["width"], row.get("way"), row["kernel"]
+def _case(row: Mapping[str, Any], way: str | None) -> tuple[Any, ...]:
+    return row["kind"], row["pattern"], row["n"], row["width"], way, row["kernel"]
 
 
 def failed(error: Exception) -> dict[str, str]:

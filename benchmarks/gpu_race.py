@@ -232,9 +232,11 @@ def as_markdown(log: Log, title: str) -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "a rehearsal on a CPU"
     lines = [f"# {title}", "", where, ""]
     lines += ["| pattern | N | D | way | kernel | ms | TFLOP/s | of dense |", "|" + "---|" * 8]
-    rows = log.timed()
-    rows.sort(key=lambda r: (-r["width"], r["n"], r["pattern"], r.get("way", "forward")))
-    for r in rows:
+    cases: dict[tuple[Any, ...], list[Any]] = {}
+    for r in log.timed():
+        name = r["kind"], r["width"], r["n"], r["pattern"], r.get("way")
+        cases.setdefault(name, []).append(r)
+    for r in (row for case in cases.values() for row in case):
         share = f"{r['of_dense']:.2f}" if r.get("of_dense") else ""
         cells = (
             r["pattern"].replace("|", "\\|"),

@@ -16,8 +16,8 @@
 A kernel that is wrong is not timed, nor one that refuses a pattern. Every finished record is a
 line of FOLDER/routes.jsonl; what fails is a line too, with its error. FOLDER/measured.json is the
 table that ``auto`` goes by: copy it to src/longspan/ops/measured.json. FOLDER/routes.md is for
-people. Records of an ``--earlier`` run stand in front, and those of its cases that this one did
-not do again stay in the tables.
+people. Records of an ``--earlier`` run stand in front, and those of its cases and kernels that
+this one did not try again stay in the tables.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from longspan.bench.setting import Call, Setting, both_ways
 from longspan.bench.timing import in_turns, summary
 from longspan.errors import Refusal
 from longspan.ops.kernels import _cudnn_plan, _hopper_back_plan, _hopper_plan
+from longspan.ops.run import calls_apart
 
 WIDTHS = (128, 64, 96)
 CORE = (
@@ -267,6 +268,7 @@ def compare(
         makers[BY_HAND] = lambda: flex(ls.parse(text), setting)
     more = {
         "passes": len(plan.passes),
+        "joined": len(plan.passes) > 1 and calls_apart(plan.passes, *inputs[:2]) is None,
         "keys": plan.pairs / (HEADS * n),
         "apart": len({one for p in plan.passes for one in p.head_class}) > 1,
         "several": any(p.lo.shape[-1] > 1 for p in plan.passes),
@@ -372,8 +374,8 @@ def measured(log: Log, command: str) -> dict[str, Any]:
         if row["kind"] != "speed" or row.get("kernel") not in KERNELS or "tflops" not in row:
             continue
         # Passes are chosen for one by one, unless they have one backward.
-        several = row["passes"] > 1
-        if row["n"] != 32768 or (several and row["way"] == "forward"):
+        several, joined = row["passes"] > 1, row.get("joined", False)
+        if row["n"] != 32768 or (several and (row["way"] == "forward" or not joined)):
             continue
         name = (row["pattern"], row["width"], row["way"])
         case = cases.setdefault(
@@ -403,7 +405,7 @@ def main() -> None:
         "--earlier",
         type=Path,
         default=RESULTS / "routes-h200.jsonl",
-        help="records whose other cases stay in the tables",
+        help="records whose other cases and kernels stay in the tables",
     )
     parser.add_argument("--match", nargs="+", help="only cases whose name holds one of these")
     parser.add_argument(

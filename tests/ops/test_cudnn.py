@@ -570,6 +570,17 @@ def test_passes_that_are_joined_go_by_cases_of_several_passes(hopper, monkeypatc
     assert names({"hopper": 3.0}, rows=(8192, 100)) == ["hopper", "hopper"]
 
 
+def test_ranges_are_not_looked_at_where_nothing_was_measured(hopper, monkeypatch):
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})
+    monkeypatch.setattr(measured, "shape_of", lambda _: pytest.fail("that may wait for the GPU"))
+    short, ranges = On(1, 4, 512, 128, grad=True), window(512, 100, heads=4)
+    wide = On(1, 4, 4096, 128, dtype=torch.float32)
+    here = torch.zeros(1, 4, 4096, 8, dtype=torch.bfloat16)
+    for q, own in ((short, ranges), (wide, window(4096, 9, heads=4)), (here, ranges)):
+        assert measured.rates(q, own, False) is None
+        assert measured.rates_together([(q, own), (q, own)]) is None
+
+
 def test_short_inputs_and_other_gpus_keep_the_order(hopper, monkeypatch):
     q = On(1, 4, 512, 128)
     monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})
@@ -589,7 +600,7 @@ def test_a_gpu_that_was_not_measured_goes_by_one_of_its_architecture(
     found = measured.rates(q, ranges, False)
     assert (found is not None) == goes_by_it
     if found is not None:
-        assert found.gpu == "another GPU (no some GPU was, which has its compute capability)"
+        assert found.gpu == "another GPU, of the same compute capability (some GPU was not)"
         assert capability.choose("auto", q, q, q, ranges).name == "cudnn"
     # Its own figures come first.
     table["some GPU"] = {"cases": own, "capability": [9, 0]}

@@ -42,7 +42,18 @@ def alternating(n: int, keys: int, ranges: int, heads: int) -> KeyRanges:
     return KeyRanges(lo_GNm, lo_GNm + 64, torch.zeros(1, heads, dtype=torch.int64), keys)
 
 
+def gaps(n: int = 700) -> KeyRanges:
+    """Tiles of keys that nobody sees between others, and heads that see one key in one row."""
+    lo_GNm, hi_GNm = torch.zeros(2, 2, n, 1, dtype=torch.int32)
+    hi_GNm[0, :300] = 60
+    lo_GNm[0, 500:] = 500
+    hi_GNm[0, 500:, 0] = torch.arange(501, n + 1)
+    lo_GNm[1, -1], hi_GNm[1, -1] = n - 1, n
+    return KeyRanges(lo_GNm, hi_GNm, torch.tensor([[0, 1, 1, 1]]), n)
+
+
 PLANNED = {
+    "gaps": (gaps, 1, 4, 2),
     **{str(case): (case.ranges, case.B, case.H, case.K) for case in cases.CASES},
     "per batch row": (
         lambda: regrouped(
@@ -437,6 +448,8 @@ GPU_CASES = {
     "one query": (lambda: window(1, 900, keys=1000, heads=8), (2, 8, 2, 1, 1000, 128, 128)),
     "one key": (lambda: window(1, 1, heads=2), (1, 2, 1, 1, 1, 128, 128)),
     "all empty": (lambda: window(200, 0, heads=4), (1, 4, 2, 200, 200, 64, 64)),
+    "gaps": (gaps, (1, 4, 2, 700, 700, 128, 128)),
+    "gaps, narrow": (gaps, (1, 4, 2, 700, 700, 64, 64)),
     "many tasks": (lambda: window(20_001, 300, heads=4), (1, 4, 1, 20_001, 20_001, 128, 128)),
 }
 
@@ -448,6 +461,17 @@ def test_equals_the_oracle(name, dtype):
     here()
     build, shape = GPU_CASES[name]
     q, k, v = (x.to("cuda", dtype) for x in tensors(*shape))
+    compare(to(build(), "cuda"), q, k, v)
+
+
+@gpu
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
+    here()
+    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    build, shape = GPU_CASES[name]
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(*shape))
     compare(to(build(), "cuda"), q, k, v)
 
 

@@ -199,13 +199,15 @@ def test_long_tasks_come_before_all_and_others_by_key_head():
     n = 2048
     lo_GNm = torch.arange(n).sub(127).clamp(min=0)[None, :, None].repeat(1, 1, 2)
     hi_GNm = torch.arange(1, n + 1)[None, :, None].repeat(1, 1, 2)
-    # All see keys 1,024 to 1,033 besides.
+    # All see keys 1,024 to 1,033 besides, and some of them keys 1,536 to 1,540.
     lo_GNm[..., 1], hi_GNm[..., 1] = 1024, 1034
-    lo_GNm[0, :1200, 0], hi_GNm[0, :1200, 0] = 0, 0
+    lo_GNm[0, 300:, 1], hi_GNm[0, 300:, 1] = 1536, 1541
+    lo_GNm[..., 0], hi_GNm[..., 0] = 0, 0
     ranges = KeyRanges(lo_GNm.int(), hi_GNm.int(), torch.zeros(1, 4, dtype=torch.long), n)
     tasks = back_plan(ranges, 1, 4, 2).tasks_T4[:, :2].tolist()
-    others = [[key, head] for head in range(2) for key in range(0, n, 128) if key != 1024]
-    assert tasks == [[1024, 0], [1024, 1], *others]
+    long = [[key, head] for key in (1536, 1024) for head in range(2)]
+    others = [[key, head] for head in range(2) for key in range(0, n, 128)]
+    assert tasks == [*long, *(task for task in others if task not in long)]
 
 
 def test_any_number_of_heads_fits_the_grid(monkeypatch):
@@ -235,6 +237,19 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_equals_the_oracle(name, dtype):
     here()
+    equals_the_oracle(name, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
+    here()
+    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    equals_the_oracle(name, torch.bfloat16)
+
+
+def equals_the_oracle(name, dtype):
     build, shape = GPU_CASES[name]
     ranges = to(build(), "cuda")
     qkv = [x.to("cuda", dtype) for x in tensors(*shape)]

@@ -269,8 +269,8 @@ def test_auto_picks_kernels_with_halves(text, monkeypatch):
     q, k, v = inputs
     found = both(inputs, plan, "auto", use_lse=False)
     assert seen == [len(plan.passes)]
-    text = ls.explain(q, k, v, plan)
-    assert re.search(rf"pass {len(plan.passes) - 1}: kernel (cudnn|hopper)", text)
+    said = ls.explain(q, k, v, plan)
+    assert re.search(rf"pass {len(plan.passes) - 1}: kernel (cudnn|hopper)", said)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     for a, b in zip(found, both(exact, plan, "reference", use_lse=False), strict=True):
         assert relative(a, b) < 1e-2

@@ -19,9 +19,15 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError, PlanError
-from longspan.ops.capability import choose, choose_together, in_order, needs_grad
+from longspan.ops.capability import (
+    choose,
+    choose_together,
+    fastest_together,
+    in_order,
+    needs_grad,
+)
 from longspan.ops.compiled import attend_compiled
-from longspan.ops.measured import Rates, rates_together
+from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
 from longspan.pattern import Pattern, parse
@@ -127,10 +133,9 @@ def explain(
         given.append((own_q, own_k, own_v, one.ranges))
     if len(given) > 1 and not calls and needs_grad(q, k, v):
         picked = choose_together(impl, given)
-        together = rates_together([(own[0], own[3]) for own in given])
-        known = together is not None and {one.name for one in picked} <= together.tflops.keys()
-        if impl == "auto" and together is not None and known:
-            said = ", ".join(f"{one} {together.tflops[one]:.0f}" for one in together.tflops)
+        if impl == "auto" and (found := fastest_together(given)) is not None:
+            together = found[1]
+            said = ", ".join(f"{name} {rate:.0f}" for name, rate in together.tflops.items())
             lines.append(
                 f"passes with one backward: measured on {together.gpu}: {together.case}, "
                 f"TFLOP/s: {said}"

@@ -241,8 +241,8 @@ def choose_together(
     Raises:
         Refusal: as in ``choose``.
     """
-    if impl == "auto" and (kernel := _fastest_together(passes)) is not None:
-        return [kernel] * len(passes)
+    if impl == "auto" and (found := fastest_together(passes)) is not None:
+        return [found[0]] * len(passes)
     best = [choose(impl, *own) for own in passes]
     if impl != "auto" or not any(kernel.has_halves for kernel in best):
         return best
@@ -254,10 +254,10 @@ def choose_together(
     return found if len(found) == len(best) else best
 
 
-def _fastest_together(
+def fastest_together(
     passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]],
-) -> Capability | None:
-    """A kernel with halves for all passes, by measurement; None if there is none."""
+) -> tuple[Capability, Rates] | None:
+    """A kernel with halves for all passes and the measurement that says so; None if none does."""
     measured = rates_together([(q, ranges) for q, _, _, ranges in passes])
     if measured is None:
         return None
@@ -267,7 +267,7 @@ def _fastest_together(
         if kernel.name in measured.tflops and not any(kernel.reasons(*own) for own in passes)
     ]
     best = max(able, key=lambda kernel: measured.rate(kernel.name), default=None)
-    return best if best is not None and best.has_halves else None
+    return (best, measured) if best is not None and best.has_halves else None
 
 
 def _with_halves(

@@ -1,11 +1,11 @@
 """Keys that far more queries see than others, copied, so that programs share their gradients.
 
-In the backward of FlexAttention one program adds up dK and dV of a key tile, over all query tiles
-that see it, one after the other; in that of cuDNN one does so for each query head. A tile of a
-window is seen by few of them; the tile of a sink by all, and those of strided keys by most: when
-the other programs are done, these have hardly begun. Here the queries are cut into stretches, and
-each stretch sees copies of its own of such keys. The gradients of copies add up in the key.
-Nothing else changes: every query sees the same keys as before.
+In the backward of FlexAttention, and of ``hopper``, one program adds up dK and dV of a key tile,
+over all query tiles that see it, one after the other; in that of cuDNN one does so for each query
+head. A tile of a window is seen by few of them; the tile of a sink by all, and those of strided
+keys by most: when the other programs are done, these have hardly begun. Here the queries are cut
+into stretches, and each stretch sees copies of its own of such keys. The gradients of copies add
+up in the key. Nothing else changes: every query sees the same keys as before.
 
 Axes: G range groups, N query rows, M key rows, m ranges per query, C key tiles, B batch, H query
 heads, P programs of a key tile, K key heads, E rows behind the keys.

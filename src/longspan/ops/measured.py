@@ -62,6 +62,8 @@ class Rates:
 def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
     """The nearest measured case, None if there is none for this GPU or these sizes."""
     gpu, cases = _cases(q_BHND, ranges)
+    if not cases:
+        return None
     alone = [case for case in cases if case.get("passes", 1) == 1]
     several = ranges.lo_GNm.shape[2] > 1
     return nearest(gpu, alone, q_BHND.shape[-1], *shape_of(ranges), several, backward)
@@ -103,10 +105,11 @@ def _cases(q_BHND: Tensor, ranges: KeyRanges) -> tuple[str, Sequence[Mapping[str
     gpu = torch.cuda.get_device_name(device)
     if gpu in table():
         return gpu, table()[gpu]["cases"]
-    capability = list(torch.cuda.get_device_capability(device))
+    # AMD's numbers mean something else.
+    capability = None if torch.version.hip else list(torch.cuda.get_device_capability(device))
     for other, found in table().items():
-        if found.get("capability") == capability:
-            return f"{other} (no {gpu} was, which has its compute capability)", found["cases"]
+        if capability and found.get("capability") == capability:
+            return f"{other}, of the same compute capability ({gpu} was not)", found["cases"]
     return "", ()
 
 

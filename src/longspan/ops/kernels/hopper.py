@@ -41,6 +41,11 @@ from longspan.ops.ranges import KeyRanges
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
+# The first row of the task that says that there are no more.
+MOST_ROWS = 1 << 30
+# Below it, logits differ by nothing that a weight would show, and a log-sum-exp over the scale
+# could be beyond float32.
+_LEAST_SCALE = 1e-30
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
 _LOG2_E = 1.4426950408889634
@@ -53,7 +58,9 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         return [f"hopper needs CUDA tensors, got {device}"]
     found = []
     capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
+    if torch.version.hip:
+        found.append("hopper is written for GPUs of NVIDIA")
+    elif capability != CAPABILITY:
         found.append(
             f"hopper is written for compute capability 9.0 (Hopper), this GPU has "
             f"{capability[0]}.{capability[1]}"
@@ -86,6 +93,8 @@ def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor) -> list[str]:
             "hopper takes at least one query and one key; got "
             f"{q_BHND.shape[2]} and {k_BKMD.shape[2]}"
         )
+    if q_BHND.shape[2] >= MOST_ROWS:
+        found.append(f"hopper takes fewer than 2**30 queries; got {q_BHND.shape[2]:,}")
     batch, *others = (x.shape[0] for x in (q_BHND, k_BKMD, v_BKMD))
     # Rows that are not there would be read as zeros.
     for other in {*others} - {batch}:
@@ -295,7 +304,8 @@ class _Ready:
         dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
         batch, heads, rows, width = q_BHND.shape
         scale = abs(self.scale or 1.0)
-        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, scale)
+        sharp = max(scale, _LEAST_SCALE)
+        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, sharp)
         # With the number of tasks that have been fetched behind the sums.
         size = batch * heads * rows * width
         zeros = q_BHND.new_zeros(size + 1, dtype=torch.float32)
@@ -320,7 +330,7 @@ class _Ready:
                 rows,
                 heads // k.shape[1],
                 scale,
-                scale * _LOG2_E,
+                sharp * _LOG2_E,
                 compiled,
                 num_warps=4,
             )
@@ -341,8 +351,8 @@ class _Ready:
 def _first(
     out_BHND: Tensor,
     dout_BHND: Tensor,
-    lse_BHN: Tensor,
-    dlse_BHN: Tensor | None,
+    lse: Tensor,
+    dlse: Tensor | None,
     scale: float,
 ) -> Tensor:
     """What the sums over D of each row begin with, those of logits and those of gradients."""
@@ -350,8 +360,8 @@ def _first(
     # Rows that the copy unit can take.
     across = -(-rows // 4) * 4
     first_BH2N = out_BHND.new_empty(batch, heads, 2, across, dtype=torch.float32)
-    lse_BHN = lse_BHN.contiguous()
-    dlse_BHN = lse_BHN if dlse_BHN is None else dlse_BHN.float().contiguous()
+    lse_BHN = lse.contiguous()
+    dlse_BHN = lse_BHN if dlse is None else dlse.float().contiguous()
     wide, tall = tile_of(width, numbers=4096)
     with torch.cuda.device(out_BHND.device):
         _back_kernels().deltas[(batch * heads * -(-rows // tall),)](
@@ -366,7 +376,7 @@ def _first(
             heads,
             *out_BHND.stride()[:3],
             *dout_BHND.stride()[:3],
-            dlse_BHN is not lse_BHN,
+            dlse is not None,
             width,
             wide,
             tall,
