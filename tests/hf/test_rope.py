@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import longspan as ls
 from longspan import position
-from longspan.errors import InputError, PatternError, Refusal
+from longspan.errors import DataError, InputError, PatternError, Refusal
 from longspan.hf.rope import KINDS, rope_parameters, set_rope, trained_length
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TRAINED, TARGET, WIDTH, BASE = 64, 256, 8, 10_000.0
+FACTORS = position.LongFactors(short=(1.0, 1.0, 1.25, 1.5), long=(1.0, 1.5, 3.0, 4.0))
 EXPECTED = {
     "none": position.default(WIDTH, BASE),
     "linear": position.linear(WIDTH, BASE, 4),
@@ -24,7 +26,12 @@ EXPECTED = {
     "dynamic": position.dynamic(WIDTH, BASE, 4, TRAINED, TARGET),
     "yarn": position.yarn(WIDTH, BASE, 4, TRAINED),
     "llama3": position.llama3(WIDTH, BASE, 4, TRAINED),
+    "longrope": position.longrope(WIDTH, BASE, FACTORS.long, 4, TRAINED),
 }
+
+
+def stretch(model, kind, length, factors=FACTORS):
+    set_rope(model, kind, length, factors=factors if kind == "longrope" else None)
 
 
 def rotary(model):
@@ -43,7 +50,7 @@ def logits(model, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_transformers_reloads_the_same_frequencies(tiny, tmp_path, kind):
     model, ids = tiny.build("llama"), tiny.tokens(1, TARGET)
-    set_rope(model, kind, TARGET)
+    stretch(model, kind, TARGET)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     # A full-length pass first: dynamic scaling takes its frequencies from it.
@@ -60,7 +67,7 @@ def test_plain_transformers_reloads_the_same_frequencies(tiny, tmp_path, kind):
 def test_scaling_changes_what_the_model_computes(tiny, kind):
     model, ids = tiny.build("llama"), tiny.tokens(1, TARGET)
     expected = logits(model, ids)
-    set_rope(model, kind, TARGET)
+    stretch(model, kind, TARGET)
     assert (logits(model, ids) - expected).abs().max() > 1e-3
 
 
@@ -68,7 +75,8 @@ def test_scaling_changes_what_the_model_computes(tiny, kind):
 def test_the_trained_length_itself_changes_nothing(tiny, kind):
     model, ids = tiny.build("llama"), tiny.tokens(1, TRAINED)
     expected = logits(model, ids)
-    set_rope(model, kind, TRAINED)
+    # The short list of factors is for these lengths.
+    stretch(model, kind, TRAINED, position.LongFactors(short=(1.0,) * 4, long=FACTORS.long))
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -226,3 +234,159 @@ def test_extend_changes_all_or_nothing(tiny, length, pattern, error):
         ls.hf.extend(model, length, pattern)
     assert model.config.to_dict() == before
     assert model.config._attn_implementation == "sdpa"
+
+
+def grown(model, tmp_path):
+    """A Llama as plain transformers makes it from the saved configuration, the same weights."""
+    model.save_pretrained(tmp_path)
+    return AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED, TRAINED + 1, 200, TARGET])
+def test_longrope_equals_that_of_transformers_at_every_length(tiny, length):
+    """Built by transformers from its own parameters, never touched by longspan."""
+    ids = tiny.tokens(2, length)
+    plain = tiny.build(
+        "llama",
+        max_position_embeddings=TARGET,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": BASE,
+            "factor": 4.0,
+            "original_max_position_embeddings": TRAINED,
+            "short_factor": list(FACTORS.short),
+            "long_factor": list(FACTORS.long),
+        },
+    )
+    model = tiny.build("llama")
+    set_rope(model, "longrope", TARGET, factors=FACTORS)
+    # What was looked at before must not matter.
+    for seen in (TARGET, 3, length):
+        logits(model, tiny.tokens(1, seen))
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+    assert model.config.rope_parameters == plain.config.rope_parameters
+    factors = FACTORS.long if length > TRAINED else FACTORS.short
+    wanted = position.longrope(WIDTH, BASE, factors, 4, TRAINED)
+    np.testing.assert_allclose(rotary(model).inv_freq, wanted.inv_freq, rtol=2e-6)
+    assert rotary(model).attention_scaling == pytest.approx(wanted.attention_factor, rel=1e-6)
+
+
+def test_longrope_goes_on_with_other_factors(tiny, tmp_path):
+    """Nothing of the first factors is left, also where a long text has been read with them."""
+    model, ids = tiny.build("llama"), tiny.tokens(1, 400)
+    set_rope(model, "longrope", 128, factors=FACTORS)
+    logits(model, ids[:, :100])
+    more = position.LongFactors(short=(1.0,) * 4, long=(1.0, 2.0, 5.0, 9.0))
+    set_rope(model, "longrope", 512, factors=more)
+    entry = model.config.rope_parameters
+    assert (entry["factor"], entry["original_max_position_embeddings"]) == (8.0, TRAINED)
+    again = grown(model, tmp_path)
+    for length in (400, 50):
+        assert torch.equal(logits(model, ids[:, :length]), logits(again, ids[:, :length]))
+    set_rope(again, "longrope", 1024)
+    assert again.config.rope_parameters["long_factor"] == list(more.long)
+    assert again.config.rope_parameters["factor"] == 16.0
+
+
+def test_longrope_without_a_factor_is_stretched_from_its_lengths(tiny):
+    """Phi-3 says the lengths alone; transformers takes their ratio."""
+    model = tiny.build(
+        "llama",
+        max_position_embeddings=128,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": BASE,
+            "original_max_position_embeddings": TRAINED,
+            "short_factor": list(FACTORS.short),
+            "long_factor": list(FACTORS.long),
+        },
+    )
+    set_rope(model, "longrope", 512)
+    assert model.config.rope_parameters["factor"] == 8.0
+    wanted = position.longrope(WIDTH, BASE, FACTORS.short, 8, TRAINED)
+    assert rotary(model).attention_scaling == pytest.approx(wanted.attention_factor)
+
+
+@pytest.mark.skipif(RELEASE < (5, 17), reason="cannot nest longrope")
+def test_longrope_leaves_layers_with_a_window_alone(tiny, tmp_path):
+    model, ids = tiny.build("gemma3"), tiny.tokens(1, 100)
+    before = copy.deepcopy(model.config.rope_parameters)
+    logits(model, ids)
+    set_rope(model, "longrope", TARGET, factors=FACTORS)
+    after = model.config.rope_parameters
+    assert after["sliding_attention"] == before["sliding_attention"]
+    assert after["full_attention"]["long_factor"] == list(FACTORS.long)
+    again = grown(model, tmp_path)
+    for length in (100, 20):
+        assert torch.equal(logits(model, ids[:, :length]), logits(again, ids[:, :length]))
+
+
+def test_factors_are_read_from_files_and_models(tiny, tmp_path):
+    lists = {"short_factor": list(FACTORS.short), "long_factor": list(FACTORS.long)}
+    (tmp_path / "factors.json").write_text(json.dumps(lists))
+    old = {"model_type": "phi3", "rope_scaling": {"type": "longrope", **lists}}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    model = tiny.build("llama")
+    set_rope(model, "longrope", TARGET, factors=FACTORS)
+    model.config.save_pretrained(tmp_path / "new")
+    for place in ("factors.json", "old", "old/config.json", "new"):
+        assert position.read_factors(tmp_path / place) == FACTORS
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (None, "cannot be read: No such file"),
+        ("[1, 2", "is no JSON"),
+        ('{"short_factor": [1]}', "holds no lists short_factor and long_factor"),
+        ("[1, 2]", "holds no lists"),
+        ('{"short_factor": [1], "long_factor": []}', "long_factor of LongRoPE is empty"),
+        ('{"short_factor": [0], "long_factor": [1]}', "positive numbers.*got 0 in it"),
+        ('{"short_factor": [1], "long_factor": ["2"]}', "positive numbers.*got '2' in it"),
+        ('{"short_factor": [NaN], "long_factor": [1]}', "got nan in it"),
+        ('{"short_factor": [true], "long_factor": [1]}', "got True in it"),
+    ],
+)
+def test_files_without_factors_are_refused(tmp_path, written, words):
+    path = tmp_path / "factors.json"
+    if written is not None:
+        path.write_text(written)
+    with pytest.raises((DataError, InputError), match=words):
+        position.read_factors(path)
+
+
+def test_factors_that_do_not_fit_leave_the_model_alone(tiny):
+    model = tiny.build("llama")
+    before = copy.deepcopy(model.config.to_dict())
+    short = position.LongFactors(short=FACTORS.short[:3], long=FACTORS.long)
+    for kind, factors, words in [
+        ("longrope", None, "needs the factors that somebody searched"),
+        ("longrope", short, "short_factor of LongRoPE has 3 numbers; a rotary width of 8 needs 4"),
+        ("yarn", FACTORS, "Factors belong to longrope; RoPE scaling 'yarn' takes none"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            set_rope(model, kind, TARGET, factors=factors)
+        with pytest.raises(InputError, match=words):
+            ls.hf.extend(model, TARGET, "causal()", kind, factors=factors)
+        assert model.config.to_dict() == before
+    set_rope(model, "yarn", TARGET)
+    with pytest.raises(InputError, match="already scaled by 'yarn'"):
+        set_rope(model, "longrope", 512, factors=FACTORS)
+
+
+def test_other_long_frequencies_than_meant_are_noticed(tiny, monkeypatch):
+    """Also those that a short text does not show."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    real = ROPE_INIT_FUNCTIONS["longrope"]
+
+    def other(config, device=None, seq_len=None, **kwargs):
+        inv_freq, factor = real(config, device, seq_len, **kwargs)
+        return (inv_freq * 1.01 if seq_len else inv_freq), factor
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "longrope", other)
+    model = tiny.build("llama")
+    with pytest.raises(Refusal, match="other frequencies"):
+        set_rope(model, "longrope", TARGET, factors=FACTORS)
+    assert model.config.max_position_embeddings == TRAINED

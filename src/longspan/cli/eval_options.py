@@ -25,6 +25,14 @@ KV = Annotated[
     typer.Option(help='What the cache keeps, e.g. "sinks(4) + recent(256) + heavy(256)".'),
 ]
 
+RopeFactors = Annotated[
+    str | None,
+    typer.Option(
+        help="For longrope: JSON file or model folder with short_factor and long_factor; default: "
+        "those that the model has already."
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
@@ -37,9 +45,11 @@ class Shared:
     rope: Annotated[
         str | None,
         typer.Option(
-            help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3."
+            help="Scale positions to the longest length: linear, ntk, dynamic, yarn, llama3, "
+            "longrope."
         ),
     ] = None
+    rope_factors: RopeFactors = None
     adapter: Annotated[
         Path | None,
         typer.Option(help="Adapter folder of longspan extend; sets its position scaling."),
@@ -57,7 +67,7 @@ class Shared:
 
     def subject(self, model: str, length: int) -> Subject:
         """What is measured, up to a length."""
-        from longspan.cli.values import pick_device
+        from longspan.cli.values import pick_device, read_rope_factors
         from longspan.eval.perplexity import check_limit
         from longspan.eval.subject import Subject
 
@@ -67,6 +77,7 @@ class Shared:
             length=length,
             pattern=self.pattern,
             rope=self.rope,
+            rope_factors=read_rope_factors(self.rope_factors),
             adapter=self.adapter,
             dtype=self.dtype,
             device=pick_device(self.device),

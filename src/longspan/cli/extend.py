@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.eval_options import RopeFactors
+
 if TYPE_CHECKING:
     from longspan.train.settings import ExtendSettings
 
@@ -26,8 +28,10 @@ def extend(
         ),
     ] = "scca.flow(1024)",
     rope: Annotated[
-        str, typer.Option(help="Position scaling: none, linear, ntk, dynamic, yarn, llama3.")
+        str,
+        typer.Option(help="Position scaling: none, linear, ntk, dynamic, yarn, llama3, longrope."),
     ] = "yarn",
+    rope_factors: RopeFactors = None,
     data: Annotated[
         list[str] | None, typer.Option(help="File or folder with training text; may be repeated.")
     ] = None,
@@ -120,7 +124,7 @@ def extend(
     Measures perplexity and passkey retrieval before and after, writes a PEFT adapter, report.json
     and report.html. A run that was interrupted, even killed, goes on with --resume.
     """
-    from longspan.cli.values import numbers, pick_device, whole_numbers
+    from longspan.cli.values import numbers, pick_device, read_rope_factors, whole_numbers
     from longspan.eval.suite import SuiteConfig
     from longspan.train.extend import extend as run
     from longspan.train.loop import LoopConfig
@@ -132,6 +136,7 @@ def extend(
         length=length,
         pattern=pattern,
         rope=rope,
+        rope_factors=read_rope_factors(rope_factors),
         data=tuple(data or ()),
         python_stdlib=python_stdlib,
         eval_data=tuple(eval_data or ()),

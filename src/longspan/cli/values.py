@@ -34,6 +34,15 @@ def pick_device(name: str | None) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def read_rope_factors(path: str | None) -> Any:
+    """The factors of ``--rope-factors``, or None."""
+    if path is None:
+        return None
+    from longspan.position import read_factors
+
+    return read_factors(path)
+
+
 def check_dense_below(method: Any, dense_below: int | None) -> None:
     """Raise InputError for a length without a method for longer prompts, or below 0."""
     if method is None and dense_below is not None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from longspan import hf, pattern
-from longspan.errors import DataError
+from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.hf.models import check_device
+from longspan.position import LongFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Subject:
         length: longest context that will be measured; positions are scaled to it.
         pattern: text of an attention pattern; None: the model's own attention.
         rope: position scaling; None: the adapter's, or none.
+        rope_factors: for longrope, its two lists; None: those that the model has already.
         adapter: folder written by ``longspan extend``.
         dtype: of the weights.
         device: ``cpu``, ``cuda``, ...
@@ -33,18 +35,23 @@ class Subject:
     length: int
     pattern: str | None = None
     rope: str | None = None
+    rope_factors: LongFactors | None = None
     adapter: Path | None = None
     dtype: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if self.rope_factors is not None and self.rope != "longrope":
+            raise InputError("--rope-factors go with --rope longrope.")
 
     def settings(self) -> dict[str, Any]:
         """Plain values on which results depend: the length only if positions are scaled."""
         settings = {**asdict(self), "adapter": self.adapter and str(self.adapter)}
         if self.rope is None:
             del settings["length"]
+        if self.rope_factors is None:
+            del settings["rope_factors"]
         return settings
 
     @contextmanager
@@ -59,13 +66,16 @@ class Subject:
         from longspan.hf.rope import set_rope
 
         parsed = None if self.pattern is None else pattern.parse(self.pattern)
-        rope, length = self.rope, self.length
+        rope, length, factors = self.rope, self.length, self.rope_factors
         if self.adapter is not None and rope is None:
             how = self._how_adapter_was_trained()
             rope, length = how["rope"], how["length"]
+            # Adapters from before there was longrope do not say.
+            held = how.get("rope_factors")
+            factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
         model, tokenizer = hf.load_model(self.model, dtype=self.dtype, device=self.device)
         if rope is not None:
-            set_rope(model, rope, length)
+            set_rope(model, rope, length, factors=factors)
         with nullcontext() if parsed is None else hf.apply(model, parsed):
             adapted = model if self.adapter is None else lora.load_adapter(model, self.adapter)
             adapted.eval()

@@ -5,9 +5,11 @@ frequencies without longspan. What transformers would compute from the new param
 with ``longspan.position`` before anything is changed, because releases have read these fields
 differently.
 
-Two kinds need care. ``ntk`` has no name in transformers: it is a new ``rope_theta``. ``dynamic``
+Three kinds need care. ``ntk`` has no name in transformers: it is a new ``rope_theta``. ``dynamic``
 takes ``max_position_embeddings`` for the *trained* length, so that field keeps its value and only
-the factor says how far the model is meant to go.
+the factor says how far the model is meant to go. ``longrope`` needs lists of factors that somebody
+searched; it takes one list up to the trained length and another beyond, whatever a cache holds, so
+that a generation which crosses that length reads keys of both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-KINDS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
+KINDS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
 
 # Layers that never look further than their own window have nothing to extend.
 LOCAL_LAYERS = ("sliding_attention", "chunked_attention")
@@ -48,7 +50,13 @@ def trained_length(config: PreTrainedConfig) -> int:
     return int(length)
 
 
-def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[str, Any]:
+def rope_parameters(
+    config: PreTrainedConfig,
+    kind: str,
+    length: int,
+    *,
+    factors: position.LongFactors | None = None,
+) -> dict[str, Any]:
     """Value of ``config.rope_parameters`` that stretches the model to ``length`` tokens.
 
     A model that is already scaled can be stretched further by the same kind; its factor is
@@ -57,16 +65,20 @@ def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[st
 
     Args:
         config: configuration of the model; not changed.
-        kind: one of none, linear, ntk, dynamic, yarn, llama3.
+        kind: one of none, linear, ntk, dynamic, yarn, llama3, longrope.
         length: target length in tokens, at least the present ``max_position_embeddings``.
+        factors: for longrope, its two lists; None: those that the model has already.
 
     Raises:
-        InputError: an unknown kind, a length below the trained one, or positions that are already
-            scaled by another kind.
+        InputError: an unknown kind, a length below the trained one, positions that are already
+            scaled by another kind, or factors that are missing, do not fit the model, or go with
+            another kind.
         Refusal: a model without RoPE.
     """
     if kind not in KINDS:
         raise InputError(f"Unknown RoPE scaling {kind!r}; choose one of {', '.join(KINDS)}.")
+    if factors is not None and kind != "longrope":
+        raise InputError(f"Factors belong to longrope; RoPE scaling {kind!r} takes none.")
     if not isinstance(length, int):
         raise InputError(f"The target length must be a whole number of tokens, got {length!r}.")
     text = config.get_text_config()
@@ -78,24 +90,32 @@ def rope_parameters(config: PreTrainedConfig, kind: str, length: int) -> dict[st
         )
     current = copy.deepcopy(text.rope_parameters)
     if "rope_type" in current or "rope_theta" in current:
-        return _stretch(current, kind, length, trained, _rotary_width(text, current))
+        return _stretch(current, kind, length, trained, _rotary_width(text, current), factors)
     return {
         layer: entry
         if entry is None or layer in LOCAL_LAYERS
-        else _stretch(entry, kind, length, trained, _rotary_width(text, entry))
+        else _stretch(entry, kind, length, trained, _rotary_width(text, entry), factors)
         for layer, entry in current.items()
     }
 
 
-def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
+def set_rope(
+    model: PreTrainedModel,
+    kind: str,
+    length: int,
+    *,
+    factors: position.LongFactors | None = None,
+) -> None:
     """Stretch the positions of a model in place: its configuration and its rotary modules.
 
     ``max_position_embeddings`` becomes ``length``, except for ``dynamic`` (see the module text).
 
     Args:
         model: a Hugging Face model, or a PEFT model around one.
-        kind: one of none, linear, ntk, dynamic, yarn, llama3.
+        kind: one of none, linear, ntk, dynamic, yarn, llama3, longrope.
         length: target length in tokens.
+        factors: for longrope, its two lists (``longspan.position.read_factors``); None: those that
+            the model has already.
 
     Raises:
         InputError: as in ``rope_parameters``; the model is then unchanged.
@@ -103,7 +123,7 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
             frequencies.
     """
     base = base_model(model)
-    planned, rebuilt = _planned(base, kind, length)
+    planned, rebuilt = _planned(base, kind, length, factors)
     config = base.config.get_text_config()
     config.rope_parameters = planned.rope_parameters
     config.max_position_embeddings = planned.max_position_embeddings
@@ -111,18 +131,24 @@ def set_rope(model: PreTrainedModel, kind: str, length: int) -> None:
         _take_over(old, new)
 
 
-def check_rope(model: PreTrainedModel, kind: str, length: int) -> None:
+def check_rope(
+    model: PreTrainedModel,
+    kind: str,
+    length: int,
+    *,
+    factors: position.LongFactors | None = None,
+) -> None:
     """Raise what ``set_rope`` would raise; changes nothing."""
-    _planned(base_model(model), kind, length)
+    _planned(base_model(model), kind, length, factors)
 
 
 def _planned(
-    base: PreTrainedModel, kind: str, length: int
+    base: PreTrainedModel, kind: str, length: int, factors: position.LongFactors | None
 ) -> tuple[PreTrainedConfig, list[tuple[nn.Module, nn.Module]]]:
     """The configuration that a scaling makes, and each rotary module with the one for it."""
     config = base.config.get_text_config()
     planned = copy.deepcopy(config)
-    planned.rope_parameters = rope_parameters(config, kind, length)
+    planned.rope_parameters = rope_parameters(config, kind, length, factors=factors)
     if kind != "dynamic":
         planned.max_position_embeddings = length
     rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary_modules(base)]
@@ -135,14 +161,19 @@ def _planned(
 
 
 def _stretch(
-    entry: dict[str, Any], kind: str, length: int, trained: int, width: int
+    entry: dict[str, Any],
+    kind: str,
+    length: int,
+    trained: int,
+    width: int,
+    factors: position.LongFactors | None,
 ) -> dict[str, Any]:
     present = entry.get("rope_type", "default")
     growth = length / trained
+    # Derived factors would change with max_position_embeddings, so they are written out.
+    if present in ("yarn", "longrope") and entry.get("factor") is None:
+        entry["factor"] = trained / entry["original_max_position_embeddings"]
     if kind == "none":
-        # Derived factors would change with max_position_embeddings, so they are written out.
-        if present in ("yarn", "longrope") and entry.get("factor") is None:
-            entry["factor"] = trained / entry["original_max_position_embeddings"]
         return entry
     if present not in ("default", kind):
         raise InputError(
@@ -157,12 +188,26 @@ def _stretch(
         entry["factor"] = growth
         return entry
     entry["factor"] = (entry.get("factor") or 1.0) * growth
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         entry.setdefault("original_max_position_embeddings", trained)
     if kind == "llama3":
         entry.setdefault("low_freq_factor", 1.0)
         entry.setdefault("high_freq_factor", 4.0)
+    if kind == "longrope":
+        _put_factors(entry, width, factors)
     return entry
+
+
+def _put_factors(entry: dict[str, Any], width: int, factors: position.LongFactors | None) -> None:
+    if factors is None and "long_factor" not in entry:
+        raise InputError(
+            "RoPE scaling 'longrope' needs the factors that somebody searched for this model: "
+            "give factors=longspan.position.read_factors(FILE), or --rope-factors FILE, a JSON "
+            "file or model folder with short_factor and long_factor. Without any, choose yarn."
+        )
+    if factors is not None:
+        factors.check_width(width)
+        entry["short_factor"], entry["long_factor"] = list(factors.short), list(factors.long)
 
 
 def _rotary_width(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
@@ -193,29 +238,48 @@ def _rebuild(name: str, old: nn.Module, config: PreTrainedConfig) -> nn.Module:
         if entry is None:
             continue
         prefix = f"{layer}_" if nested else ""
-        got = getattr(new, f"{prefix}inv_freq", None)
-        wanted = _expected(entry, 2 * got.numel(), config) if got is not None else None
-        if got is None or wanted is None:
+        if getattr(new, f"{prefix}inv_freq", None) is None:
             continue
-        factor = getattr(new, f"{prefix}attention_scaling", 1.0)
-        same = np.allclose(got.double().cpu().numpy(), wanted.inv_freq, rtol=1e-5, atol=0)
-        if not same or abs(factor - wanted.attention_factor) > 1e-6:
-            raise Refusal(
-                f"The installed transformers reads {entry} as other frequencies than intended in "
-                f"{name} ({kind.__name__}); the model was not changed."
-            )
+        # Longer texts have other frequencies in longrope; back to the first ones in the end.
+        changes = entry["rope_type"] == "longrope"
+        for place in (entry["original_max_position_embeddings"], 0) if changes else (0,):
+            if changes:
+                _forward_at(new, place, layer if nested else None)
+            got = getattr(new, f"{prefix}inv_freq")
+            wanted = _expected(entry, 2 * got.numel(), config, place)
+            if wanted is None:
+                continue
+            factor = getattr(new, f"{prefix}attention_scaling", 1.0)
+            same = np.allclose(got.double().cpu().numpy(), wanted.inv_freq, rtol=1e-5, atol=0)
+            if not same or abs(factor - wanted.attention_factor) > 1e-6:
+                raise Refusal(
+                    f"The installed transformers reads {entry} as other frequencies than intended "
+                    f"in {name} ({kind.__name__}); the model was not changed."
+                )
     return new
 
 
+def _forward_at(rotary: nn.Module, place: int, layer: str | None) -> None:
+    """Have a rotary module make the frequencies for a text that ends at a place."""
+    import torch
+
+    device = next(rotary.buffers()).device
+    more = {} if layer is None else {"layer_type": layer}
+    rotary(torch.empty(0, device=device), torch.tensor([[place]], device=device), **more)
+
+
 def _expected(
-    entry: dict[str, Any], width: int, config: PreTrainedConfig
+    entry: dict[str, Any], width: int, config: PreTrainedConfig, place: int
 ) -> position.Frequencies | None:
-    """Frequencies that an entry means, or None for kinds that longspan does not write."""
+    """Frequencies that an entry means for a text that ends at a place; None for kinds that
+    longspan does not write.
+    """
     kind, base = entry["rope_type"], entry["rope_theta"]
     if kind in ("default", "dynamic"):
         # Before a forward pass longer than the trained length, dynamic is the default.
         return position.default(width, base)
-    if kind not in ("linear", "llama3", "yarn"):
+    # PhiMoE has temperatures of its own in its longrope.
+    if kind not in ("linear", "llama3", "yarn", "longrope") or "short_mscale" in entry:
         return None
     factor = entry["factor"]
     if kind == "linear":
@@ -226,13 +290,17 @@ def _expected(
         return position.llama3(
             width, base, factor, original, low_freq_factor=low, high_freq_factor=high
         )
+    fixed = entry.get("attention_factor")
+    if kind == "longrope":
+        divisors = entry["long_factor" if place >= original else "short_factor"]
+        scaled = position.longrope(width, base, divisors, factor, original)
+        return scaled if fixed is None else scaled._replace(attention_factor=fixed)
     # transformers reads `truncate` beside the layer types, not inside them.
     options = {"truncate": config.rope_parameters.get("truncate", True)}
     for option in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         if entry.get(option) is not None:
             options[option] = entry[option]
     scaled = position.yarn(width, base, factor, original, **options)
-    fixed = entry.get("attention_factor")
     return scaled if fixed is None else scaled._replace(attention_factor=fixed)
 
 
@@ -244,3 +312,6 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(new).items():
         if not name.startswith("_") and name not in ("training", "config"):
             setattr(old, name, value)
+    # longrope keeps what it made for longer texts, where it made it: its own device has to.
+    for name in [name for name in vars(old) if name.endswith("long_inv_freq")]:
+        delattr(old, name)

@@ -30,6 +30,7 @@ from longspan.mechanism import DualChunk
 from longspan.mechanism.layer import MechanismLayer
 from longspan.ops.capability import KERNELS
 from longspan.pattern import Pattern, parse
+from longspan.position import LongFactors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -227,14 +228,22 @@ def remove(model: Any) -> None:
     Entries(before).keep(base)
 
 
-def extend(model: Any, length: int, pattern: Pattern | str, rope: str = "yarn") -> Any:
+def extend(
+    model: Any,
+    length: int,
+    pattern: Pattern | str,
+    rope: str = "yarn",
+    *,
+    factors: LongFactors | None = None,
+) -> Any:
     """Stretch the positions of a model and put a pattern into it; no training.
 
     Args:
         model: a Hugging Face model, or a PEFT model around one; changed in place.
         length: target length in tokens, at least the trained one.
         pattern: a pattern or its text form.
-        rope: none, linear, ntk, dynamic, yarn or llama3.
+        rope: none, linear, ntk, dynamic, yarn, llama3 or longrope.
+        factors: for longrope, as in ``longspan.hf.set_rope``.
 
     Returns:
         The model.
@@ -245,7 +254,7 @@ def extend(model: Any, length: int, pattern: Pattern | str, rope: str = "yarn") 
     """
     applied = apply(model, pattern)
     try:
-        set_rope(model, rope, length)
+        set_rope(model, rope, length, factors=factors)
     except Exception:
         applied.remove()
         raise

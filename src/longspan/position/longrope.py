@@ -5,18 +5,104 @@ Paper: LongRoPE (arXiv 2402.13753), equation 3; microsoft/LongRoPE rope/longrope
 
     theta'_m = theta_m / lambda_m,    attention factor = sqrt(1 + ln s / ln L)
 
-The paper's unscaled start tokens are left out, as in transformers.
+The paper's unscaled start tokens are left out, as in transformers, and so is its search: factors
+come from whoever searched them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from longspan.errors import InputError
+from longspan.errors import DataError, InputError
 from longspan.position.frequencies import Frequencies, check_factor, default
+
+_LISTS = ("short_factor", "long_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongFactors:
+    """The two lists of a searched LongRoPE scaling, each D/2 positive divisors of frequencies.
+
+    Attributes:
+        short: for texts up to the trained length; ones leave them as they are.
+        long: for longer texts.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, values in zip(_LISTS, (self.short, self.long), strict=True):
+            wrong = [x for x in values if not (_is_number(x) and 0 < x < math.inf)]
+            if wrong or not values:
+                raise InputError(
+                    f"{name} of LongRoPE is a list of positive numbers, one for each frequency; "
+                    f"got {wrong[0]!r} in it."
+                    if wrong
+                    else f"{name} of LongRoPE is empty: give one number for each frequency."
+                )
+
+    def check_width(self, dim: int) -> None:
+        """Raise InputError unless both lists fit a rotary width of ``dim``."""
+        for name, values in zip(_LISTS, (self.short, self.long), strict=True):
+            if len(values) != dim // 2:
+                raise InputError(
+                    f"{name} of LongRoPE has {len(values)} numbers; a rotary width of {dim} needs "
+                    f"{dim // 2}, one for each frequency. Give factors searched for this model."
+                )
+
+
+def read_factors(path: str | Path) -> LongFactors:
+    """Factors from a JSON file, or from the configuration of another model.
+
+    Args:
+        path: a JSON object with the lists ``short_factor`` and ``long_factor``; a model's
+            config.json that has them in ``rope_parameters`` or ``rope_scaling``; or its folder.
+
+    Raises:
+        DataError: the file is missing, is no JSON, or holds no such lists.
+        InputError: a list holds something else than positive numbers.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"The LongRoPE factors {file} cannot be read: {error.strerror or error}. Give a JSON "
+            f"file with {' and '.join(_LISTS)}, or the folder of a model that has them."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON: {error}.") from error
+    found = _find(held)
+    if found is None:
+        raise DataError(
+            f"{file} holds no lists {' and '.join(_LISTS)}, neither at its top nor in "
+            "rope_parameters or rope_scaling; these are the factors of LongRoPE."
+        )
+    return LongFactors(short=tuple(found[_LISTS[0]]), long=tuple(found[_LISTS[1]]))
+
+
+def _find(held: Any) -> dict[str, Any] | None:
+    """The dictionary that has both lists: this one, or what a configuration keeps inside."""
+    if not isinstance(held, dict):
+        return None
+    if all(isinstance(held.get(name), list) for name in _LISTS):
+        return held
+    inside = ("rope_parameters", "rope_scaling", "text_config", "full_attention")
+    found = (_find(held.get(name)) for name in inside)
+    return next((one for one in found if one is not None), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def longrope(

@@ -7,6 +7,7 @@ numbers than were measured, without any error. The card says the lines that scal
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -59,6 +60,7 @@ def write_card(folder: Path, settings: ExtendSettings, config: Any) -> None:
     how = {
         "length": settings.length,
         "rope": settings.rope,
+        "rope_factors": settings.rope_factors and asdict(settings.rope_factors),
         "pattern": settings.pattern,
         "rope_parameters": text.rope_parameters,
         "max_position_embeddings": text.max_position_embeddings,

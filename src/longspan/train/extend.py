@@ -89,7 +89,7 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
         "environment": environment(),
         "base": _measure(job, job.model, "base", progress),
     }
-    set_rope(job.model, settings.rope, settings.length)
+    set_rope(job.model, settings.rope, settings.length, factors=settings.rope_factors)
     with _attention(job.model, job.pattern if settings.eval_attention == "pattern" else None):
         report["scaled"] = _measure(job, job.model, "scaled", progress)
 
@@ -106,7 +106,7 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
     report["dense"] = None
     if settings.compare_dense:
         model, _ = hf.load_model(settings.model, dtype=settings.dtype, device=settings.device)
-        set_rope(model, settings.rope, settings.length)
+        set_rope(model, settings.rope, settings.length, factors=settings.rope_factors)
         report["dense"], _ = _arm(job, model, None, "dense", progress)
     write_report(report, out)
     return report

@@ -90,7 +90,7 @@ class Job:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_length": self.trained_length,
             "length": s.length,
-            "rope": rope_parameters(config, s.rope, s.length),
+            "rope": rope_parameters(config, s.rope, s.length, factors=s.rope_factors),
             "pattern": s.pattern,
             # Of the pairs that dense causal attention computes.
             "pattern_share_of_causal": density and density / ((s.length + 1) / (2 * s.length)),
@@ -128,7 +128,7 @@ def prepare(settings: ExtendSettings, out: Path, *, resume: bool = False) -> Job
             "extends nothing: "
             f"give more than {trained}."
         )
-    check_rope(model, settings.rope, settings.length)
+    check_rope(model, settings.rope, settings.length, factors=settings.rope_factors)
     if parsed is not None:
         rehearse(model, parsed)
     if not settings.suite.lengths:

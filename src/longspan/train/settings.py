@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from longspan.errors import InputError
 from longspan.eval.suite import SuiteConfig
 from longspan.hf.models import check_device
+from longspan.position import LongFactors
 from longspan.train.loop import LoopConfig
 
 
@@ -19,7 +20,8 @@ class ExtendSettings:
         length: context to extend to, in tokens.
         pattern: text of the attention pattern to train with, or ``none`` for the model's own dense
             attention.
-        rope: position scaling: none, linear, ntk, dynamic, yarn, llama3.
+        rope: position scaling: none, linear, ntk, dynamic, yarn, llama3, longrope.
+        rope_factors: for longrope, its two lists; None: those that the model has already.
         data: files or folders with training text.
         python_stdlib: train on this Python's standard library (modules of its own are held out).
         eval_data: held-out text; without it the last tenth of the training text is held out.
@@ -44,6 +46,7 @@ class ExtendSettings:
     loop: LoopConfig
     suite: SuiteConfig
     rope: str = "yarn"
+    rope_factors: LongFactors | None = None
     data: tuple[str, ...] = ()
     python_stdlib: bool = False
     eval_data: tuple[str, ...] = ()
