@@ -370,4 +370,4 @@ def test_commands_are_complete() -> None:
     group: Any = typer.main.get_command(app)
     words = "bench compare demo doctor eval extend generate pretrain report show"
     assert set(group.commands) == set(words.split())
-    assert set(group.commands["eval"].commands) == {"kv", "passkey", "ppl", "ruler"}
+    assert set(group.commands["eval"].commands) == {"kv", "longbench", "passkey", "ppl", "ruler"}

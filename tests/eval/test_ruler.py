@@ -11,42 +11,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from tests.eval.fakes import Knows, Letters  # noqa: E402
+
 import longspan as ls  # noqa: E402
 from longspan.errors import DataError, InputError  # noqa: E402
 from longspan.eval.records import Records  # noqa: E402
 from longspan.eval.ruler import TASKS, check_tasks, score  # noqa: E402
 from longspan.eval.ruler_run import fitting, ruler  # noqa: E402
 from longspan.eval.stepwise import stepwise  # noqa: E402
-
-
-class Letters:
-    """A tokenizer of characters."""
-
-    pad_token_id = 0
-
-    def __call__(self, text, return_tensors=None, **_):
-        ids = [ord(c) % 251 + 1 for c in text]
-        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
-
-    def decode(self, ids, **_):
-        return "".join(chr(int(i)) for i in ids)
-
-
-class Knows:
-    """A model that finds the answer in its prompt by other means."""
-
-    def __init__(self, answer):
-        self.answer = answer
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.caches = []
-
-    def parameters(self):
-        return iter([self.weight])
-
-    def generate(self, ids, max_new_tokens, past_key_values=None, **_):
-        self.caches.append(past_key_values)
-        said = self.answer(tuple(ids[0].tolist()))[:max_new_tokens]
-        return torch.cat([ids, torch.tensor([[ord(c) for c in said]])], 1)
 
 
 def make(task, size, seed=0):

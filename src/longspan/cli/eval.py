@@ -1,14 +1,26 @@
-"""``longspan eval``: perplexity, passkeys, RULER's tasks, and what cache policies lose."""
+"""``longspan eval``: perplexity, passkeys, RULER, LongBench, and what cache policies lose."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from longspan.cli.eval_kv import kv as kv_command
-from longspan.cli.eval_options import KV, Data, Lengths, Model, PythonStdlib, Shared, shared
+from longspan.cli.eval_longbench import longbench as longbench_command
+from longspan.cli.eval_options import (
+    KV,
+    Data,
+    DenseBelow,
+    Lengths,
+    Model,
+    Prefill,
+    PythonStdlib,
+    Shared,
+    shared,
+    table,
+)
 
 app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
 
@@ -101,7 +113,7 @@ def ppl(
         typer.echo(json.dumps({**asked, **result}))
         return
     how = f"protocol {protocol}" if policy is None else f"through {policy}"
-    _table(
+    table(
         f"Perplexity, {how}",
         ("context", "perplexity", "nats per token", "windows", "tokens"),
         [
@@ -163,7 +175,7 @@ def passkey(
         for length, row in zip(result["lengths"], result["accuracy"], strict=True)
     ]
     columns = ("context", *(f"depth {depth:g}" for depth in places))
-    _table(f"Passkey retrieval, {trials} probes each", columns, rows)
+    table(f"Passkey retrieval, {trials} probes each", columns, rows)
 
 
 @app.command()
@@ -176,13 +188,8 @@ def ruler(
     ] = "all",
     samples: Annotated[int, typer.Option(help="Questions per task and length.")] = 10,
     seed: Annotated[int, typer.Option(help="Chooses what the questions say.")] = 0,
-    prefill: Annotated[
-        str | None, typer.Option(help='Sparse prefill, e.g. "vertical_slash(1000, 6096)".')
-    ] = None,
-    dense_below: Annotated[
-        int | None,
-        typer.Option(help="Tokens below which prefill is dense; default: measured here."),
-    ] = None,
+    prefill: Prefill = None,
+    dense_below: DenseBelow = None,
     kv: KV = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list, ask nothing.")
@@ -191,29 +198,19 @@ def ruler(
     given: Shared,
 ) -> None:
     """RULER's tasks that need no download, and key-value retrieval, answered by generation."""
-    from contextlib import nullcontext
-
-    from longspan import hf
     from longspan.cli.progress import Bars
-    from longspan.cli.values import check_dense_below, whole_numbers
-    from longspan.errors import InputError
+    from longspan.cli.values import whole_numbers
+    from longspan.eval.answers import reading
     from longspan.eval.records import Records
     from longspan.eval.ruler import ALL, check_tasks
     from longspan.eval.ruler_run import check_rooms, questions
     from longspan.eval.ruler_run import ruler as measure
     from longspan.hf.models import tokenizer_of
-    from longspan.kv import cache
-    from longspan.kv import parse as read_policy
-    from longspan.select import parse as read_method
 
     sizes = whole_numbers(lengths)
     names = ALL if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
     check_tasks(names, samples)
-    method = None if prefill is None else read_method(prefill)
-    policy = None if kv is None else read_policy(kv)
-    if method is not None and given.pattern is not None:
-        raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
-    check_dense_below(method, dense_below)
+    read = reading(prefill, dense_below, kv, given.pattern)
     subject = given.subject(model, max(sizes))
     if dry_run:
         planned = questions(names, sizes, samples, given.limit)
@@ -222,40 +219,32 @@ def ruler(
             "tasks": list(names),
             "lengths": list(sizes),
             "questions": len(planned),
-            "prefill": method and str(method),
-            "kv": policy and str(policy),
+            "prefill": read.settings()["prefill"],
+            "kv": read.settings()["kv"],
         }
         told = f"{', '.join(names)} at {', '.join(f'{n:,}' for n in sizes)} tokens: "
-        told += f"{plan['questions']:,} questions, prefill {method or 'dense'}, cache "
-        told += f"{policy or 'everything()'}. Nothing was asked."
+        told += f"{plan['questions']:,} questions, prefill {read.prefill or 'dense'}, cache "
+        told += f"{read.kv or 'everything()'}. Nothing was asked."
         typer.echo(json.dumps(plan) if given.as_json else told)
         return
-    asked = {
-        **subject.settings(),
-        "seed": seed,
-        "prefill": method and str(method),
-        "dense_below": dense_below,
-        "kv": policy and str(policy),
-    }
-    with subject.open() as (loss, tokenizer), Bars() as bars:
-        sparse = (
-            nullcontext()
-            if method is None
-            else hf.prefill(loss.model, method, dense_below=dense_below)
+    asked = {**subject.settings(), "seed": seed, **read.settings()}
+    with (
+        subject.open() as (loss, tokenizer),
+        read.open(loss.model) as make_cache,
+        Bars() as bars,
+    ):
+        result = measure(
+            loss.model,
+            tokenizer,
+            names,
+            sizes,
+            samples=samples,
+            seed=seed,
+            limit=given.limit,
+            make_cache=make_cache,
+            records=Records(given.out, asked),
+            progress=bars,
         )
-        with sparse:
-            result = measure(
-                loss.model,
-                tokenizer,
-                names,
-                sizes,
-                samples=samples,
-                seed=seed,
-                limit=given.limit,
-                make_cache=None if policy is None else lambda: cache(loss.model, policy),
-                records=Records(given.out, asked),
-                progress=bars,
-            )
     if given.as_json:
         typer.echo(json.dumps({**asked, **result}))
         return
@@ -267,26 +256,12 @@ def ruler(
     worst = (result["worst"].get(str(n)) for n in sizes)
     rows.append(("worst", *("-" if one is None else one["task"] for one in worst)))
     columns = ("task", *(f"{n:,}" for n in sizes))
-    _table(f"RULER, {samples} questions each", columns, rows)
+    table(f"RULER, {samples} questions each", columns, rows)
 
 
+app.command("longbench")(longbench_command)
 app.command("kv")(kv_command)
 
 
 def _share(score: float | None) -> str:
     return "-" if score is None else f"{score:.0%}"
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    # As a title of the table it would wrap at the table's width.
-    console.print(title, style="italic", highlight=False, markup=False)
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

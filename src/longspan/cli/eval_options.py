@@ -24,7 +24,12 @@ KV = Annotated[
     str | None,
     typer.Option(help='What the cache keeps, e.g. "sinks(4) + recent(256) + heavy(256)".'),
 ]
-
+Prefill = Annotated[
+    str | None, typer.Option(help='Sparse prefill, e.g. "vertical_slash(1000, 6096)".')
+]
+DenseBelow = Annotated[
+    int | None, typer.Option(help="Tokens below which prefill is dense; default: measured here.")
+]
 RopeFactors = Annotated[
     str | None,
     typer.Option(
@@ -118,3 +123,19 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     # typer would read the wrapped command's own signature.
     del described.__wrapped__
     return run
+
+
+def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    # As a title of the table it would wrap at the table's width.
+    console.print(title, style="italic", highlight=False, markup=False)
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

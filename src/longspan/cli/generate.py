@@ -56,16 +56,13 @@ def generate(
 
     The text goes to standard output as it comes, the figures to standard error.
     """
-    from longspan.cli.values import check_dense_below, pick_device
+    from longspan.cli.values import pick_device
     from longspan.errors import InputError
-    from longspan.kv import cache, parse
-    from longspan.select import parse as read_method
+    from longspan.eval.answers import reading
+    from longspan.kv import cache
 
-    policy = parse(kv)
-    method = None if prefill is None else read_method(prefill)
-    if method is not None and pattern is not None:
-        raise InputError("Give a pattern or sparse prefill, not both: each is the attention.")
-    check_dense_below(method, dense_below)
+    how = reading(prefill, dense_below, kv, pattern)
+    method = how.prefill
     if tokens < 1 or not temperature >= 0:
         raise InputError(
             f"Expected at least 1 token and a temperature from 0, got --tokens {tokens} and "
@@ -96,7 +93,7 @@ def generate(
         loaded,
         tokenizer,
         ids,
-        cache(loaded, policy, positions=positions),
+        cache(loaded, how.kv or kv, positions=positions),
         tokens=tokens,
         temperature=temperature,
         write=(lambda _: None) if as_json else _write,

@@ -41,11 +41,3 @@ def read_rope_factors(path: str | None) -> Any:
     from longspan.position import read_factors
 
     return read_factors(path)
-
-
-def check_dense_below(method: Any, dense_below: int | None) -> None:
-    """Raise InputError for a length without a method for longer prompts, or below 0."""
-    if method is None and dense_below is not None:
-        raise InputError("--dense-below goes with --prefill.")
-    if dense_below is not None and dense_below < 0:
-        raise InputError(f"--dense-below is a number of tokens from 0, got {dense_below}.")

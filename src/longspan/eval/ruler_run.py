@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from longspan.errors import DataError
+from longspan.eval.answers import answer
 from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
@@ -68,12 +67,13 @@ def ruler(
         key = _key(task, length, number)
         if key not in records:
             sample = fitting(tokenizer, task, length, f"{seed}/{task}/{length}/{number}")
-            said, read = _answer(model, tokenizer, sample, TASKS[task].tokens, make_cache)
+            ids = tokenizer(sample.prompt, return_tensors="pt", verbose=False)["input_ids"]
+            said = answer(model, tokenizer, ids, TASKS[task].tokens, make_cache)
             records.add(
                 key,
                 {
                     "score": score(said, sample.answers),
-                    "tokens": read,
+                    "tokens": ids.shape[1],
                     "said": said,
                     "answers": list(sample.answers),
                 },
@@ -140,31 +140,6 @@ def _fits(tokenizer: Any, kind: Task, length: int, seed: str, size: int) -> bool
     sample = kind.make(random.Random(seed), size)
     found = len(tokenizer(sample.prompt, verbose=False)["input_ids"])
     return found + kind.tokens <= length
-
-
-@torch.inference_mode()
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    sample: Sample,
-    tokens: int,
-    make_cache: Callable[[], Any] | None,
-) -> tuple[str, int]:
-    """What the model says, and how many tokens it had read."""
-    ids = tokenizer(sample.prompt, return_tensors="pt", verbose=False)["input_ids"]
-    ids = ids.to(next(model.parameters()).device)
-    more = {} if make_cache is None else {"past_key_values": make_cache()}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=padding,
-        **more,
-    )
-    said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return said, ids.shape[1]
 
 
 def _summary(

@@ -50,6 +50,12 @@ class Generated:
         }
 
 
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a model without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("This model has no chat template; leave --chat out.")
+
+
 def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
     """Token ids [1, N] of a prompt.
 
@@ -61,9 +67,8 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
     Raises:
         InputError: for a prompt without tokens, or a model without a chat template.
     """
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise InputError("This model has no chat template; leave --chat out.")
     if chat:
+        check_chat(tokenizer)
         said = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
     read = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)

@@ -42,7 +42,7 @@ def load_model(
         raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     place = check_device(device or "cpu")
     folder = check_folder(path)
-    config = _config(folder)
+    config = config_of(folder)
     _check_causal(folder, config)
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
@@ -141,9 +141,15 @@ def check_folder(path: str | Path) -> Path:
     return folder
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def config_of(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a saved model alone.
+
+    Raises:
+        DataError: as ``load_model``.
+    """
     from transformers import AutoConfig
 
+    folder = check_folder(path)
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return AutoConfig.from_pretrained(folder, local_files_only=True)
