@@ -288,23 +288,19 @@ def test_longrope_goes_on_with_other_factors(tiny, tmp_path):
     assert again.config.rope_parameters["factor"] == 16.0
 
 
-def test_longrope_without_a_factor_is_stretched_from_its_lengths(tiny):
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_without_a_factor_the_lengths_say_how_far_a_model_is_stretched(tiny, kind):
     """Phi-3 says the lengths alone; transformers takes their ratio."""
-    model = tiny.build(
-        "llama",
-        max_position_embeddings=128,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": BASE,
-            "original_max_position_embeddings": TRAINED,
-            "short_factor": list(FACTORS.short),
-            "long_factor": list(FACTORS.long),
-        },
-    )
-    set_rope(model, "longrope", 512)
-    assert model.config.rope_parameters["factor"] == 8.0
-    wanted = position.longrope(WIDTH, BASE, FACTORS.short, 8, TRAINED)
-    assert rotary(model).attention_scaling == pytest.approx(wanted.attention_factor)
+    given = {"rope_type": kind, "rope_theta": BASE, "original_max_position_embeddings": TRAINED}
+    if kind == "longrope":
+        given |= {"short_factor": list(FACTORS.short), "long_factor": list(FACTORS.long)}
+    else:
+        given["factor"] = None
+    model = tiny.build("llama", max_position_embeddings=128, rope_parameters=given)
+    set_rope(model, kind, TARGET)
+    assert model.config.rope_parameters["factor"] == 4.0
+    wanted = EXPECTED[kind].attention_factor
+    assert rotary(model).attention_scaling == pytest.approx(wanted)
 
 
 @pytest.mark.skipif(RELEASE < (5, 17), reason="cannot nest longrope")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from longspan.eval.subject import Subject
 from longspan.eval.suite import SuiteConfig, spread
 from longspan.hf import load_model
 from longspan.pattern import Window
+from longspan.position import LongFactors
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.extend import extend
 from longspan.train.loop import LoopConfig
@@ -128,6 +130,37 @@ def test_adapter_and_merged_model_give_the_reported_numbers(
     with torch.no_grad(), subject.open() as (loss, _):
         assert loss(rows).mean().item() == pytest.approx(expected, abs=1e-4)
         assert TokenLoss(merged)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_longrope_goes_from_the_settings_to_adapter_card_and_merged_model(
+    tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    factors = LongFactors(short=(1.0, 1.0, 1.1, 1.2), long=(1.0, 1.5, 3.0, 4.0))
+    asked = settings(
+        tiny_model,
+        some_text,
+        rope="longrope",
+        rope_factors=factors,
+        loop={"steps": 1},
+        suite={"sequences": 1, "trials": 0},
+    )
+    out = tmp_path / "run"
+    extend(asked, out, merge=True)
+    # The run goes on with the same factors only.
+    prepare(asked, out, resume=True)
+    with pytest.raises(DataError, match="rope_factors was"):
+        prepare(
+            replace(asked, rope_factors=replace(factors, short=factors.long)), out, resume=True
+        )
+    merged, _ = load_model(out / "merged")
+    entry = merged.config.rope_parameters
+    assert (entry["rope_type"], entry["factor"]) == ("longrope", 4.0)
+    assert entry["long_factor"] == list(factors.long)
+    subject = Subject(model=asked.model, length=256, adapter=out / "adapter")
+    with torch.no_grad(), subject.open() as (loss, _):
+        for length in (60, 200):
+            ids = torch.arange(length)[None] % 90
+            torch.testing.assert_close(loss(ids), TokenLoss(merged)(ids))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -16,6 +16,7 @@ PACKAGES = (
     "peft",
     "safetensors",
     "tokenizers",
+    "lm-eval",
     "triton",
     "matplotlib",
     "typer",

@@ -15,6 +15,9 @@ from longspan.eval.losses import TokenLoss
 from longspan.hf.models import check_device
 from longspan.position import LongFactors
 
+# What longspan extend writes beside an adapter.
+CARD = "longspan.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
@@ -68,11 +71,7 @@ class Subject:
         parsed = None if self.pattern is None else pattern.parse(self.pattern)
         rope, length, factors = self.rope, self.length, self.rope_factors
         if self.adapter is not None and rope is None:
-            how = self._how_adapter_was_trained()
-            rope, length = how["rope"], how["length"]
-            # Adapters from before there was longrope do not say.
-            held = how.get("rope_factors")
-            factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
+            rope, length, factors = trained_positions(self.adapter)
         model, tokenizer = hf.load_model(self.model, dtype=self.dtype, device=self.device)
         if rope is not None:
             set_rope(model, rope, length, factors=factors)
@@ -81,15 +80,29 @@ class Subject:
             adapted.eval()
             yield TokenLoss(adapted), tokenizer
 
-    def _how_adapter_was_trained(self) -> dict[str, Any]:
-        assert self.adapter is not None
-        path = self.adapter / "longspan.json"
-        if not self.adapter.is_dir():
-            raise DataError(f"The adapter folder {self.adapter} does not exist.")
-        if not path.exists():
-            raise DataError(
-                f"{path} is missing: this adapter was not written by longspan extend, so its "
-                "position scaling is "
-                "unknown. Say it with --rope."
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
+
+def trained_positions(adapter: Path) -> tuple[str, int, LongFactors | None]:
+    """Position scaling under which an adapter of ``longspan extend`` was trained.
+
+    Args:
+        adapter: its folder.
+
+    Returns:
+        Kind, length in tokens, and the factors of longrope.
+
+    Raises:
+        DataError: the folder is missing, or was not written by ``longspan extend``.
+    """
+    path = adapter / CARD
+    if not adapter.is_dir():
+        raise DataError(f"The adapter folder {adapter} does not exist.")
+    if not path.exists():
+        raise DataError(
+            f"{path} is missing: this adapter was not written by longspan extend, so its position "
+            "scaling is unknown. Say it with --rope."
+        )
+    how = json.loads(path.read_text(encoding="utf-8"))
+    # Adapters from before there was longrope say nothing of factors.
+    held = how.get("rope_factors")
+    factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
+    return how["rope"], how["length"], factors
