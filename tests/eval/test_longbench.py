@@ -190,8 +190,10 @@ def test_files_are_read_by_dataset(tmp_path):
     write(tmp_path / "b.jsonl", line("qasper"), line("trec", all_classes=["a"], length=5000))
     write(tmp_path / "qasper_e.jsonl", line("qasper", _id="9", answers=["{x}"]))
     (tmp_path / "notes.txt").write_text("no")
+    windows = "\ufeff" + json.dumps(line("lcc")) + "\r\n\r\n"
+    (tmp_path / "c.jsonl").write_text(windows, encoding="utf-8", newline="")
     found = read_files([tmp_path])
-    assert list(found) == ["qasper", "qasper_e", "trec"]
+    assert list(found) == ["lcc", "qasper", "qasper_e", "trec"]
     assert found["trec"][0].classes == ("a",)
     assert found["trec"][0].words == 5000
     assert found["qasper_e"][0].answers == ("{x}",)
@@ -207,6 +209,7 @@ def test_files_are_read_by_dataset(tmp_path):
         (json.dumps(line("qasper", answers="Ada")), "answers missing or of another kind"),
         (json.dumps(line("qasper", answers=[])), "answers not empty"),
         (json.dumps(line("qasper", answers=[3])), "lists of texts"),
+        (json.dumps(line("trec", all_classes="Person")), "lists of texts"),
         ("\n\n", "There are no examples"),
     ],
 )
@@ -223,6 +226,8 @@ def test_lines_that_are_no_examples_are_named(tmp_path, written, words):
         ({"template": "{context} {question}"}, r"got \{context\}, \{question\}"),
         ({"template": "nothing"}, "got no field"),
         ({"template": "{context"}, "cannot be read"),
+        ({"template": "{context:d}"}, "stand alone"),
+        ({"template": "{context:{}}"}, "stand alone"),
         ({"metric": "bleu"}, "Unknown metric 'bleu'"),
         ({"tokens": 0}, "at least one token"),
     ],

@@ -126,6 +126,12 @@ def _check_template(template: str) -> None:
         raise InputError(
             f"A template has the fields {{context}} and {{input}}, or one of them; got {found}."
         )
+    try:
+        template.format(context="", input="")
+    except (ValueError, LookupError) as error:
+        raise InputError(
+            f"A template's fields {{context}} and {{input}} stand alone, without formats: {error}."
+        ) from None
 
 
 def read_files(paths: Sequence[str | Path]) -> dict[str, list[Example]]:
@@ -169,7 +175,7 @@ def _jsonl(path: Path) -> list[Path]:
 def _read(path: Path) -> list[tuple[str, Example]]:
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text: {error}.") from error
     for number, line in enumerate(lines, start=1):
@@ -195,7 +201,8 @@ def _example(held: Any, where: str, stem: str, number: int) -> tuple[str, Exampl
             "(context, input and dataset are text, answers a list of texts)."
         )
     classes = held.get("all_classes") or []
-    if not held["answers"] or not all(isinstance(x, str) for x in (*held["answers"], *classes)):
+    texts = (*held["answers"], *classes) if isinstance(classes, list) else (None,)
+    if not held["answers"] or not all(isinstance(x, str) for x in texts):
         raise DataError(f"{where}: answers and all_classes are lists of texts, answers not empty.")
     words = held.get("length")
     example = Example(
