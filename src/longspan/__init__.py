@@ -63,6 +63,7 @@ _HOME = {
     "mechanism": "",
     "merge": "longspan.ops",
     "nn": "",
+    "parallel": "",
     "parse": "longspan.pattern",
     "plan": "longspan.planning",
     "select": "",
@@ -115,6 +116,7 @@ __all__ = [
     "mechanism",
     "merge",
     "nn",
+    "parallel",
     "parse",
     "plan",
     "select",
@@ -139,7 +141,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from longspan import hf, kv, mechanism, nn, select
+    from longspan import hf, kv, mechanism, nn, parallel, select
     from longspan.analysis import coverage
     from longspan.errors import LongspanError
     from longspan.mechanism import DualChunk

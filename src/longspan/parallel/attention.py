@@ -1,0 +1,219 @@
+"""Attention over a sequence whose rows lie on several ranks.
+
+    out of a rank = attend(its q, the keys and values that its queries see)
+
+Keys and values that the pattern shows to queries of other ranks go there in one all-to-all, and
+their gradients come back in one; then each rank calls ``attend`` once, over positions of the whole
+sequence. So it is exact, with any kernel: the same softmax over the same keys, rounded once. A
+ring that merges partial results would hold two shards at a time, but moves every key past every
+rank, and starts as many kernels as there are ranks; for a sparse pattern, what is seen is little.
+
+Time: that of the pairs of the rank's queries. Memory: its rows and those that they see. Traffic:
+``longspan.parallel.explain``.
+
+Axes: B batch, H query heads, K key heads, P rows of this rank, N rows of all ranks, D head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.errors import InputError, LongspanError, PatternError, PlanError, Refusal
+from longspan.ops.attend import _check, _factor, _on_cpu, autocast
+from longspan.ops.attend import attend as attend_here
+from longspan.ops.capability import KERNELS, needs_grad
+from longspan.parallel.agreement import agree, group_of
+from longspan.parallel.exchange import exchange
+from longspan.parallel.needs import Places, route_of
+from longspan.parallel.shards import Shards, shards_of
+from longspan.pattern import Pattern, parse
+
+
+@torch.compiler.disable
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | str,
+    *,
+    group: Any = None,
+    shards: Shards | str = "even",
+    positions: Any = None,
+    segments: Any = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+    layer: int = 0,
+    agreed: bool = False,
+) -> Any:
+    """Attention of this rank's queries over the keys of all ranks that a pattern allows them.
+
+    All ranks of the group call it with their own rows, and all or none of them run its backward.
+    It equals ``longspan.attend`` on the whole sequence, gradients included, whatever the pattern.
+    A compiler steps out here.
+
+    Args:
+        q: queries of this rank [B, H, P, D]; a rank may have no rows.
+        k: keys of this rank [B, K, P, D].
+        v: values of this rank [B, K, P, Dv].
+        pattern: a pattern or its text form; it speaks of positions in the whole sequence.
+        group: process group, device mesh of one dimension, or None for all processes. With NCCL
+            tensors are on GPUs, with Gloo on the CPU.
+        shards: which rows lie where: ``"even"`` (neighbours together; the ranks may have any
+            numbers of rows), ``"zigzag"`` (an early and a late piece each: equal work under a
+            causal pattern), or ``Shards``.
+        positions: place of each row of the whole sequence in its segment, [N] or [B, N], the same
+            on all ranks; default: counted inside each segment.
+        segments: segments of the whole sequence, [N] or [B, N], the same on all ranks: packed
+            documents, negative for padding.
+        scale: factor on the logits; default ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the logits.
+        impl: kernel name, or ``"auto"``.
+        layer: for patterns that differ between layers.
+        agreed: skip the few numbers by which ranks make sure, before each call, that all can do
+            it and ask for the same: no waiting for a GPU. ``"even"`` then means equal numbers of
+            rows, and a rank that fails leaves the others waiting.
+
+    Returns:
+        out [B, H, P, Dv] of this rank's rows in the dtype of ``q``; with ``return_lse`` also lse
+        [B, H, P]. Both are differentiable; gradients of keys and values go to the ranks that hold
+        them.
+
+    Raises:
+        InputError: if there is no process group, tensors or shards do not fit, or the ranks ask
+            for different things. All ranks raise, and nothing was sent.
+        PatternError: if the pattern does not parse or does not fit the heads.
+        PlanError: if positions or segments do not fit.
+        Refusal: if a named kernel cannot do it.
+    """
+    group, rank, ranks = group_of(group)
+    facts: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
+    complaint = None
+    try:
+        q, k, v = autocast(q, k, v)
+        _check_own(q, k, v, shards, rank, ranks)
+        pattern = _pattern(pattern, impl).at_layer(layer)
+        pattern.require(q.shape[1])
+        tables = {
+            name: _on_cpu(name, row)
+            for name, row in (("positions", positions), ("segments", segments))
+        }
+        facts = _facts(q, k, v, pattern, shards, scale, return_lse, impl, tables)
+    except LongspanError as error:
+        if agreed:
+            raise
+        complaint = error
+    if agreed:
+        sizes = [q.shape[2]] * ranks if isinstance(shards, str) else list(shards.sizes)
+    else:
+        rows = q.shape[2] if complaint is None else 0
+        sizes = agree(rows, facts, complaint, group)
+    lie = Shards.of_sizes(sizes) if shards == "even" else shards_of(shards, sum(sizes), ranks)
+    if list(lie.sizes) != sizes:
+        raise InputError(
+            f'shards="{shards}" puts {list(lie.sizes)} rows on the ranks, they hold {sizes}'
+        )
+    places = Places(lie.n, **tables)
+    if len(places.segment_BN) not in (1, len(q)):
+        raise InputError(
+            f"positions or segments have {len(places.segment_BN)} batch rows, q has {len(q)}"
+        )
+    route = route_of(pattern, lie, rank, q.shape[1], k.shape[1], places)
+    k, v = exchange(k, v, route, group)
+    if route.plan is None:
+        return _nothing(q, k, v, return_lse=return_lse)
+    return attend_here(q, k, v, route.plan, scale=scale, return_lse=return_lse, impl=impl)
+
+
+def _pattern(pattern: Any, impl: str) -> Pattern:
+    names = ("auto", *(kernel.name for kernel in KERNELS))
+    if impl not in names:
+        raise Refusal(f"unknown impl {impl!r}; choose one of {', '.join(names)}")
+    if isinstance(pattern, str):
+        return parse(pattern)
+    if not isinstance(pattern, Pattern):
+        raise PatternError(
+            f"expected a pattern or its text form, got {type(pattern).__name__}; the plans of all "
+            "ranks are made from it and kept"
+        )
+    return pattern
+
+
+def _check_own(
+    q: Tensor, k: Tensor, v: Tensor, shards: Shards | str, rank: int, ranks: int
+) -> None:
+    """Refuse tensors that cannot be this rank's rows."""
+    given = (q, k, v)
+    if all(isinstance(t, Tensor) and t.dim() == 4 for t in given) and q.shape[2] == 0:
+        # A rank without rows is fine; nothing else may be empty.
+        given = tuple(
+            t.new_empty(*t.shape[:2], 1, t.shape[3]) if t.shape[2] == 0 else t for t in given
+        )
+    _check(*given)
+    if q.shape[2] != k.shape[2]:
+        raise InputError(
+            f"a rank holds queries, keys and values of the same rows; got {q.shape[2]} queries "
+            f"and {k.shape[2]} keys"
+        )
+    if isinstance(shards, Shards):
+        if shards.ranks != ranks:
+            raise InputError(f"the shards are for {shards.ranks} ranks, the group has {ranks}")
+        if shards.sizes[rank] != q.shape[2]:
+            raise InputError(
+                f"rank {rank} holds {q.shape[2]} rows, its shard has {shards.sizes[rank]}"
+            )
+    else:
+        shards_of(shards, ranks, ranks)
+
+
+def _facts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    shards: Shards | str,
+    scale: float | None,
+    return_lse: bool,
+    impl: str,
+    tables: dict[str, Any],
+) -> dict[str, Any]:
+    """What must be the same on all ranks, by name."""
+    facts = {
+        "batch, heads and widths": [[*t.shape[:2], t.shape[3]] for t in (q, k, v)],
+        "dtype": q.dtype,
+        "device": q.device.type,
+        "pattern": pattern,
+        "shards": shards,
+        "scale": _factor(scale, q.shape[3]),
+        "return_lse": return_lse,
+        "impl": impl,
+        "gradients of keys or values": needs_grad(k, v),
+    }
+    return facts | {name: _digest(name, row) for name, row in tables.items()}
+
+
+def _digest(name: str, row: Any) -> str:
+    if row is None:
+        return "none"
+    try:
+        array = np.asarray(row)
+    except ValueError as error:
+        raise PlanError(f"{name} must have shape [rows] or [batch, rows]: {error}") from None
+    digest = hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+    return f"{list(array.shape)} {digest}"
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Any:
+    """What a rank without rows gets: nothing, but with a backward that serves the other ranks."""
+    share = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+    logits = q @ k.mT
+    out = logits @ v
+    lse = logits.logsumexp(dim=3).to(torch.promote_types(q.dtype, torch.float32))
+    return (out, lse) if return_lse else out
