@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError, LongspanError, PatternError, PlanError, Refusal
-from longspan.ops.attend import _check, _factor, _on_cpu, autocast
+from longspan.ops.attend import _check, _check_batch, _factor, _on_cpu, autocast
 from longspan.ops.attend import attend as attend_here
 from longspan.ops.capability import KERNELS, needs_grad
 from longspan.parallel.agreement import agree, group_of
@@ -120,10 +120,6 @@ def attend(
             f'shards="{shards}" puts {list(lie.sizes)} rows on the ranks, they hold {sizes}'
         )
     places = Places(lie.n, **tables)
-    if len(places.segment_BN) not in (1, len(q)):
-        raise InputError(
-            f"positions or segments have {len(places.segment_BN)} batch rows, q has {len(q)}"
-        )
     route = route_of(pattern, lie, rank, q.shape[1], k.shape[1], places)
     k, v = exchange(k, v, route, group)
     if route.plan is None:
@@ -195,16 +191,18 @@ def _facts(
         "impl": impl,
         "gradients of keys or values": needs_grad(k, v),
     }
-    return facts | {name: _digest(name, row) for name, row in tables.items()}
+    return facts | {name: _digest(name, row, q) for name, row in tables.items()}
 
 
-def _digest(name: str, row: Any) -> str:
+def _digest(name: str, row: Any, q: Tensor) -> str:
     if row is None:
         return "none"
     try:
         array = np.asarray(row)
     except ValueError as error:
         raise PlanError(f"{name} must have shape [rows] or [batch, rows]: {error}") from None
+    if array.ndim == 2:
+        _check_batch(len(array), q)
     digest = hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
     return f"{list(array.shape)} {digest}"
 

@@ -171,8 +171,8 @@ def route_of(
         if other != rank:
             asked, _ = seen_keys(pattern, shards, other, heads, key_heads, places)
         send.append(np.flatnonzero(asked[:, :, mine]))
-        line, row = np.nonzero(seen[:, :, theirs].reshape(-1, len(theirs)))
-        get.append(line * len(used) + place[theirs[row]])
+        b, head, row = np.nonzero(seen[:, :, theirs])
+        get.append((b * key_heads + head) * len(used) + place[theirs[row]])
     kept = send[rank], get[rank]
     send[rank] = get[rank] = np.zeros(0, np.int64)
     return Route(
