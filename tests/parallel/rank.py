@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.parallel import models
 from tests.parallel.cases import CASES, VALUE_WIDTH, WIDTH, graded
 
 import longspan as ls
@@ -143,6 +145,9 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         "cases": run(rank, ranks),
     }
     found["width"] = WIDTH + VALUE_WIDTH
+    if ranks == 2 and importlib.util.find_spec("transformers"):
+        found["models"] = {name: models.across(name) for name in models.RUNS}
+        found["models told"] = models.refusals(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.parallel import models
 from tests.parallel.cases import CASES, graded
 
 import longspan as ls
@@ -176,3 +177,36 @@ def test_groups_meshes_and_compilers(found):
         for other in one["groups"][1:]:
             torch.testing.assert_close(other, one["groups"][0], rtol=1e-12, atol=1e-12)
     assert np.isfinite(torch.cat([one["groups"][0] for one in found], 2).numpy()).all()
+
+
+@pytest.mark.parametrize("name", models.RUNS)
+def test_a_model_across_ranks_equals_one(found, name):
+    if "models" not in found[0]:
+        pytest.skip("asked of two ranks, with transformers")
+    logits, loss, grads = models.alone(name)
+    lie = getattr(ls.parallel.Shards, models.RUNS[name].get("shards", "even"))(models.N, 2)
+    each = [one["models"][name] for one in found]
+    got = lie.join([own[0] for own in each], 1)
+    if name not in ("even", "zigzag"):
+        # What a model says about padding is nobody's business.
+        got = got * (logits != 0)
+    torch.testing.assert_close(got, logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sum(own[1] for own in each), loss, rtol=1e-10, atol=1e-10)
+    for parts, expected in zip(zip(*(own[2] for own in each), strict=True), grads, strict=True):
+        torch.testing.assert_close(sum(parts), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_models_refuse_what_would_be_misread(found):
+    if "models" not in found[0]:
+        pytest.skip("asked of two ranks, with transformers")
+    words = {
+        "not cut": "nobody said which rows",
+        "own positions": "position_ids are not those of this rank's rows",
+        "padding": "padding is a negative segment",
+        "labels": "labels must have the shape of input_ids",
+        "ids": "expected input_ids [batch, tokens]",
+        "segments": "segments must have shape [45]",
+    }
+    for name, expected in words.items():
+        for one in found:
+            assert expected in one["models told"][name], (name, one["models told"][name])

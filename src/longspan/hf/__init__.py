@@ -21,6 +21,7 @@ _HOME = {
     "load_mechanism": "conversion",
     "load_model": "models",
     "merge_and_save": "lora",
+    "parallel": "context_parallel",
     "prefill": "sparse_prefill",
     "recompute_layers": "recompute",
     "remove": "switch",
@@ -46,6 +47,7 @@ __all__ = [
     "load_mechanism",
     "load_model",
     "merge_and_save",
+    "parallel",
     "prefill",
     "recompute_layers",
     "remove",
@@ -73,6 +75,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from longspan.hf.build import build_llama, save_model, train_tokenizer
+    from longspan.hf.context_parallel import parallel
     from longspan.hf.conversion import convert, load_mechanism, save_mechanism
     from longspan.hf.lora import add_lora, load_adapter, merge_and_save, save_adapter
     from longspan.hf.models import load_model

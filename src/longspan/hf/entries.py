@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.hf.dual_chunk import register_dual_chunk
 from longspan.hf.mechanisms import Method, register_method
+from longspan.hf.ranks import Parallel, register_parallel
 from longspan.hf.register import PREFIX, register
 from longspan.hf.unwrap import sharing
 from longspan.mechanism import DualChunk
@@ -32,6 +33,8 @@ class Entry:
                 self.name = register_dual_chunk(what, impl)
             case Method():
                 self.name = register_method(what, impl)
+            case Parallel():
+                self.name = register_parallel(what, impl)
             case _:
                 self.name = register(what, impl)
 

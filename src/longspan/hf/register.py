@@ -68,13 +68,19 @@ def register(pattern: Pattern, impl: str) -> str:
     return enlist(pattern, impl, attention_over)
 
 
-def enlist(what: Any, impl: str, make: Callable[[str, Any, str], Attention]) -> str:
+def enlist(
+    what: Any,
+    impl: str,
+    make: Callable[[str, Any, str], Attention],
+    mask: Callable[..., Rows] = rows_mask,
+) -> str:
     """Register an attention function and the mask function that belongs to it.
 
     Args:
         what: what it computes; its text makes the name.
         impl: kernel name or ``"auto"``.
         make: gives the function for (name, what, impl).
+        mask: the mask function, which takes the name first.
 
     Returns:
         The name to use as ``attn_implementation``.
@@ -88,7 +94,7 @@ def enlist(what: Any, impl: str, make: Callable[[str, Any, str], Attention]) -> 
         # are compiled do that themselves.
         whole = torch.compiler.disable
         AttentionInterface.register(name, whole(make(name, what, impl)))
-        AttentionMaskInterface.register(name, whole(partial(rows_mask, name)))
+        AttentionMaskInterface.register(name, whole(partial(mask, name)))
         _known[name] = (what, impl)
     return name
 
@@ -152,13 +158,19 @@ def attention_over(name: str, pattern: Pattern, impl: str) -> Attention:
             out, lse = kept.attend(query, key, value, asked, new_rows)
         if sink is not None:
             assert lse is not None
-            # A learned logit per head that takes weight and gives no value (gpt-oss):
-            # e^lse / (e^lse + e^sink) is what remains for the keys.
-            share = torch.sigmoid(lse - sink.to(lse.dtype)[None, :, None])
-            out = out * share[..., None].to(out.dtype)
+            out = beside_sink(out, lse, sink)
         return out.transpose(1, 2).contiguous(), None
 
     return longspan_attention
+
+
+def beside_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Outputs beside a learned logit per head that takes weight and gives no value (gpt-oss).
+
+    e^lse / (e^lse + e^sink) is what remains for the keys.
+    """
+    share = torch.sigmoid(lse - sink.to(lse.dtype)[None, :, None])
+    return out * share[..., None].to(out.dtype)
 
 
 def checked_rows(

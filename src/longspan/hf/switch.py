@@ -23,6 +23,7 @@ from longspan.hf.mechanisms import (
     swapped,
     why_not_swap,
 )
+from longspan.hf.ranks import Parallel
 from longspan.hf.rope import set_rope
 from longspan.hf.routes import inspect
 from longspan.hf.unwrap import base_model
@@ -49,8 +50,8 @@ class Applied:
     entry: Entry
 
     @property
-    def pattern(self) -> Pattern | DualChunk | Method:
-        """Its pattern, the sizes of its Dual Chunk Attention, or its mechanism."""
+    def pattern(self) -> Any:
+        """Its pattern, the sizes of its Dual Chunk Attention, its mechanism, or its ranks."""
         return self.entry.what
 
     @property
@@ -156,7 +157,7 @@ def _refuse_mechanism_as_text(text: str) -> None:
 
 def put(
     base: PreTrainedModel,
-    wanted: Pattern | DualChunk | Method,
+    wanted: Pattern | DualChunk | Method | Parallel,
     impl: str,
     *,
     new_weights: bool = False,
@@ -190,9 +191,10 @@ def put(
     if reasons:
         raise Refusal("; ".join(reasons) + ". The model was not changed.")
     config = base.config.get_text_config()
-    if isinstance(wanted, Pattern):
+    pattern = wanted.pattern if isinstance(wanted, Parallel) else wanted
+    if isinstance(pattern, Pattern):
         for layer in range(config.num_hidden_layers):
-            wanted.at_layer(layer).require(config.num_attention_heads)
+            pattern.at_layer(layer).require(config.num_attention_heads)
     found, entry = Entries.of(base), Entry(wanted, impl)
     # The name of a mechanism alone would not bring its layers back.
     kept = [old for old in found.entries if not isinstance(old.what, Method)]

@@ -34,7 +34,6 @@ from longspan.parallel.shards import Shards, shards_of
 from longspan.pattern import Pattern, parse
 
 
-@torch.compiler.disable
 def attend(
     q: Tensor,
     k: Tensor,
@@ -91,11 +90,55 @@ def attend(
         PlanError: if positions or segments do not fit.
         Refusal: if a named kernel cannot do it.
     """
+    return attend_unless(
+        None,
+        q,
+        k,
+        v,
+        pattern,
+        group=group,
+        shards=shards,
+        positions=positions,
+        segments=segments,
+        scale=scale,
+        return_lse=return_lse,
+        impl=impl,
+        layer=layer,
+        agreed=agreed,
+    )
+
+
+# Plans are made by numpy, and kernels that are compiled do that themselves.
+@torch.compiler.disable()
+def attend_unless(
+    complaint: LongspanError | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | str,
+    *,
+    group: Any,
+    shards: Shards | str,
+    positions: Any,
+    segments: Any,
+    scale: float | None,
+    return_lse: bool,
+    impl: str,
+    layer: int,
+    agreed: bool,
+) -> Any:
+    """``attend``, unless the caller of some rank has found something wrong before.
+
+    Args:
+        complaint: what this rank's caller found wrong; then all ranks raise.
+        q: this and all others as for ``attend``.
+    """
     group, rank, ranks = group_of(group)
     facts: dict[str, Any] = {}
     tables: dict[str, Any] = {}
-    complaint = None
     try:
+        if complaint is not None:
+            raise complaint
         q, k, v = autocast(q, k, v)
         _check_own(q, k, v, shards, rank, ranks)
         pattern = _pattern(pattern, impl).at_layer(layer)

@@ -1,0 +1,181 @@
+"""A pattern over rows that lie on several ranks, as an attention of transformers.
+
+The model sees the rows of its own rank and believes that they are all; what it composes as a mask
+from them is asked for nothing but the bounds of its layers (windows, chunks). Where the rows stand
+in the whole sequence is said before each forward pass, and carried in the mask record, so that a
+backward pass with gradient checkpointing finds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import InputError, LongspanError
+from longspan.hf.register import Attention, beside_sink, checked_rows, enlist, registered
+from longspan.hf.rows import Rows, read_mask, within
+from longspan.parallel.attention import attend_unless
+from longspan.parallel.needs import Places
+from longspan.parallel.shards import Shards
+from longspan.pattern import Pattern
+
+_numbers = count()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Where the rows of a batch lie and stand.
+
+    Attributes:
+        shards: which rows lie where.
+        segments: [1 or B, N], or None for one segment.
+        positions: of this rank's rows [1 or B, P], as the model rotates them.
+    """
+
+    shards: Shards
+    segments: Any
+    positions: Any
+
+    @classmethod
+    def of(cls, shards: Shards, rank: int, segments: Any) -> Batch:
+        """Of a rank, with segments as ``longspan.parallel.attend`` takes them."""
+        places = Places(shards.n, segments=segments)
+        positions = places.position_BN[:, shards.rows(rank)]
+        return cls(shards=shards, segments=segments, positions=positions)
+
+
+@dataclass(eq=False)
+class Parallel:
+    """A pattern over a group of ranks.
+
+    Attributes:
+        pattern: where each query may look, within what the model's own layers allow.
+        group: as for ``longspan.parallel.attend``.
+        batch: the batch that the next forward pass is for; None before the first.
+        number: tells it from all others of this process.
+    """
+
+    pattern: Pattern
+    group: Any
+    batch: Batch | None = None
+    number: int = field(default_factory=lambda: next(_numbers))
+
+    def __str__(self) -> str:
+        return f"{self.pattern} across ranks ({self.number})"
+
+    def __deepcopy__(self, memo: Any) -> Parallel:
+        # A process group cannot be copied, and a copy of the model belongs to the same one.
+        return self
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a model whose attention goes across ranks cannot be pickled: the ranks are those of "
+            "this process. Take the pattern out first: longspan.hf.remove(model)"
+        )
+
+
+def register_parallel(wanted: Parallel, impl: str) -> str:
+    """Make it known to transformers; the name to use."""
+    return enlist(wanted, impl, _attention, _mask)
+
+
+def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
+    def longspan_parallel_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend as transformers asks: q [B, H, P, D], k and v [B, K, P, D] to [B, P, H, D]."""
+        complaint: LongspanError | None = None
+        rows, batch, seen = None, wanted.batch, wanted.pattern
+        try:
+            rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
+            batch = rows.kept["batch"]
+            _check_positions(kwargs.get("position_ids"), batch, query.shape[2])
+            seen = within(
+                wanted.pattern.at_layer(getattr(module, "layer_idx", None) or 0), rows.own
+            )
+        except LongspanError as error:
+            # The other ranks wait for this one's keys: they are told.
+            complaint = error
+        sink = kwargs.get("s_aux")
+        out, lse = attend_unless(
+            complaint,
+            query,
+            key,
+            value,
+            seen,
+            group=wanted.group,
+            shards="even" if batch is None else batch.shards,
+            positions=None,
+            segments=None if batch is None else batch.segments,
+            scale=scaling,
+            return_lse=True,
+            impl=impl,
+            layer=0,
+            agreed=False,
+        )
+        if sink is not None:
+            out = beside_sink(out, lse, sink)
+        return out.transpose(1, 2).contiguous(), None
+
+    return longspan_parallel_attention
+
+
+def _check_positions(given: Any, batch: Batch | None, rows: int) -> None:
+    """Refuse other rows than those of the batch: they would be rotated as if they were those."""
+    how = "call the model with what shard(...) of the handle returned: model(**handle.shard(ids))"
+    if batch is None:
+        raise InputError(f"nobody said which rows of the sequence these are; {how}")
+    if not isinstance(given, Tensor) or given.shape[-1] != rows:
+        return
+    if batch.positions.shape[1] != rows or not np.array_equal(
+        np.broadcast_to(batch.positions, given.shape), given.cpu().numpy()
+    ):
+        raise InputError(f"position_ids are not those of this rank's rows; {how}")
+
+
+def _mask(
+    attention: str,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | Rows | None = None,
+    **_: Any,
+) -> Rows:
+    """The mask function: what the layers' own mask allows, and where the rows stand."""
+    if isinstance(attention_mask, Rows):
+        return attention_mask
+    # Jumps of positions between a rank's stretches look like documents: those are told apart.
+    own, _documents = read_mask(mask_function)
+    if attention_mask is not None and not bool(attention_mask.to(torch.bool).all()):
+        raise InputError(
+            "across ranks padding is a negative segment: shard(ids, segments=...), no "
+            "attention_mask"
+        )
+    if (q_length, int(q_offset)) != (kv_length, int(kv_offset)):
+        raise InputError("across ranks there is no cache: call the model with use_cache=False")
+    return Rows(
+        attention=attention,
+        queries=q_length,
+        keys=kv_length,
+        query_start=0,
+        key_start=0,
+        own=own,
+        masked=True,
+        kept={"batch": registered(attention).batch},
+    )

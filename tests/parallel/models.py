@@ -1,0 +1,104 @@
+"""A small model whose sequence lies on several ranks, and the same in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import longspan as ls
+
+N, BATCH = 45, 2
+PATTERN = "window(9) | strided(4) | sink(2)"
+SEGMENTS = np.stack([np.repeat([0, 1], [20, 25]), np.repeat([-1, 0, 1], [4, 30, 11])])
+RUNS: dict[str, dict[str, Any]] = {
+    "even": {},
+    "zigzag": {"shards": "zigzag"},
+    "documents": {"shards": "zigzag", "segments": SEGMENTS},
+    "checkpointed": {"shards": "zigzag", "segments": SEGMENTS, "checkpointed": True},
+}
+
+
+def tiny() -> tuple[Any, torch.Tensor]:
+    """A Llama in float64 and a batch, the same in every process."""
+    torch.manual_seed(0)
+    model = ls.hf.build_llama(
+        vocab_size=50, hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, context=64
+    )
+    return model.double(), torch.randint(50, (BATCH, N))
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    """Of all weights."""
+    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+
+
+def across(name: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """This rank's logits, loss and gradients."""
+    options = dict(RUNS[name])
+    segments, checkpointed = (options.pop(key, None) for key in ("segments", "checkpointed"))
+    model, ids = tiny()
+    if checkpointed:
+        model.train()
+        ls.hf.recompute_layers(model)
+    with ls.hf.parallel(model, PATTERN, **options) as handle:
+        batch = handle.shard(ids, labels=ids, segments=segments)
+        found = model(**batch)
+        if checkpointed:
+            # The next batch may be cut before the backward pass of this one.
+            handle.shard(ids[:, :40])
+        # Transformers' own loss is computed in float32.
+        loss = summed(found.logits, batch["shift_labels"]) / batch["num_items_in_batch"]
+        torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
+        loss.backward()
+    return found.logits.detach(), loss.detach(), gradients(model)
+
+
+def summed(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of all rows together."""
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def alone(name: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The same from a process that has it all."""
+    # Documents one by one, each as a sequence of its own; without documents a row is one.
+    segments = RUNS[name].get("segments", np.zeros((BATCH, N), np.int64))
+    model, ids = tiny()
+    logits, total, count = torch.zeros(BATCH, N, 50, dtype=torch.float64), [], 0
+    with ls.hf.apply(model, PATTERN):
+        for b, row in enumerate(segments):
+            for segment in np.unique(row[row >= 0]):
+                own = torch.from_numpy(row == segment)
+                here = model(ids[b : b + 1, own], use_cache=False).logits
+                logits[b, own] = here[0].detach()
+                total.append(summed(here[:, :-1], ids[b, own][1:]))
+                count += len(ids[b, own]) - 1
+        loss = torch.stack(total).sum() / count
+        loss.backward()
+    return logits, loss.detach(), gradients(model)
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """What all ranks are told of calls that would be read wrong."""
+    model, ids = tiny()
+    told = {}
+    with ls.hf.parallel(model, PATTERN) as handle:
+        own = ids[:, : N // 2 + (rank == 0)]
+        calls = {
+            "not cut": lambda: model(own, use_cache=False),
+            "own positions": lambda: (handle.shard(ids), model(own, use_cache=False)),
+            "padding": lambda: model(**handle.shard(ids), attention_mask=torch.zeros_like(own)),
+            "labels": lambda: handle.shard(ids, labels=own),
+            "ids": lambda: handle.shard(ids[0]),
+            "segments": lambda: handle.shard(ids, segments=SEGMENTS[:, :-1]),
+        }
+        for name, call in calls.items():
+            try:
+                call()
+                told[name] = ""
+            except ls.LongspanError as error:
+                told[name] = str(error)
+    return told
