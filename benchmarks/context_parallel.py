@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import longspan as ls
 
-N, RANKS, HEADS, KEY_HEADS = 32768, 8, 32, 8
+N, RANKS, HEADS, KEY_HEADS = 16384, 8, 32, 8
 PATTERNS = (
     "causal()",
     "window(1024)",
@@ -17,9 +17,9 @@ PATTERNS = (
     "dilated(1024, 4)",
     "strided(8)",
     "ssa(512, 8)",
-    "scca.flow(2048)",
-    "shifted_chunk(4096)",
-    "longnet([4096, 32768], [1, 8])",
+    "scca.flow(1024)",
+    "shifted_chunk(2048)",
+    "longnet([2048, 16384], [1, 8])",
     "bigbird(64, 3, causal=true)",
     "longformer(512, [0, 1])",
     "neighborhood(511)",
