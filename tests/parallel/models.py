@@ -90,7 +90,9 @@ def refusals(rank: int) -> dict[str, str]:
         calls = {
             "not cut": lambda: model(own, use_cache=False),
             "own positions": lambda: (handle.shard(ids), model(own, use_cache=False)),
-            "padding": lambda: model(**handle.shard(ids), attention_mask=torch.zeros_like(own)),
+            "padding": lambda: model(
+                **handle.shard(ids), attention_mask=torch.full_like(own, rank == 0)
+            ),
             "labels": lambda: handle.shard(ids, labels=own),
             "ids": lambda: handle.shard(ids[0]),
             "segments": lambda: handle.shard(ids, segments=SEGMENTS[:, :-1]),

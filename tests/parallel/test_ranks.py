@@ -20,10 +20,24 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def found(request, tmp_path_factory):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_equal_one(ranks, tmp_path):
+    """One test, because starting the ranks is what takes time."""
+    found = run(ranks, tmp_path)
+    equal_one(found)
+    move_what_explain_says(found)
+    ask_their_neighbour_for_a_window(found)
+    leak_nothing(found)
+    refuse_together(found)
+    agree_in_groups_meshes_and_compilers(found)
+    if "models" in found[0]:
+        for name in models.RUNS:
+            models_equal_one(found, name)
+        models_refuse_what_would_be_misread(found)
+
+
+def run(ranks, folder):
     """What each rank wrote."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     runs = [
         subprocess.Popen(
             [
@@ -64,7 +78,7 @@ def whole(name):
     return graded(attend, [t.double() for t in case.tensors()])
 
 
-def test_ranks_equal_one(found):
+def equal_one(found):
     for name, case in CASES.items():
         lie = case.lie(len(found))
         for what, expected, *parts in zip(
@@ -79,7 +93,7 @@ def test_ranks_equal_one(found):
             assert (difference <= close * (1 + expected.abs())).all(), (name, what)
 
 
-def test_what_moves_is_what_explain_says(found):
+def move_what_explain_says(found):
     ranks = len(found)
     for name, case in CASES.items():
         said = ls.parallel.explain(
@@ -104,7 +118,7 @@ def test_what_moves_is_what_explain_says(found):
             assert forward[2] == backward[2] == found[0]["width"], name
 
 
-def test_a_window_asks_its_neighbour_for_its_width(found):
+def ask_their_neighbour_for_a_window(found):
     for rank, one in enumerate(found):
         (got, gave, _), _ = one["cases"]["window"][1]
         heads = CASES["window"].key_heads
@@ -115,7 +129,7 @@ def test_a_window_asks_its_neighbour_for_its_width(found):
         assert sum(gave) == (11 * heads if rank < len(found) - 1 else 0)
 
 
-def test_nothing_leaks(found):
+def leak_nothing(found):
     early, later = (
         [one["cases"][name][0] for one in found] for name in ("leak", "leak, later rows changed")
     )
@@ -130,7 +144,7 @@ def test_nothing_leaks(found):
             assert not torch.equal(one[:, :, edge:], other[:, :, edge:]), what
 
 
-def test_all_ranks_refuse_together(found):
+def refuse_together(found):
     told = [one["told"] for one in found]
     last = len(found) - 1
     everywhere = {
@@ -172,17 +186,14 @@ def test_all_ranks_refuse_together(found):
     ]
 
 
-def test_groups_meshes_and_compilers(found):
+def agree_in_groups_meshes_and_compilers(found):
     for one in found:
         for other in one["groups"][1:]:
             torch.testing.assert_close(other, one["groups"][0], rtol=1e-12, atol=1e-12)
     assert np.isfinite(torch.cat([one["groups"][0] for one in found], 2).numpy()).all()
 
 
-@pytest.mark.parametrize("name", models.RUNS)
-def test_a_model_across_ranks_equals_one(found, name):
-    if "models" not in found[0]:
-        pytest.skip("asked of two ranks, with transformers")
+def models_equal_one(found, name):
     logits, loss, grads = models.alone(name)
     lie = getattr(ls.parallel.Shards, models.RUNS[name].get("shards", "even"))(models.N, 2)
     each = [one["models"][name] for one in found]
@@ -196,9 +207,7 @@ def test_a_model_across_ranks_equals_one(found, name):
         torch.testing.assert_close(sum(parts), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_models_refuse_what_would_be_misread(found):
-    if "models" not in found[0]:
-        pytest.skip("asked of two ranks, with transformers")
+def models_refuse_what_would_be_misread(found):
     words = {
         "not cut": "nobody said which rows",
         "own positions": "position_ids are not those of this rank's rows",

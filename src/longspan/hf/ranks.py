@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +101,11 @@ def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
         try:
             rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
             batch = rows.kept["batch"]
-            _check_positions(kwargs.get("position_ids"), batch, query.shape[2])
+            if rows.kept["complaint"] is not None:
+                raise rows.kept["complaint"]
+            if "checked" not in rows.kept:
+                _check_positions(kwargs.get("position_ids"), batch, query)
+                rows.kept["checked"] = True
             seen = within(
                 wanted.pattern.at_layer(getattr(module, "layer_idx", None) or 0), rows.own
             )
@@ -133,16 +136,17 @@ def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
     return longspan_parallel_attention
 
 
-def _check_positions(given: Any, batch: Batch | None, rows: int) -> None:
+def _check_positions(given: Any, batch: Batch | None, query: Tensor) -> None:
     """Refuse other rows than those of the batch: they would be rotated as if they were those."""
     how = "call the model with what shard(...) of the handle returned: model(**handle.shard(ids))"
     if batch is None:
         raise InputError(f"nobody said which rows of the sequence these are; {how}")
-    if not isinstance(given, Tensor) or given.shape[-1] != rows:
+    if not isinstance(given, Tensor):
         return
-    if batch.positions.shape[1] != rows or not np.array_equal(
-        np.broadcast_to(batch.positions, given.shape), given.cpu().numpy()
-    ):
+    # Models with several kinds of positions stack them in front.
+    wanted = torch.from_numpy(batch.positions).to(given.device)
+    fits = len(wanted) in (1, len(query)) and given.shape[-1] == wanted.shape[1]
+    if not fits or not bool((given == wanted).all()):
         raise InputError(f"position_ids are not those of this rank's rows; {how}")
 
 
@@ -162,13 +166,16 @@ def _mask(
         return attention_mask
     # Jumps of positions between a rank's stretches look like documents: those are told apart.
     own, _documents = read_mask(mask_function)
+    complaint = None
     if attention_mask is not None and not bool(attention_mask.to(torch.bool).all()):
-        raise InputError(
+        complaint = InputError(
             "across ranks padding is a negative segment: shard(ids, segments=...), no "
             "attention_mask"
         )
-    if (q_length, int(q_offset)) != (kv_length, int(kv_offset)):
-        raise InputError("across ranks there is no cache: call the model with use_cache=False")
+    elif (q_length, int(q_offset)) != (kv_length, int(kv_offset)):
+        complaint = InputError(
+            "across ranks there is no cache: call the model with use_cache=False"
+        )
     return Rows(
         attention=attention,
         queries=q_length,
@@ -177,5 +184,6 @@ def _mask(
         key_start=0,
         own=own,
         masked=True,
-        kept={"batch": registered(attention).batch},
+        # Raised where all ranks hear of it.
+        kept={"batch": registered(attention).batch, "complaint": complaint},
     )

@@ -55,6 +55,7 @@ def agree(
     facts: dict[str, Any],
     complaint: LongspanError | None,
     group: dist.ProcessGroup | None,
+    device: Any,
 ) -> list[int]:
     """The number of rows of each rank, once none complains and all ask for the same.
 
@@ -63,6 +64,7 @@ def agree(
         facts: what must be the same on all ranks, by name; compared as text.
         complaint: why this rank refuses.
         group: None for all ranks.
+        device: of this rank's tensors, if they are tensors.
 
     Raises:
         LongspanError: this rank's own complaint.
@@ -71,7 +73,7 @@ def agree(
     words = {name: str(value) for name, value in facts.items()}
     digest = hashlib.blake2b(repr(words).encode(), digest_size=7).digest()
     told = [rows, int(complaint is not None), int.from_bytes(digest, "big")]
-    mine = torch.tensor(told, dtype=torch.int64, device=_device(group))
+    mine = torch.tensor(told, dtype=torch.int64, device=_device(group, device))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     table = torch.stack(found).tolist()
@@ -103,8 +105,10 @@ def _raise(
     raise InputError(f"ranks must ask for the same, but differ in {'; '.join(differing)}")
 
 
-def _device(group: dist.ProcessGroup | None) -> torch.device:
+def _device(group: dist.ProcessGroup | None, given: Any) -> torch.device:
     """Where the group can send from: NCCL has GPUs only."""
-    if "nccl" in str(dist.get_backend(group)):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if "nccl" not in str(dist.get_backend(group)):
+        return torch.device("cpu")
+    if isinstance(given, torch.device) and given.type == "cuda":
+        return given
+    return torch.device("cuda", torch.cuda.current_device())

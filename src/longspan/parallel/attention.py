@@ -17,6 +17,8 @@ Axes: B batch, H query heads, K key heads, P rows of this rank, N rows of all ra
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -135,7 +137,7 @@ def attend_unless(
     """
     group, rank, ranks = group_of(group)
     facts: dict[str, Any] = {}
-    tables: dict[str, Any] = {}
+    told = _Told()
     try:
         if complaint is not None:
             raise complaint
@@ -143,11 +145,8 @@ def attend_unless(
         _check_own(q, k, v, shards, rank, ranks)
         pattern = _pattern(pattern, impl).at_layer(layer)
         pattern.require(q.shape[1])
-        tables = {
-            name: _on_cpu(name, row)
-            for name, row in (("positions", positions), ("segments", segments))
-        }
-        facts = _facts(q, k, v, pattern, shards, scale, return_lse, impl, tables)
+        told = _Told.of(_on_cpu("positions", positions), _on_cpu("segments", segments), q)
+        facts = _facts(q, k, v, pattern, shards, scale, return_lse, impl, told)
     except LongspanError as error:
         if agreed:
             raise
@@ -156,13 +155,13 @@ def attend_unless(
         sizes = [q.shape[2]] * ranks if isinstance(shards, str) else list(shards.sizes)
     else:
         rows = q.shape[2] if complaint is None else 0
-        sizes = agree(rows, facts, complaint, group)
+        sizes = agree(rows, facts, complaint, group, getattr(q, "device", None))
     lie = Shards.of_sizes(sizes) if shards == "even" else shards_of(shards, sum(sizes), ranks)
     if list(lie.sizes) != sizes:
         raise InputError(
             f'shards="{shards}" puts {list(lie.sizes)} rows on the ranks, they hold {sizes}'
         )
-    places = Places(lie.n, **tables)
+    places = _places(lie.n, told)
     route = route_of(pattern, lie, rank, q.shape[1], k.shape[1], places)
     k, v = exchange(k, v, route, group)
     if route.plan is None:
@@ -220,10 +219,10 @@ def _facts(
     scale: float | None,
     return_lse: bool,
     impl: str,
-    tables: dict[str, Any],
+    told: _Told,
 ) -> dict[str, Any]:
     """What must be the same on all ranks, by name."""
-    facts = {
+    return {
         "batch, heads and widths": [[*t.shape[:2], t.shape[3]] for t in (q, k, v)],
         "dtype": q.dtype,
         "device": q.device.type,
@@ -233,21 +232,42 @@ def _facts(
         "return_lse": return_lse,
         "impl": impl,
         "gradients of keys or values": needs_grad(k, v),
+        "positions": told.digests[0],
+        "segments": told.digests[1],
     }
-    return facts | {name: _digest(name, row, q) for name, row in tables.items()}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Positions and segments as they were given, known by their digests."""
+
+    digests: tuple[str, str] = ("none", "none")
+    positions: Any = field(default=None, compare=False)
+    segments: Any = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, positions: Any, segments: Any, q: Tensor) -> _Told:
+        digests = _digest("positions", positions, q), _digest("segments", segments, q)
+        return cls(digests, positions, segments)
+
+
+# Checking a million rows takes longer than looking up what they came to.
+@lru_cache(maxsize=16)
+def _places(n: int, told: _Told) -> Places:
+    return Places(n, told.positions, told.segments)
 
 
 def _digest(name: str, row: Any, q: Tensor) -> str:
     if row is None:
         return "none"
     try:
-        array = np.asarray(row)
+        array = np.ascontiguousarray(row)
     except ValueError as error:
         raise PlanError(f"{name} must have shape [rows] or [batch, rows]: {error}") from None
     if array.ndim == 2:
         _check_batch(len(array), q)
-    digest = hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
-    return f"{list(array.shape)} {digest}"
+    digest = hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
+    return f"{array.dtype} {list(array.shape)} {digest}"
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Any:

@@ -46,13 +46,14 @@ class Places:
         found = layouts(n, n, positions, segments)
         self.position_BN = np.stack([one.key_position for one in found])
         self.segment_BN = np.stack([one.key_segment for one in found])
-        self.name = (self.position_BN.tobytes(), self.segment_BN.tobytes())
+        self._name = (self.position_BN.tobytes(), self.segment_BN.tobytes())
+        self._hash = hash(self._name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Places) and self.name == other.name
+        return isinstance(other, Places) and self._name == other._name
 
     def __hash__(self) -> int:
-        return hash(self.name)
+        return self._hash
 
     def plan(
         self,
