@@ -1,4 +1,4 @@
-"""One rank: ``python -m tests.parallel.rank RANK RANKS FOLDER`` writes what it found to FOLDER."""
+"""One rank: ``python -m tests.parallel.rank RANK RANKS FOLDER BACKEND`` writes what it found."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def counted(real: Any) -> Any:
     return all_to_all_single
 
 
-def run(rank: int, ranks: int) -> dict[str, Any]:
+def run(rank: int, ranks: int, device: torch.device) -> dict[str, Any]:
     """All cases: results, and what moved."""
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         lie = case.lie(ranks)
-        own = [lie.take(t, rank, 2) for t in case.tensors()]
+        own = [lie.take(t, rank, 2).to(device) for t in case.tensors()]
         sent.clear()
 
         def attend(q, k, v, case=case, lie=lie):
@@ -51,7 +51,7 @@ def run(rank: int, ranks: int) -> dict[str, Any]:
                 return_lse=True,
             )
 
-        found[name] = graded(attend, own), list(sent)
+        found[name] = [t.cpu() for t in graded(attend, own)], list(sent)
     return found
 
 
@@ -134,25 +134,26 @@ def groups(rank: int, ranks: int) -> list[torch.Tensor]:
     return found
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
-    """Meet the other ranks, run everything."""
+def main(rank: int, ranks: int, folder: Path, backend: str) -> None:
+    """Meet the other ranks, run everything; on GPUs the cases alone."""
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
+        backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
     )
     dist.all_to_all_single = counted(dist.all_to_all_single)
-    found = {
-        "told": refusals(rank, ranks),
-        "groups": groups(rank, ranks),
-        "cases": run(rank, ranks),
-    }
-    found["width"] = WIDTH + VALUE_WIDTH
-    if ranks == 2 and importlib.util.find_spec("transformers"):
-        found["models"] = {name: models.across(name) for name in models.RUNS}
-        found["models told"] = models.refusals(rank)
+    found: dict[str, Any] = {"width": WIDTH + VALUE_WIDTH, "cases": run(rank, ranks, device)}
+    if backend == "gloo":
+        found["told"], found["groups"] = refusals(rank, ranks), groups(rank, ranks)
+        if ranks == 2 and importlib.util.find_spec("transformers"):
+            found["models"] = {name: models.across(name) for name in models.RUNS}
+            found["models told"] = models.refusals(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -23,7 +23,7 @@ CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_equal_one(ranks, tmp_path):
     """One test, because starting the ranks is what takes time."""
-    found = run(ranks, tmp_path)
+    found = run(ranks, tmp_path, "gloo")
     equal_one(found)
     move_what_explain_says(found)
     ask_their_neighbour_for_a_window(found)
@@ -36,20 +36,21 @@ def test_ranks_equal_one(ranks, tmp_path):
         models_refuse_what_would_be_misread(found)
 
 
-def run(ranks, folder):
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gpus_equal_one(tmp_path):
+    found = run(2, tmp_path, "nccl")
+    equal_one(found)
+    move_what_explain_says(found)
+    leak_nothing(found)
+
+
+def run(ranks, folder, backend):
     """What each rank wrote."""
+    command = [sys.executable, "-W", "error", "-m", "tests.parallel.rank"]
     runs = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "error",
-                "-m",
-                "tests.parallel.rank",
-                str(r),
-                str(ranks),
-                folder,
-            ],
+            [*command, str(r), str(ranks), folder, backend],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
