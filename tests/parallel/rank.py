@@ -110,9 +110,6 @@ def groups(rank: int, ranks: int) -> list[torch.Tensor]:
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "context"))
     pattern = ls.Window(11)
 
-    def scaled(q, k, v):
-        return ls.parallel.attend(q * 1, k, v, pattern) * 1
-
     found = [
         ls.parallel.attend(*own, pattern, group=mesh["context"]),
         ls.parallel.attend(*own, pattern, group=mesh.get_group("context")),
@@ -123,7 +120,7 @@ def groups(rank: int, ranks: int) -> list[torch.Tensor]:
         found.append(ls.parallel.attend(*own, pattern, shards="even", scale=WIDTH**-0.5).clone())
     if ranks == 2:
         # The compiler alone takes seconds to start.
-        found.append(torch.compile(scaled, backend="eager")(*own))
+        found.append(torch.compile(ls.parallel.attend, backend="eager")(*own, pattern))
     with pytest.raises(ls.LongspanError, match="the device mesh has 2 dimensions"):
         ls.parallel.attend(*own, pattern, group=mesh)
     alone = dist.new_group([ranks - 1])

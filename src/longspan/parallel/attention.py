@@ -92,7 +92,11 @@ def attend(
         PlanError: if positions or segments do not fit.
         Refusal: if a named kernel cannot do it.
     """
-    return attend_unless(
+    run: Any = attend_unless
+    if torch.compiler.is_compiling():
+        # Plans are made by numpy, and kernels that are compiled do that themselves.
+        run = torch.compiler.disable(run)
+    return run(
         None,
         q,
         k,
@@ -110,8 +114,6 @@ def attend(
     )
 
 
-# Plans are made by numpy, and kernels that are compiled do that themselves.
-@torch.compiler.disable()
 def attend_unless(
     complaint: LongspanError | None,
     q: Tensor,
