@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import longspan as ls
+from longspan.analysis import kept_tokens
 from longspan.bench import compare, tally
 from longspan.bench import compare_reach as sight
 from longspan.bench import compare_report as report
@@ -109,10 +110,10 @@ def test_a_leak_is_seen_and_causal_layers_have_none():
 
 
 def test_states():
-    assert sight.pattern_state(ls.Window(8), 32, 4, 2) == 7
-    assert sight.pattern_state(ls.Causal(), 32, 4, 2) == 32
+    assert kept_tokens(ls.Window(8), 32, 4, 2) == 7
+    assert kept_tokens(ls.Causal(), 32, 4, 2) == 32
     # Each key head serves heads of two residues modulo 4.
-    assert sight.pattern_state(ls.Strided(4), 32, 4, 2) == 16
+    assert kept_tokens(ls.Strided(4), 32, 4, 2) == 16
     sizes = [(n, sight.mechanism_state(layers("TopK")[0], x(n))) for n in (16, 32)]
     assert sizes == [(16, 16.0), (32, 32.0)]
     linear = [sight.mechanism_state(layers("LinearAttention")[0], x(n)) for n in (16, 32)]

@@ -58,6 +58,8 @@ class Coverage:
         union_error: standard error of ``union``; 0 if exact.
         blind_rows: tokens after the first whose predecessor no head of any layer sees.
         reach: after 1, 2, ... layers.
+        complete: layers after which every token has reached all that it may; None if ``layers``
+            are not enough. Where reach is sampled: of the sampled queries and those at the ends.
         depth: layers until nothing new is reached; None where reach is sampled.
         never: legal pairs that no number of layers connects; None where reach is sampled.
         never_examples: a few of them, as (query, key).
@@ -78,6 +80,7 @@ class Coverage:
     union_error: float
     blind_rows: int
     reach: tuple[Reach, ...]
+    complete: int | None
     depth: int | None
     never: int | None
     never_examples: tuple[tuple[int, int], ...]
@@ -177,6 +180,7 @@ def _exact(pattern: Pattern, n: int, heads: int, layers: int, causal: bool) -> C
     whole, depth = walk.closure(unions)
     never = np.argwhere(legal & ~whole)
     together = np.logical_or.reduce(unions[:layers])
+    reached = walk.reach_exact(unions, layers)
     return Coverage(
         pattern=str(pattern),
         n=n,
@@ -195,8 +199,9 @@ def _exact(pattern: Pattern, n: int, heads: int, layers: int, causal: bool) -> C
         blind_rows=int((~np.diagonal(together, -1)).sum()),
         reach=tuple(
             Reach(layers=at, share=float(mask.sum() / legal.sum()), error=0.0)
-            for at, mask in enumerate(walk.reach_exact(unions, layers), start=1)
+            for at, mask in enumerate(reached, start=1)
         ),
+        complete=_first([bool(mask[legal].all()) for mask in reached]),
         depth=depth,
         never=len(never),
         never_examples=tuple((int(i), int(j)) for i, j in never[:5]),
@@ -216,12 +221,17 @@ def _sampled(
     rows = walk.sampled_rows(n, causal, samples, seed)
     shares = np.empty((*rows.shape, layers))
     alone = np.empty((*rows.shape, len(plans)))
+    whole = np.ones(layers, bool)
     for index in np.ndindex(rows.shape):
         row = int(rows[index])
         allowed = row + 1 if causal else n
         reached = walk.reach_of_row(relations, row, layers)
         shares[index] = [seen.sum() / allowed for seen in reached]
+        whole &= shares[index] == 1
         alone[index] = [one.keys(np.arange(n) == row).sum() / allowed for one in relations]
+    # What lies farthest away is seldom among the samples.
+    for row in (n - 1,) if causal else (0, n - 1):
+        whole &= [bool(seen.all()) for seen in walk.reach_of_row(relations, row, layers)]
     union, union_error = walk.mean_and_error(alone[..., used].mean(axis=-1))
     reach = []
     for at in range(layers):
@@ -242,11 +252,17 @@ def _sampled(
         union_error=union_error,
         blind_rows=_blind_rows(plans),
         reach=tuple(reach),
+        complete=_first(whole.tolist()),
         depth=None,
         never=None,
         never_examples=(),
         samples=rows.size,
     )
+
+
+def _first(flags: list[bool]) -> int | None:
+    """Number, from 1, of the first flag that is set."""
+    return flags.index(True) + 1 if True in flags else None
 
 
 def _blind_rows(plans: list[Plan]) -> int:

@@ -78,8 +78,9 @@ def reach_of_row(relations: Sequence[Relation], row: int, layers: int) -> list[M
         seen = latest = start
         for _ in range(layers):
             # What was known before has been followed before.
-            latest = relations[0].keys(latest) & ~seen
-            seen = seen | latest
+            if latest.any():
+                latest = relations[0].keys(latest) & ~seen
+                seen = seen | latest
             found.append(seen)
         return found
     for depth in range(1, layers + 1):

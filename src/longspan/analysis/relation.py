@@ -7,6 +7,7 @@ open. O(N m) memory for m ranges per query, O(N + ranges) time per question.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
@@ -23,16 +24,18 @@ class Relation:
     """Which keys the queries of a plan see, whatever the head.
 
     Args:
-        plan: of one batch row, with as many keys as queries.
+        plan: of one batch row.
+        heads: heads that count; default all.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.n = plan.n
-        self._parts = [_Part(part, plan.n) for part in plan.passes]
+    def __init__(self, plan: Plan, heads: Sequence[int] | None = None) -> None:
+        self.n, self._keys = plan.n, plan.keys
+        counted = range(plan.heads) if heads is None else heads
+        self._parts = [_Part(part, plan, counted) for part in plan.passes]
 
     def keys(self, rows: Mask) -> Mask:
-        """Keys that some query of ``rows`` [n] sees in some head, as flags [n]."""
-        seen = np.zeros(self.n, bool)
+        """Keys that some query of ``rows`` [n] sees in some head, as flags [keys]."""
+        seen = np.zeros(self._keys, bool)
         for part in self._parts:
             part.mark(rows, seen)
         return seen
@@ -52,16 +55,18 @@ def keys_per_query(plan: Plan) -> NDArray[np.int64]:
 class _Part:
     """One pass, its heads merged where that makes less of them."""
 
-    def __init__(self, part: Pass, n: int) -> None:
-        self.classes = list(zip(part.lo[0], part.hi[0], strict=True))
+    def __init__(self, part: Pass, plan: Plan, heads: Sequence[int]) -> None:
+        numbers = sorted({part.head_class[head] for head in heads})
+        self.classes = [(part.lo[0, one], part.hi[0, one]) for one in numbers]
         alike = part.query_order is None or part.query_order.shape[1] == 1
         if alike and len(self.classes) * part.lo.shape[3] <= _MERGED:
             each = [Ranges(lo.astype(np.int64), hi.astype(np.int64)) for lo, hi in self.classes]
             merged = reduce(Ranges.__or__, each)
             self.classes = [(merged.lo, merged.hi)]
-        self.queries = [part.rows(0, c, n) for c in range(len(self.classes))]
+            numbers = numbers[:1]
+        self.queries = [part.rows(0, one, plan.n) for one in numbers]
         self.order = None if part.key_order is None else part.key_order[0]
-        self.places = n if self.order is None else len(self.order)
+        self.places = plan.keys if self.order is None else len(self.order)
 
     def mark(self, rows: Mask, seen: Mask) -> None:
         """Set the flags of the keys that ``rows`` see."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.analysis import kept_tokens
 from longspan.analysis.reach import period
 from longspan.bench import compare_reach as sight
 from longspan.bench import tally
@@ -82,7 +83,7 @@ class Counts:
         x = self.bench.first(STATE[-1])
         for n in STATE if one.causal else ():
             if one.pattern is not None:
-                size = sight.pattern_state(one.pattern, n, layer.heads, layer.kv_heads)
+                size = kept_tokens(one.pattern, n, layer.heads, layer.kv_heads)
             else:
                 size = sight.mechanism_state(layer, x[:, :n])
             if size is not None:

@@ -113,15 +113,6 @@ def pattern_layers(pattern: Pattern, n: int, heads: int, layers: int) -> list[Ma
     return [np.logical_or.reduce(mask) for mask in masks]
 
 
-def pattern_state(pattern: Pattern, n: int, heads: int, key_heads: int) -> float:
-    """Tokens of ``n`` that some of the next ``n`` rows see, mean over key heads and layers."""
-    kept = []
-    for layer in range(period(pattern)):
-        later = pattern.mask(2 * n, heads, layer)[:, n:, :n].any(axis=1)
-        kept.append(later.reshape(key_heads, -1, n).any(axis=1).sum() / key_heads)
-    return float(np.mean(kept))
-
-
 @torch.no_grad()
 def mechanism_state(layer: MechanismLayer, x: Tensor) -> float | None:
     """Decoding state after x [1, N, d_model], in keys and values of so many tokens.

@@ -35,7 +35,7 @@ def in_fresh_process(
     """Bytes of one call above q, k and v, on a CPU; None where the system does not tell.
 
     Args:
-        pattern: text of the pattern; None for dense causal attention.
+        pattern: text of the pattern; None for dense attention.
         setting: sizes.
         way: forward, or forward+backward.
         impl: our kernel.
@@ -68,7 +68,7 @@ def _here(pattern: str | None, way: str, impl: str = "auto", **sizes: Any) -> in
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if pattern is None:
-            return dense.on_cpu()["SDPA"](q, k, v)
+            return dense.sdpa(q, k, v, setting.causal)
         return attend(q, k, v, pattern, impl=impl)
 
     # Threads and libraries are loaded by a short call first.

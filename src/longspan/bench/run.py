@@ -131,9 +131,9 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
     calls: dict[str, Call] = {}
     for impl in bench.impls:
         name = f"longspan {impl}"
-        call = _ours(laid, impl, setting)
-        row = {"name": name, "kernels": _kernels(inputs, laid, impl, way)}
-        row |= check(_ours_at(pattern, impl), call, pattern, laid, setting, way, 0)
+        call = ours(laid, impl, setting)
+        row = {"name": name, "kernels": kernels(inputs, laid, impl, way)}
+        row |= check(ours_at(pattern, impl), call, pattern, laid, setting, way, 0)
         rows.append(row)
         if not row["wrong"]:
             calls[name] = call
@@ -142,7 +142,7 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
             row = {"name": peer.name, **admit(peer, pattern, laid, setting, way, calls)}
             rows.append(row)
     pairs = dict.fromkeys(calls, laid.pairs)
-    for name, call in _dense(setting, inputs, way).items():
+    for name, call in dense_calls(setting, inputs, way).items():
         calls[f"dense {name}"] = call
         pairs[f"dense {name}"] = setting.dense_pairs
         rows.append({"name": f"dense {name}"})
@@ -160,7 +160,7 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
         row["tflops"] = rates[name] * WAYS[way] * setting.width / 1e12
         row["of_dense"] = rates[name] / best
         if bench.memory:
-            row["memory_bytes"] = _memory(name, steps[name], text, setting, way)
+            row["memory_bytes"] = peak_bytes(name, steps[name], text, setting, way)
     return {
         "pattern": text,
         "n": setting.n,
@@ -173,23 +173,30 @@ def measure(bench: Bench, text: str, setting: Setting, way: str) -> dict[str, An
     }
 
 
-def _ours(laid: Plan, impl: str, setting: Setting) -> Call:
+def ours(laid: Plan, impl: str, setting: Setting) -> Call:
+    """Our attention over a plan."""
     return lambda q, k, v: attend(q, k, v, laid, impl=impl, scale=setting.scale)
 
 
-def _ours_at(pattern: Pattern, impl: str) -> Callable[[Setting], Call]:
-    return lambda setting: _ours(plan(pattern, setting.n, setting.heads), impl, setting)
+def ours_at(pattern: Pattern, impl: str) -> Callable[[Setting], Call]:
+    """Our attention over a pattern, for other lengths."""
+    return lambda setting: ours(plan(pattern, setting.n, setting.heads), impl, setting)
 
 
-def _kernels(inputs: list[Tensor], laid: Plan, impl: str, way: str) -> list[str]:
+def kernels(inputs: list[Tensor], laid: Plan, impl: str, way: str) -> list[str]:
     """The kernel of each pass."""
     q, k, v = (x.detach().requires_grad_(way != "forward") for x in inputs)
     said = explain(q, k, v, laid, impl=impl).splitlines()
     return [x.split("kernel ")[1].split(":")[0] for x in said if x.startswith("pass ")]
 
 
-def _dense(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:
-    offered = dense.on_gpu() if setting.device == "cuda" else dense.on_cpu()
+def dense_calls(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:
+    """Dense attention of other libraries, by name: what runs here.
+
+    Raises:
+        Refusal: if nothing does.
+    """
+    offered = (dense.on_gpu if setting.device == "cuda" else dense.on_cpu)(setting.causal)
     able: dict[str, Call] = {}
     reasons = []
     for name, call in offered.items():
@@ -203,9 +210,10 @@ def _dense(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:
     return able
 
 
-def _memory(
+def peak_bytes(
     name: str, step: Callable[[], object], text: str, setting: Setting, way: str
 ) -> int | None:
+    """Peak memory of a competitor's call above q, k and v; None where that is not known."""
     if setting.device == "cuda":
         return memory.on_gpu(step)
     if name.startswith("longspan "):

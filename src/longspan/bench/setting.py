@@ -29,6 +29,7 @@ class Setting:
         width: of a head.
         dtype: one of ``DTYPES``.
         device: ``cpu`` or ``cuda``.
+        causal: whether the dense attention of comparisons is.
     """
 
     n: int
@@ -37,6 +38,7 @@ class Setting:
     width: int = 64
     dtype: str = "float32"
     device: str = "cpu"
+    causal: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -58,8 +60,8 @@ class Setting:
 
     @property
     def dense_pairs(self) -> int:
-        """Query-key pairs of dense causal attention over all heads."""
-        return self.heads * self.n * (self.n + 1) // 2
+        """Query-key pairs of dense attention over all heads."""
+        return self.heads * (self.n * (self.n + 1) // 2 if self.causal else self.n * self.n)
 
     def tensors(self) -> list[Tensor]:
         """Normal q [1, H, N, D], k and v [1, K, N, D], the same in every process."""

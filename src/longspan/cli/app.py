@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.advise import advise
 from longspan.cli.bench import bench
 from longspan.cli.compare import compare
 from longspan.cli.demo import demo
@@ -37,6 +38,7 @@ app.add_typer(eval_app, name="eval")
 app.command()(demo)
 app.command()(pretrain)
 app.command()(show)
+app.command()(advise)
 app.command()(bench)
 app.command()(compare)
 app.command()(report)
