@@ -283,8 +283,9 @@ def _show(found: dict[str, Any], asked: Any) -> None:
     say(OTHERS, "dim")
     say("")
     first = found["recommended"]
+    if found["note"]:
+        say(found["note"], "bold yellow")
     if first is None:
-        say("Nothing fits: allow more, or ask for less.", "bold yellow")
         return
     say(f"Use {first['pattern']}", "bold green")
     for line in first["use"]:

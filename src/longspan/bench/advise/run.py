@@ -13,10 +13,11 @@ from longspan.bench.advise.facts import Facts, facts
 from longspan.bench.advise.families import FAMILIES
 from longspan.bench.advise.measure import Progress, measure
 from longspan.bench.advise.rank import Standing, ranked
-from longspan.bench.advise.words import cannot, lines, over, unmet, why
+from longspan.bench.advise.resize import Sought
+from longspan.bench.advise.words import cannot, lines, note, over, unmet, why
 from longspan.eval.records import Records
 
-# How often a candidate that takes too long is made smaller and measured again.
+# How often a candidate is given another size and measured again.
 _TRIES = 3
 
 
@@ -36,9 +37,10 @@ def advise(
         dry_run: count and do not measure: candidates are ranked by keys in place of time.
 
     Returns:
-        For each length ``n``, ``budget``, ``train``, ``timed``, ``dense`` (the entry of dense attention), ``ranked``
-        (entries, best first), ``left_out`` (what was not ranked, with ``why``) and ``recommended``
-        (the first entry and ``use``, lines that use it; None where nothing fits).
+        For each length ``n``, ``budget``, ``train``, ``timed``, ``dense`` (the entry of dense
+        attention), ``ranked`` (entries, best first), ``left_out`` (what was not ranked, with
+        ``why``), ``recommended`` (the first entry and ``use``, lines that use it; None where
+        nothing fits) and ``note`` (a sentence where that is no gain, or None).
 
     Raises:
         Refusal: if no dense attention runs here.
@@ -65,7 +67,7 @@ class _Advice:
         self._admit(self._generated(self._keys(budget)) + self._given())
         self._measure()
         if budget.kind == "time" and not self.dry_run:
-            self._shrink(budget.amount)
+            self._resize(budget.amount)
         dense = self._dense_entry()
         self.entries[self.dense.text] = dense
         for text, entry in list(self.entries.items()):
@@ -84,6 +86,7 @@ class _Advice:
             "ranked": order,
             "left_out": self.left_out,
             "recommended": first and {**first, "use": self._use(first)},
+            "note": note(order),
         }
 
     def _keys(self, budget: Budget) -> float:
@@ -111,13 +114,17 @@ class _Advice:
         return found
 
     def _fitted(self, family: Family, keys: float) -> Candidate | None:
-        one = fitted(family, Sizes(**{**vars(self.sizes), "keys": keys}))
+        one = self._sized(family, keys)
         if isinstance(one, str):
             self._leave_out(family.name, None, one)
             return None
-        if one.keys >= self.dense.keys:
-            self._leave_out(family.name, one.text, "at this length it is dense attention")
-            return None
+        return one
+
+    def _sized(self, family: Family, keys: float) -> Candidate | str:
+        """A candidate of about so many keys, or why there is none."""
+        one = fitted(family, Sizes(**{**vars(self.sizes), "keys": keys}))
+        if isinstance(one, Candidate) and one.keys >= self.dense.keys:
+            return f"{one.text} is dense attention at this length"
         return one
 
     def _given(self) -> list[Candidate]:
@@ -125,6 +132,8 @@ class _Advice:
 
     def _admit(self, candidates: list[Candidate]) -> None:
         """Entries of candidates that meet the needs."""
+        if not candidates:
+            return
         what, total = f"count at {self.n:,}", len(candidates)
         for done, one in enumerate(candidates):
             self.progress(what, done, total, one.text)
@@ -179,34 +188,48 @@ class _Advice:
         for one in waiting:
             one |= _joined([found[text] for text in one["layers"]])
 
-    def _shrink(self, share: float) -> None:
-        """Make generated candidates smaller that take more than a share of dense time."""
+    def _resize(self, share: float) -> None:
+        """Give generated candidates the size that takes a share of dense attention's time."""
         families = {family.name: family for family in FAMILIES}
+        waiting = {
+            one["family"]: one for one in self.entries.values() if one["family"] in families
+        }
+        sought = {name: Sought(share) for name in waiting}
+        tried = set(self.entries)
         for _ in range(_TRIES):
-            again = []
-            for text, entry in list(self.entries.items()):
-                taken = entry["of_dense_time"]
-                if entry["family"] in families and taken is not None and taken > share:
-                    del self.entries[text]
-                    keys = 0.95 * entry["keys"] * share / taken
-                    smaller = self._fitted(families[entry["family"]], keys)
-                    if smaller is not None:
-                        again.append(smaller)
-            if not again:
-                return
-            self._admit(again)
+            again: dict[str, Candidate] = {}
+            for name, entry in waiting.items():
+                self.entries.pop(entry["pattern"])
+                keys = sought[name].wanted(entry)
+                one = None if keys is None else self._sized(families[name], keys)
+                if isinstance(one, Candidate) and one.text not in tried:
+                    again[name] = one
+            tried |= {one.text for one in again.values()}
+            self._admit(list(again.values()))
             self._measure()
+            waiting = {
+                name: self.entries[one.text]
+                for name, one in again.items()
+                if one.text in self.entries
+            }
+        for name, entry in waiting.items():
+            self.entries.pop(entry["pattern"])
+            sought[name].wanted(entry)
+        for one in sought.values():
+            if one.best is not None:
+                self.entries[one.best["pattern"]] = one.best
 
     def _dense_entry(self) -> dict[str, Any]:
         entry = self._entry(self.dense)
         entry |= {"family": "dense", "good_for": "Anything: it is what models are trained with."}
+        if not self.dry_run:
+            entry["of_dense_time"] = 1.0
         beside = [one for one in self.entries.values() if one["seconds"] is not None]
         if beside:
             seconds = sorted(one["dense_seconds"] for one in beside)[len(beside) // 2]
             entry |= {
                 "seconds": seconds,
                 "dense_seconds": seconds,
-                "of_dense_time": 1.0,
                 "memory_bytes": beside[0]["dense_memory_bytes"],
                 "dense_memory_bytes": beside[0]["dense_memory_bytes"],
                 "kernels": [beside[0]["dense"]],

@@ -86,6 +86,22 @@ def lines(text: str, n: int, drop_in: bool, asked: Advise) -> list[dict[str, str
     ]
 
 
+def note(order: list[dict[str, Any]]) -> str | None:
+    """What to know where the first entry is no gain, or where there is none."""
+    if not order:
+        return "Nothing fits: allow more, or ask for less."
+    first = order[0]
+    if first["family"] == "dense":
+        return "Dense attention fits, and nothing beats it: no pattern is needed here."
+    taken = first["of_dense_time"]
+    if taken is not None and taken * (1 + SLACK) >= 1:
+        return (
+            "It is no faster than dense attention here, which sees everything: use that unless "
+            "it is the number of keys that counts."
+        )
+    return None
+
+
 def unmet(known: Facts, asked: Advise) -> list[str]:
     """Needs that a candidate does not meet, before anything is timed."""
     found = []
