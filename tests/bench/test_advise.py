@@ -300,6 +300,7 @@ def test_dense_attention_is_recommended_where_it_fits():
     found = call(ask(lengths=(32,), candidates=("generated",)))
     assert found["recommended"]["family"] == "dense"
     assert "no pattern is needed" in found["note"]
+    assert "scaled_dot_product_attention" in found["recommended"]["use"][0]["line"]
     slow = {"family": "window", "of_dense_time": 1.1}
     assert "no faster than dense" in str(note([slow]))
     assert note([{**slow, "of_dense_time": 0.5}]) is None

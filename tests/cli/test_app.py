@@ -368,6 +368,6 @@ def test_commands_are_complete() -> None:
     from longspan.cli.app import app
 
     group: Any = typer.main.get_command(app)
-    words = "bench compare demo doctor eval extend generate pretrain report show"
+    words = "advise bench compare demo doctor eval extend generate pretrain report show"
     assert set(group.commands) == set(words.split())
     assert set(group.commands["eval"].commands) == {"kv", "longbench", "passkey", "ppl", "ruler"}

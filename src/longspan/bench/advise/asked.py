@@ -41,7 +41,7 @@ class Budget:
         least = 1 if self.kind == "keys" else 0
         if not least <= self.amount < float("inf") or not self.amount:
             raise InputError(
-                f"a budget of {BUDGETS[self.kind]} is a number {_above(least)}, got {self.amount}"
+                f"a budget ({BUDGETS[self.kind]}) is a number {_above(least)}, got {self.amount}"
             )
         if self.kind == "time" and self.amount > 1:
             raise InputError(

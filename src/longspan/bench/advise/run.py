@@ -14,7 +14,7 @@ from longspan.bench.advise.families import FAMILIES
 from longspan.bench.advise.measure import Progress, measure
 from longspan.bench.advise.rank import Standing, ranked
 from longspan.bench.advise.resize import Sought
-from longspan.bench.advise.words import cannot, lines, note, over, unmet, why
+from longspan.bench.advise.words import DENSE, cannot, lines, note, over, unmet, why
 from longspan.eval.records import Records
 
 # How often a candidate is given another size and measured again.
@@ -57,7 +57,7 @@ class _Advice:
         self.asked, self.n, self.records, self.progress = asked, n, records, progress
         self.dry_run = dry_run
         self.sizes = Sizes(keys=1, n=n, heads=asked.setting.heads, causal=asked.setting.causal)
-        self.dense = given("causal()" if asked.setting.causal else "dense()", n, self.sizes.heads)
+        self.dense = given(DENSE[asked.setting.causal], n, self.sizes.heads)
         self.entries: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Facts] = {}
         self.left_out: list[dict[str, Any]] = []

@@ -9,6 +9,8 @@ from longspan.bench.advise.facts import NEAR, Facts
 from longspan.bench.advise.rank import SLACK, Place
 from longspan.errors import InputError
 
+# Dense attention as a pattern: causal or not.
+DENSE = {True: "causal()", False: "dense()"}
 RULE = (
     "Ranked by what was measured and counted here: a candidate beats another if it sees no less "
     f"in one layer and of the {NEAR} nearest keys, and sees more without being slower or is "
@@ -65,6 +67,10 @@ def cannot(known: Facts, layers: int, causal: bool) -> str:
 
 def lines(text: str, n: int, drop_in: bool, asked: Advise) -> list[dict[str, str]]:
     """What to write or run to use a pattern, and to learn how good it is on text."""
+    if text in DENSE.values():
+        call = "torch.nn.functional.scaled_dot_product_attention"
+        line = f"out = {call}(q, k, v, is_causal={asked.setting.causal})"
+        return [{"what": "one call; a model is left as it is", "line": line}]
     found = [{"what": "one call", "line": f'out = ls.attend(q, k, v, "{text}")'}]
     if not asked.setting.causal:
         layer = f'ls.nn.Attention(d_model, {asked.setting.heads}, "{text}")'
