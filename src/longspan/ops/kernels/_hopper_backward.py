@@ -390,6 +390,17 @@ def _of_queries(k_room, own, desc, batch, head, row, step):
 
 
 @triton.jit
+def _own_rows(rows, heads, width: tl.constexpr, wide: tl.constexpr, tall: tl.constexpr):
+    """The plane, batch row, head, rows and columns of a program, and which numbers there are."""
+    # The other axes of a grid are short.
+    parts = tl.cdiv(rows, tall)
+    plane = (tl.program_id(0) // parts).to(tl.int64)
+    i = (tl.program_id(0) % parts).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    return plane, plane // heads, plane % heads, i, d, (i < rows)[:, None] & (d < width)
+
+
+@triton.jit
 def deltas(
     out,
     dout,
@@ -412,13 +423,7 @@ def deltas(
     tall: tl.constexpr,
 ):
     """-lse_i / scale and -delta_i, [B, H, 2, across]; lse and dlse [B, H, N] in memory."""
-    # The other axes of a grid are short.
-    parts = tl.cdiv(rows, tall)
-    plane = (tl.program_id(0) // parts).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    i = (tl.program_id(0) % parts).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    inside = (i < rows)[:, None] & (d < width)
+    plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, tall)
     one = tl.load(
         out + b * out_batch + h * out_head + i[:, None] * out_row + d, mask=inside, other=0.0
     )
@@ -451,12 +456,7 @@ def scaled(
     tall: tl.constexpr,
 ):
     """out = scale sums, of numbers [B, H, N, D] that follow each other in memory."""
-    parts = tl.cdiv(rows, tall)
-    plane = (tl.program_id(0) // parts).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    i = (tl.program_id(0) % parts).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    inside = (i < rows)[:, None] & (d < width)
+    plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, tall)
     found = scale * tl.load(sums + (plane * rows + i[:, None]) * width + d, mask=inside)
     at = out + b * out_batch + h * out_head + i[:, None] * out_row + d * out_column
     tl.store(at, found.to(out.dtype.element_ty), mask=inside)
