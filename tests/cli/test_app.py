@@ -119,6 +119,18 @@ def test_a_file_that_cannot_be_written_is_one_paragraph(
     assert err == "longspan: /proc/none.jsonl: No such file or directory\n"
 
 
+def test_an_interrupt_says_how_to_go_on(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longspan.pattern.parse", interrupted)
+    code, _, error = call("show", "causal()")
+    assert code == 130
+    assert "goes on where a run with --out stopped" in error
+
+
 def test_wrong_usage(call: Callable[..., Result]) -> None:
     code, _, err = call("extend")
     assert code == 2

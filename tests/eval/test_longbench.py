@@ -199,6 +199,8 @@ def test_files_are_read_by_dataset(tmp_path):
     assert found["qasper_e"][0].answers == ("{x}",)
     assert form_of("qasper_e") == form_of("qasper")
     assert read_files([tmp_path / "b.jsonl"])["qasper"] == found["qasper"]
+    # Named twice, read once.
+    assert read_files([tmp_path, tmp_path / "b.jsonl"]) == found
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,8 @@ def test_files_are_read_by_dataset(tmp_path):
         (json.dumps(line("qasper", answers=[3])), "lists of texts"),
         (json.dumps(line("trec", all_classes="Person")), "lists of texts"),
         ("\n\n", "There are no examples"),
+        (json.dumps(line("qasper", context="a \ud800 b")), "line 1 holds half of a character"),
+        ("[" * 200_000, "line 1 is no JSON"),
     ],
 )
 def test_lines_that_are_no_examples_are_named(tmp_path, written, words):
@@ -317,6 +321,13 @@ def test_examples_that_cannot_be_scored_are_found_first(name, change, words):
     asked, forms = {name: [example(**change)]}, {name: form_of(name)}
     with pytest.raises(DataError, match=words):
         longbench(Knows(lambda ids: ""), Characters(), asked, forms, {name: 9})
+
+
+def test_empty_prompts_are_found_first():
+    asked = {"qasper": [example(context=" ", input="")]}
+    forms = {"qasper": form_of("qasper", template="{context}{input}")}
+    with pytest.raises(DataError, match="of qasper gives an empty prompt"):
+        longbench(Knows(lambda ids: ""), Characters(), asked, forms, {"qasper": 9})
 
 
 def test_prompts_need_room():

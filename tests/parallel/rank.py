@@ -86,6 +86,11 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
         "fractions": lambda: attend(q, k, v, "causal()", segments=torch.zeros(8 * ranks)),
         "scale": lambda: attend(q, k, v, "causal()", scale=float("nan") if last else 1.0),
         "no tensor": lambda: attend("q" if last else q, k, v, "causal()"),  # pyright: ignore
+        "longer number": lambda: attend(q, k, v, f"window({'1' * 5000})" if last else "causal()"),
+        "named kernel": lambda: attend(
+            *(t if last else t[:, :, :0] for t in (q, k, v)), "causal()", impl="flash"
+        ),
+        "after it": lambda: attend(q[:, :, 1:], k, v, "causal()"),
         "group": lambda: attend(q, k, v, "causal()", group="all"),
         "not in the group": lambda: attend(q, k, v, "causal()", group=first),
         "batch": lambda: attend(q, k, v, "causal()", segments=torch.zeros(2, 8 * ranks).int()),
@@ -97,7 +102,7 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
         try:
             call()
             told[name] = ""
-        except ls.LongspanError as error:
+        except (ls.LongspanError, ValueError) as error:
             told[name] = f"{type(error).__name__}: {error}"
     return told
 

@@ -149,6 +149,7 @@ def refuse_together(found):
     told = [one["told"] for one in found]
     last = len(found) - 1
     everywhere = {
+        "after it": "7 queries and 8 keys",
         "no pattern": "PatternError",
         "a plan": "expected a pattern or its text form, got Plan",
         "depends on the end": "depends on the length",
@@ -171,6 +172,8 @@ def refuse_together(found):
             assert words in own[name], (name, own[name])
     by_one = {
         "rows": "7 queries and 8 keys",
+        "longer number": "",
+        "named kernel": "kernel 'flash' cannot take these inputs",
         "shard": f"rank {last} holds 7 rows, its shard has 8",
         "dtype": "must share one floating dtype",
         "scale": "scale must be a finite number",

@@ -63,10 +63,19 @@ def options(
     """Sparse, chunked and linear attention for long contexts."""
 
 
+# The exit code of shells for it.
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; errors of input or disk become one paragraph and an exit code."""
     try:
         app()
+    except SystemExit as end:
+        # An interrupt, which typer turns into this.
+        if end.code == _INTERRUPTED:
+            _say_how_to_go_on()
+        raise
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -75,12 +84,16 @@ def main() -> None:
         print(f"longspan: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(
-            "longspan: interrupted; the same command goes on where a run with --out stopped "
-            "(extend and pretrain: with --resume)",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        _say_how_to_go_on()
+        sys.exit(_INTERRUPTED)
+
+
+def _say_how_to_go_on() -> None:
+    print(
+        "longspan: interrupted; the same command goes on where a run with --out stopped "
+        "(extend and pretrain: with --resume)",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,10 @@ def longbench(
     from longspan.eval.longbench_run import longbench as measure
     from longspan.eval.perplexity import check_limit
     from longspan.eval.records import Records, fingerprint
+    from longspan.hf.generate import check_chat
     from longspan.hf.models import config_of, tokenizer_of
+    from longspan.hf.rope import rope_parameters
+    from longspan.pattern import parse
 
     check_limit(limit)
     read = reading(prefill, dense_below, kv, given.pattern)
@@ -83,7 +86,7 @@ def longbench(
             raise InputError(
                 f"The files hold no dataset {', '.join(missing)}; they hold {', '.join(asked)}."
             )
-        asked = {name: asked[name] for name in wanted}
+        asked = {name: asked[name] for name in sorted({*wanted})}
     # Of all that could be asked: a quick look is part of the whole.
     hashed = data_hash(asked)
     asked = {name: some[:limit] for name, some in asked.items()}
@@ -96,6 +99,12 @@ def longbench(
     needed = max(room[name] + form.tokens for name, form in forms.items())
     subject = given.subject(model, needed)
     told = read.settings()
+    if given.pattern is not None:
+        parse(given.pattern)
+    if given.rope is not None:
+        rope_parameters(config_of(model), given.rope, needed, factors=subject.rope_factors)
+    if chat:
+        check_chat(tokenizer_of(model))
     if dry_run:
         found = survey(tokenizer_of(model), asked, forms, room)
         if given.as_json:

@@ -128,6 +128,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Print a table on standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -137,5 +138,6 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*row)
+        # Names of files and datasets may hold brackets.
+        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     console.print(table)

@@ -35,10 +35,10 @@ class Bars:
     def __enter__(self) -> Bars:
         if self._console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description:<22}"),
+                TextColumn("{task.description:<22}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(compact=True),
@@ -75,5 +75,7 @@ class Bars:
         left = (now - begin) / done * (total - done) if done and not first else 0.0
         eta = f", {left:.0f} s left" if left and done < total else ""
         self._console.print(
-            f"{what} {done}/{total}{', ' + note if note else ''}{eta}", highlight=False
+            f"{what} {done}/{total}{', ' + note if note else ''}{eta}",
+            highlight=False,
+            markup=False,
         )

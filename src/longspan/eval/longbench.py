@@ -145,7 +145,9 @@ def read_files(paths: Sequence[str | Path]) -> dict[str, list[Example]]:
             example, by file and line.
     """
     found: dict[str, list[Example]] = {}
-    for path in [file for one in paths for file in _jsonl(Path(one).expanduser())]:
+    named = [file for one in paths for file in _jsonl(Path(one).expanduser())]
+    # A file that is named twice is read once.
+    for path in {file.resolve(): file for file in named}.values():
         for name, example in _read(path):
             found.setdefault(name, []).append(example)
     if not found:
@@ -166,7 +168,7 @@ def _jsonl(path: Path) -> list[Path]:
             f"{path} does not exist. Give LongBench's .jsonl files, or a folder with them; "
             "nothing is downloaded."
         )
-    inside = sorted(path.glob("*.jsonl"))
+    inside = sorted(file for file in path.glob("*.jsonl") if file.is_file())
     if not inside:
         raise DataError(f"{path} holds no .jsonl files: give LongBench's, or their folder.")
     return inside
@@ -182,7 +184,7 @@ def _read(path: Path) -> list[tuple[str, Example]]:
         if line.strip():
             try:
                 held = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number} is no JSON: {error}.") from error
             found.append(_example(held, f"{path}, line {number}", path.stem, number))
     return found
@@ -204,6 +206,11 @@ def _example(held: Any, where: str, stem: str, number: int) -> tuple[str, Exampl
     texts = (*held["answers"], *classes) if isinstance(classes, list) else (None,)
     if not held["answers"] or not all(isinstance(x, str) for x in texts):
         raise DataError(f"{where}: answers and all_classes are lists of texts, answers not empty.")
+    try:
+        for text in (held["context"], held["input"], held["dataset"], *texts):
+            str(text).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half of a character: {error}.") from error
     words = held.get("length")
     example = Example(
         id=str(held.get("_id", number)),

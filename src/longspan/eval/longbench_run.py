@@ -29,11 +29,14 @@ def check_data(asked: Mapping[str, Sequence[Example]], forms: Mapping[str, Form]
     """Look for examples that their metric cannot score, before any question is asked.
 
     Raises:
-        DataError: classification without classes, or retrieval without a numbered paragraph.
+        DataError: classification without classes, retrieval without a numbered paragraph, or a
+            prompt without a word.
     """
     for name, examples in asked.items():
         metric = forms[name].metric
         for one in examples:
+            if not one.prompt(forms[name]).strip():
+                raise DataError(f"Example {one.id} of {name} gives an empty prompt.")
             if metric == "classification" and not one.classes:
                 raise DataError(
                     f"Example {one.id} of {name} names no all_classes, which classification needs."

@@ -66,6 +66,11 @@ class AcrossRanks(Applied):
         what = self._what
         _, rank, ranks = group_of(what.group)
         lie = shards_of(self.shards, input_ids.shape[1], ranks)
+        if not all(lie.sizes):
+            raise InputError(
+                f"every rank needs a row of a model's batch; {input_ids.shape[1]} tokens lie as "
+                f"{list(lie.sizes)} on the {ranks} ranks"
+            )
         if isinstance(segments, Tensor):
             segments = segments.detach().cpu().numpy()
         batch = Batch.of(lie, rank, segments)

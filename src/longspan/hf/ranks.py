@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.errors import InputError, LongspanError
+from longspan.errors import InputError
 from longspan.hf.register import Attention, beside_sink, checked_rows, enlist, registered
 from longspan.hf.rows import Rows, read_mask, within
 from longspan.parallel.attention import attend_unless
@@ -96,7 +96,7 @@ def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attend as transformers asks: q [B, H, P, D], k and v [B, K, P, D] to [B, P, H, D]."""
-        complaint: LongspanError | None = None
+        complaint: Exception | None = None
         rows, batch, seen = None, wanted.batch, wanted.pattern
         try:
             rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
@@ -109,7 +109,7 @@ def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
             seen = within(
                 wanted.pattern.at_layer(getattr(module, "layer_idx", None) or 0), rows.own
             )
-        except LongspanError as error:
+        except Exception as error:
             # The other ranks wait for this one's keys: they are told.
             complaint = error
         sink = kwargs.get("s_aux")

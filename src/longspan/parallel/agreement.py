@@ -2,18 +2,20 @@
 
 A rank that refuses what it was given while the others wait for its keys would hang them. So each
 call begins with a few numbers from every rank: how many rows it has, whether it refuses, and a
-digest of what is asked. All ranks then go on, or all raise, and nothing else has been sent.
+digest of what is asked. All ranks then go on, or all raise, and nothing else has been sent. After
+a call that named a kernel they tell each other once more whether it took what it got.
 """
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longspan.errors import InputError, LongspanError
+from longspan.errors import InputError
 
 
 def group_of(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -53,7 +55,7 @@ def group_of(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
 def agree(
     rows: int,
     facts: dict[str, Any],
-    complaint: LongspanError | None,
+    complaint: Exception | None,
     group: dist.ProcessGroup | None,
     device: Any,
 ) -> list[int]:
@@ -67,7 +69,7 @@ def agree(
         device: of this rank's tensors, if they are tensors.
 
     Raises:
-        LongspanError: this rank's own complaint.
+        Exception: this rank's own complaint.
         InputError: on all ranks, if others complain or the facts differ.
     """
     words = {name: str(value) for name, value in facts.items()}
@@ -75,17 +77,19 @@ def agree(
     told = [rows, int(complaint is not None), int.from_bytes(digest, "big")]
     mine = torch.tensor(told, dtype=torch.int64, device=_device(group, device))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group=group)
+    with _on(mine.device):
+        dist.all_gather(found, mine, group=group)
     table = torch.stack(found).tolist()
     refused = any(row[1] for row in table)
     if refused or len({row[2] for row in table}) > 1:
-        _raise(words, complaint, group, refused=refused)
+        with _on(mine.device):
+            _raise(words, complaint, group, refused=refused)
     return [row[0] for row in table]
 
 
 def _raise(
     words: dict[str, str],
-    complaint: LongspanError | None,
+    complaint: Exception | None,
     group: dist.ProcessGroup | None,
     *,
     refused: bool,
@@ -96,13 +100,18 @@ def _raise(
         raise complaint
     if refused:
         rank, (why, _) = next((r, text) for r, text in enumerate(texts) if text[0] is not None)
-        raise InputError(f"rank {rank} refused what it was given, so nothing was sent: {why}")
+        raise InputError(f"rank {rank} refused what it was given: {why}")
     differing = [
         f"{name}: " + ", ".join(f"rank {r} {text[1].get(name)}" for r, text in enumerate(texts))
         for name in words
         if len({text[1].get(name) for text in texts}) > 1
     ]
     raise InputError(f"ranks must ask for the same, but differ in {'; '.join(differing)}")
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Objects are sent from the current GPU, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _device(group: dist.ProcessGroup | None, given: Any) -> torch.device:

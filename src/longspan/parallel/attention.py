@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError, LongspanError, PatternError, PlanError, Refusal
+from longspan.errors import InputError, PatternError, PlanError, Refusal
 from longspan.ops.attend import _check, _check_batch, _factor, _on_cpu, autocast
 from longspan.ops.attend import attend as attend_here
 from longspan.ops.capability import KERNELS, needs_grad
@@ -87,10 +87,10 @@ def attend(
 
     Raises:
         InputError: if there is no process group, tensors or shards do not fit, or the ranks ask
-            for different things. All ranks raise, and nothing was sent.
+            for different things. All ranks raise, and no keys were sent.
         PatternError: if the pattern does not parse or does not fit the heads.
         PlanError: if positions or segments do not fit.
-        Refusal: if a named kernel cannot do it.
+        Refusal: if a named kernel cannot do it; on the other ranks an InputError that says so.
     """
     run: Any = attend_unless
     if torch.compiler.is_compiling():
@@ -115,7 +115,7 @@ def attend(
 
 
 def attend_unless(
-    complaint: LongspanError | None,
+    complaint: Exception | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -149,7 +149,8 @@ def attend_unless(
         pattern.require(q.shape[1])
         told = _Told.of(_on_cpu("positions", positions), _on_cpu("segments", segments), q)
         facts = _facts(q, k, v, pattern, shards, scale, return_lse, impl, told)
-    except LongspanError as error:
+    except Exception as error:
+        # Whatever it is, the other ranks are told.
         if agreed:
             raise
         complaint = error
@@ -167,8 +168,19 @@ def attend_unless(
     route = route_of(pattern, lie, rank, q.shape[1], k.shape[1], places)
     k, v = exchange(k, v, route, group)
     if route.plan is None:
-        return _nothing(q, k, v, return_lse=return_lse)
-    return attend_here(q, k, v, route.plan, scale=scale, return_lse=return_lse, impl=impl)
+        attend_own = partial(_nothing, q, k, v)
+    else:
+        attend_own = partial(attend_here, q, k, v, route.plan, scale=scale, impl=impl)
+    if agreed or impl == "auto":
+        return attend_own(return_lse=return_lse)
+    # A named kernel may refuse what one rank has, and a rank without rows asks none.
+    found, refusal = None, None
+    try:
+        found = attend_own(return_lse=return_lse)
+    except Refusal as error:
+        refusal = error
+    agree(q.shape[2], {}, refusal, group, q.device)
+    return found
 
 
 def _pattern(pattern: Any, impl: str) -> Pattern:

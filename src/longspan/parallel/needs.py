@@ -138,7 +138,7 @@ class Route:
     get: tuple[Index, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def route_of(
     pattern: Pattern, shards: Shards, rank: int, heads: int, key_heads: int, places: Places
 ) -> Route:

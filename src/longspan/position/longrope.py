@@ -73,13 +73,13 @@ def read_factors(path: str | Path) -> LongFactors:
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(
             f"The LongRoPE factors {file} cannot be read: {error.strerror or error}. Give a JSON "
             f"file with {' and '.join(_LISTS)}, or the folder of a model that has them."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON: {error}.") from error
     found = _find(held)
     if found is None:

@@ -49,7 +49,7 @@ class Budget:
             )
 
     def __str__(self) -> str:
-        amount = f"{self.amount:.0%}" if self.kind == "time" else f"{self.amount:,g}"
+        amount = f"{100 * self.amount:.3g}%" if self.kind == "time" else f"{self.amount:,g}"
         return f"at most {amount} {BUDGETS[self.kind]}"
 
 
