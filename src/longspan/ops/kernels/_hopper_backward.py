@@ -297,7 +297,7 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     dp_token = _times(v_room.index(half), dout_room.index(place), first.slice(64, 64))
     dv_token = hopper.warpgroup_mma(p_left, dout, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=(dp_token,))
-    ds = (p_small.to(gl.float32) * dp).to(dtype)
+    ds = (_wide(p_small) * dp).to(dtype)
     mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
     ds_room.index(2 * turn + half).store(ds)
     hopper.fence_async_shared()
@@ -316,9 +316,21 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 def _times(keys, queries, first):
     """64 keys by 64 queries, plus a number for each query."""
     width: gl.constexpr = keys.shape[3]
-    acc = gl.zeros([64, 64], gl.float32, _SCORES) + first.load(_BY_QUERY)[None, :]
+    acc = gl.broadcast(first.load(_BY_QUERY)[None, :], gl.zeros([64, 64], gl.float32, _SCORES))[0]
     a, b = keys.reshape([64, width]), queries.reshape([64, width]).permute((1, 0))
     return hopper.warpgroup_mma(a, b, acc, is_async=True)
+
+
+@gluon.jit
+def _wide(x):
+    """To float32, two numbers of a register at a time: they stay side by side for the product."""
+    if x.dtype == gl.bfloat16:
+        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    else:
+        asm: gl.constexpr = (
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+        )
+    return gl.inline_asm_elementwise(asm, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
 
 
 @gluon.jit
