@@ -104,7 +104,7 @@ def backward(
     dout_room = gl.allocate_shared_memory(q_desc.dtype, [3, 1, 1, 64, width], q_desc.layout)
     k_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
-    dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 64, 64], dq_desc.layout)
+    dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 32, 128], dq_desc.layout)
     ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
     # What the sums of a place begin with, and the keys that its queries see.
     row_room = gl.allocate_shared_memory(gl.float32, [3, 1, 1, 2, 64], rows_desc.layout)
@@ -396,9 +396,19 @@ def _of_queries(k_room, own, desc, batch, head, row, step):
             mbarrier.arrive(ds_empty.index(turn), count=1)
         room = dq_room.index(piece)
         tma.store_wait(pieces - 1)
-        room.reshape([64, 64]).store(dq)
+        room.reshape([32, 128]).store(_by_thread(dq))
         hopper.fence_async_shared()
-        _add_to(desc, [batch, head, row, 64 * piece], room)
+        _add_to(desc, [batch, head, row // 64 * 32 * pieces + 32 * piece, 0], room)
+
+
+@gluon.jit
+def _by_thread(x):
+    """A tile [64, 64] of sums in the order of the threads that have them, as it is added up.
+
+    Four numbers of a thread lie side by side, and those of a warp: no two want the same bank.
+    """
+    warp_half_row_column = x.reshape([4, 2, 8, 8, 4, 2])
+    return warp_half_row_column.permute((3, 0, 2, 4, 1, 5)).reshape([32, 128])
 
 
 @triton.jit
@@ -465,10 +475,13 @@ def scaled(
     out_column,
     width: tl.constexpr,
     wide: tl.constexpr,
-    tall: tl.constexpr,
 ):
-    """out = scale sums, of numbers [B, H, N, D] that follow each other in memory."""
-    plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, tall)
-    found = scale * tl.load(sums + (plane * rows + i[:, None]) * width + d, mask=inside)
+    """out = scale sums, of tiles of 64 rows in the order of ``_by_thread``."""
+    plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
+    tile = tl.program_id(0).to(tl.int64)
+    found = scale * tl.load(sums + tile * 64 * wide + tl.arange(0, 64 * wide))
+    # Piece, column, warp, row, column, half, column.
+    found = found.reshape([wide // 64, 8, 4, 8, 4, 2, 2])
+    found = found.permute((2, 5, 3, 0, 1, 4, 6)).reshape([64, wide])
     at = out + b * out_batch + h * out_head + i[:, None] * out_row + d * out_column
     tl.store(at, found.to(out.dtype.element_ty), mask=inside)

@@ -306,18 +306,18 @@ class _Ready:
         scale = abs(self.scale or 1.0)
         sharp = max(scale, _LEAST_SCALE)
         first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, sharp)
-        # With the number of tasks that have been fetched behind the sums.
-        size = batch * heads * rows * width
-        zeros = q_BHND.new_zeros(size + 1, dtype=torch.float32)
-        sums_BHND, fetched = zeros[:size].view(batch, heads, rows, width), zeros[size:]
         dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
         compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T4)
+        # Sums of dq by tiles of 64 rows, and the number of tasks that have been fetched.
+        size = batch * heads * -(-rows // 64) * 64 * compiled
+        zeros = q_BHND.new_zeros(size + 1, dtype=torch.float32)
+        sums_BHX, fetched = zeros[:size].view(batch, heads, -1, 128), zeros[size:]
         described = _kernels().described
         with torch.cuda.device(q.device):
             _back_kernels().backward[(min(_programs(q.device), tasks),)](
                 *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
                 described(first_BH2N, 2, 64, swizzle=0),
-                described(sums_BHND, 64, 64),
+                described(sums_BHX, 32, 128, swizzle=0),
                 described(dk_BKMD, 64, compiled),
                 described(dv_BKMD, 64, compiled),
                 fetched.view(torch.int32),
@@ -334,7 +334,7 @@ class _Ready:
                 compiled,
                 num_warps=4,
             )
-        dq_BHND = _scaled(sums_BHND, self.scale, q_BHND)
+        dq_BHND = _scaled(sums_BHX, self.scale, compiled, q_BHND)
         # The log-sum-exp does not depend on the values.
         return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
 
@@ -384,22 +384,20 @@ def _first(
     return first_BH2N[..., :rows]
 
 
-def _scaled(sums_BHND: Tensor, scale: float, like_BHND: Tensor) -> Tensor:
+def _scaled(sums: Tensor, scale: float, compiled: int, like_BHND: Tensor) -> Tensor:
     """Sums times a factor, in the dtype of another tensor and laid out as it is."""
-    batch, heads, rows, width = sums_BHND.shape
+    batch, heads, rows, width = like_BHND.shape
     found_BHND = torch.empty_like(like_BHND)
-    wide, tall = tile_of(width, numbers=4096)
-    with torch.cuda.device(sums_BHND.device):
-        _back_kernels().scaled[(batch * heads * -(-rows // tall),)](
-            sums_BHND,
+    with torch.cuda.device(sums.device):
+        _back_kernels().scaled[(batch * heads * -(-rows // 64),)](
+            sums,
             found_BHND,
             scale,
             rows,
             heads,
             *found_BHND.stride(),
             width,
-            wide,
-            tall,
+            compiled,
         )
     return found_BHND
 
