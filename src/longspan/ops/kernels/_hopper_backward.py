@@ -100,31 +100,31 @@ def backward(
     scale_log2,
     width: gl.constexpr,
 ):
-    q_room = gl.allocate_shared_memory(q_desc.dtype, [3, 1, 1, 64, width], q_desc.layout)
-    dout_room = gl.allocate_shared_memory(q_desc.dtype, [3, 1, 1, 64, width], q_desc.layout)
+    q_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
+    dout_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     k_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 32, 128], dq_desc.layout)
     ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
     # What the sums of a place begin with, and the keys that its queries see.
-    row_room = gl.allocate_shared_memory(gl.float32, [3, 1, 1, 2, 64], rows_desc.layout)
-    seen_room = gl.allocate_shared_memory(gl.int32, [3, 64], _FLAT)
+    row_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 2, 64], rows_desc.layout)
+    seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], _FLAT)
+    any_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
     task_room = gl.allocate_shared_memory(gl.int32, [1], _FLAT)
-    full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(3):
+    for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=1)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=3)
-    tiles = (q_room, dout_room, row_room, seen_room, full, empty)
+    tiles = (q_room, dout_room, row_room, seen_room, any_room, full, empty)
     fixed = (k_room, v_room, task_room, kv_full, kv_empty)
     work = (tasks, parts, entries, count, group)
     own = (dq_room, ds_room, ds_full, ds_empty)
@@ -197,7 +197,7 @@ def _tell(room, t):
 @gluon.jit
 def _bring(descs, tiles, bounds, where, place, phase, masked):
     q_desc, dout_desc, rows_desc = descs[0], descs[3], descs[4]
-    q_room, dout_room, row_room, seen_room, full, empty = tiles
+    q_room, dout_room, row_room, seen_room, any_room, full, empty = tiles
     lo, hi, rows = bounds
     batch, head, row, plane, key = where
     bar = full.index(place)
@@ -214,7 +214,12 @@ def _bring(descs, tiles, bounds, where, place, phase, masked):
         end = gl.load(hi + at_i, mask=i < rows, other=0) - key
         begin = gl.minimum(gl.maximum(begin, 0), 128)
         end = gl.minimum(gl.maximum(end, 0), 128)
-        seen_room.index(place).store(begin + (end << 16))
+        length = gl.maximum(end - begin, 0)
+        seen_room.index(place).store(begin + (length << 16))
+        # Bits for both groups of warps: whether any of their keys is seen.
+        first = gl.max(((begin < 64) & (length > 0)).to(gl.int32), 0)
+        second = gl.max(((end > 64) & (length > 0)).to(gl.int32), 0)
+        any_room.index(place).store(gl.full([1], first + 2 * second, gl.int32, _WARP))
         # All threads have written before one of them says so.
         meet()
     mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2 + 2 * 64 * 4)
@@ -223,7 +228,7 @@ def _bring(descs, tiles, bounds, where, place, phase, masked):
 
 @gluon.jit
 def _next(place, phase):
-    return gl.where(place == 2, 0, place + 1), gl.where(place == 2, phase ^ 1, phase)
+    return place ^ 1, phase ^ place
 
 
 @gluon.jit
@@ -243,13 +248,13 @@ def _part(parts, at):
 def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
     tasks, parts, _entries, count, group = work
-    q_room, ds_empty = tiles[0], own[3]
+    q_room, any_room, full, ds_empty = tiles[0], tiles[4], tiles[5], own[3]
     width: gl.constexpr = q_room.shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     place, phase, step = 0, 0, 0
     mbarrier.wait(kv_full, 0)
     kv_phase = 1
-    t = gl.max(task_room.load(_GROUP), 0)
+    t = _told(task_room)
     while t < count:
         key, k_head, batch = _task(tasks, t)
         dk = gl.zeros([64, width], gl.float32, sums)
@@ -258,7 +263,15 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         for x in range(group):
             _first, masked, length = _part(parts, t * group + x)
             for j in range(length):
-                flow = _step(half, tiles, fixed, own, scales[1], flow, j < masked)
+                seen = 1
+                mbarrier.wait(full.index(flow[0]), flow[1])
+                if j < masked:
+                    seen = _told(any_room.index(flow[0])) >> half & 1
+                # Loops of one turn or none.
+                for _ in range(seen):
+                    flow = _step(half, tiles, fixed, own, scales[1], flow, j < masked)
+                for _ in range(1 - seen):
+                    flow = _pass_by(half, tiles, own, flow)
         place, phase, step, dk, dv = flow
         # Gradients leave through the places of their keys and values.
         at = [batch, k_head, key + 64 * half, 0]
@@ -269,13 +282,13 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
         kv_phase ^= 1
-        t = gl.max(task_room.load(_GROUP), 0)
+        t = _told(task_room)
 
 
 @gluon.jit
 def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     """What a tile of queries adds to dk and dv, and its dS."""
-    q_room, dout_room, row_room, seen_room, full, empty = tiles
+    q_room, dout_room, row_room, seen_room, _, _, empty = tiles
     k_room, v_room = fixed[0], fixed[1]
     ds_room, ds_full, ds_empty = own[1], own[2], own[3]
     place, phase, step, dk, dv = flow
@@ -284,7 +297,6 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     left: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     turn = step & 1
     first = row_room.index(place)._reinterpret(gl.float32, [128], _FLAT)
-    mbarrier.wait(full.index(place), phase)
     # Sums begin with what is to be subtracted.
     s_token = _times(k_room.index(half), q_room.index(place), first.slice(0, 64))
     s = hopper.warpgroup_mma_wait(0, deps=(s_token,))
@@ -313,6 +325,26 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 
 
 @gluon.jit
+def _pass_by(half: gl.constexpr, tiles, own, flow):
+    """A tile of queries that see none of the keys: a dS of zeros."""
+    ds_room, ds_full, ds_empty = own[1], own[2], own[3]
+    place, phase, step, dk, dv = flow
+    turn = step & 1
+    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
+    ds_room.index(2 * turn + half).store(gl.zeros([64, 64], ds_room.dtype, _SCORES))
+    hopper.fence_async_shared()
+    mbarrier.arrive(ds_full.index(turn), count=1)
+    mbarrier.arrive(tiles[6].index(place), count=1)
+    place, phase = _next(place, phase)
+    return place, phase, step + 1, dk, dv
+
+
+@gluon.jit
+def _told(room):
+    return gl.max(room.load(_GROUP), 0)
+
+
+@gluon.jit
 def _times(keys, queries, first):
     """64 keys by 64 queries, plus a number for each query."""
     width: gl.constexpr = keys.shape[3]
@@ -336,7 +368,9 @@ def _wide(x):
 @gluon.jit
 def _mask(p, seen, half: gl.constexpr):
     j = 64 * half + gl.arange(0, 64, gl.SliceLayout(1, _SCORES))[:, None]
-    inside = (j >= (seen & 0xFFFF)[None, :]) & (j < (seen >> 16)[None, :])
+    # One comparison without a sign stands for both.
+    behind = (j - (seen & 0xFFFF)[None, :]).to(gl.uint32, bitcast=True)
+    inside = behind < (seen >> 16).to(gl.uint32, bitcast=True)[None, :]
     return gl.where(inside, p, 0.0)
 
 
@@ -358,7 +392,7 @@ def _add_up(fixed, own, work, dq_desc):
     step = 0
     mbarrier.wait(kv_full, 0)
     kv_phase = 1
-    t = gl.max(task_room.load(_GROUP), 0)
+    t = _told(task_room)
     while t < count:
         _key, k_head, batch = _task(tasks, t)
         for x in range(group):
@@ -373,7 +407,7 @@ def _add_up(fixed, own, work, dq_desc):
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
         kv_phase ^= 1
-        t = gl.max(task_room.load(_GROUP), 0)
+        t = _told(task_room)
     tma.store_wait(0)
 
 
@@ -477,7 +511,7 @@ def scaled(
     wide: tl.constexpr,
 ):
     """out = scale sums, of tiles of 64 rows in the order of ``_by_thread``."""
-    plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
+    _plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
     tile = tl.program_id(0).to(tl.int64)
     found = scale * tl.load(sums + tile * 64 * wide + tl.arange(0, 64 * wide))
     # Piece, column, warp, row, column, half, column.
