@@ -224,9 +224,9 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
     lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)
     module._first(out, out, lse, None, 1.0)
-    module._scaled(out, 1.0, torch.zeros(1).expand(out.shape))
+    module._scaled(torch.zeros(1), 1.0, 64, out)
     # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
-    assert grids == [(2 * (1 << 16),)] * 2
+    assert grids == [(2 * (1 << 16),), (9 * (1 << 16),)]
 
 
 # Results on a GPU.

@@ -106,7 +106,7 @@ def backward(
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 32, 128], dq_desc.layout)
     ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
-    # What the sums of a place begin with, and the keys that its queries see.
+    # What the sums of a place begin with, the keys that its queries see, and who has some of them.
     row_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 2, 64], rows_desc.layout)
     seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], _FLAT)
     any_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
@@ -216,7 +216,7 @@ def _bring(descs, tiles, bounds, where, place, phase, masked):
         end = gl.minimum(gl.maximum(end, 0), 128)
         length = gl.maximum(end - begin, 0)
         seen_room.index(place).store(begin + (length << 16))
-        # Bits for both groups of warps: whether any of their keys is seen.
+        # A bit for each group of warps: is any of its keys seen?
         first = gl.max(((begin < 64) & (length > 0)).to(gl.int32), 0)
         second = gl.max(((end > 64) & (length > 0)).to(gl.int32), 0)
         any_room.index(place).store(gl.full([1], first + 2 * second, gl.int32, _WARP))
@@ -263,11 +263,11 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         for x in range(group):
             _first, masked, length = _part(parts, t * group + x)
             for j in range(length):
-                seen = 1
                 mbarrier.wait(full.index(flow[0]), flow[1])
+                seen = 1
                 if j < masked:
-                    seen = _told(any_room.index(flow[0])) >> half & 1
-                # Loops of one turn or none.
+                    seen = (_told(any_room.index(flow[0])) >> half) & 1
+                # Loops of one turn or none: products stay apart from branches.
                 for _ in range(seen):
                     flow = _step(half, tiles, fixed, own, scales[1], flow, j < masked)
                 for _ in range(1 - seen):
@@ -326,15 +326,15 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 
 @gluon.jit
 def _pass_by(half: gl.constexpr, tiles, own, flow):
-    """A tile of queries that see none of the keys: a dS of zeros."""
-    ds_room, ds_full, ds_empty = own[1], own[2], own[3]
+    """A tile of queries that see none of these 64 keys: its dS is 0."""
+    empty, ds_room, ds_full, ds_empty = tiles[6], own[1], own[2], own[3]
     place, phase, step, dk, dv = flow
     turn = step & 1
     mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
     ds_room.index(2 * turn + half).store(gl.zeros([64, 64], ds_room.dtype, _SCORES))
     hopper.fence_async_shared()
     mbarrier.arrive(ds_full.index(turn), count=1)
-    mbarrier.arrive(tiles[6].index(place), count=1)
+    mbarrier.arrive(empty.index(place), count=1)
     place, phase = _next(place, phase)
     return place, phase, step + 1, dk, dv
 
@@ -355,7 +355,11 @@ def _times(keys, queries, first):
 
 @gluon.jit
 def _wide(x):
-    """To float32, two numbers of a register at a time: they stay side by side for the product."""
+    """To float32, both numbers of a register at a time.
+
+    Otherwise each is rounded alone, by the slow unit that has the powers of two to do, and then
+    moved to the side of its neighbour for the product.
+    """
     if x.dtype == gl.bfloat16:
         asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
     else:
@@ -514,7 +518,7 @@ def scaled(
     _plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
     tile = tl.program_id(0).to(tl.int64)
     found = scale * tl.load(sums + tile * 64 * wide + tl.arange(0, 64 * wide))
-    # Piece, column, warp, row, column, half, column.
+    # Piece, columns, warp, rows, columns, half, columns.
     found = found.reshape([wide // 64, 8, 4, 8, 4, 2, 2])
     found = found.permute((2, 5, 3, 0, 1, 4, 6)).reshape([64, wide])
     at = out + b * out_batch + h * out_head + i[:, None] * out_row + d * out_column
