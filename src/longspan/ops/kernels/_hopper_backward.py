@@ -18,7 +18,7 @@ A task is int32 [4]: first key, key head, batch row, nothing. A part is int32 [4
 query head of its key head: first entry, entries with a mask (they come first), entries, nothing.
 An entry is int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi`` that says which
 keys each of them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number are added in
-memory for each tile.
+memory for each tile, in the order of ``_by_thread``, and turned at the end.
 
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
 times that with P as it is.
