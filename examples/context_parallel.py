@@ -41,12 +41,16 @@ def attention(rank: int, ranks: int) -> None:
         print(f"attention: largest difference {(lie.join(parts, 2) - whole).abs().max():.1e}")
 
 
-def model(rank: int) -> None:
-    """One training step of a small Llama over a zig-zag of the tokens."""
+def small_llama() -> torch.nn.Module:
+    """The same one on all ranks."""
     torch.manual_seed(0)
-    llama = ls.hf.build_llama(
+    return ls.hf.build_llama(
         vocab_size=300, hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, context=N
     )
+
+
+def model(llama: torch.nn.Module, rank: int) -> None:
+    """One training step over a zig-zag of the tokens."""
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
     ids = torch.randint(300, (1, N))
     with ls.hf.apply(llama, PATTERN), torch.no_grad():
@@ -68,10 +72,13 @@ def model(rank: int) -> None:
 def main() -> None:
     """Run both, in the processes that torchrun started."""
     torch.set_num_threads(1)
+    # Before the processes meet: modules of torch that are imported afterwards keep the group in
+    # their default arguments, and its threads then run on while the interpreter ends.
+    llama = small_llama()
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     attention(rank, ranks)
-    model(rank)
+    model(llama, rank)
     dist.destroy_process_group()
 
 

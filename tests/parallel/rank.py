@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
+# Imported before the ranks meet: its default arguments would keep the group, whose threads then
+# run on while the interpreter ends.
+import torch.distributed.nn.functional
 from tests.parallel import models
 from tests.parallel.cases import CASES, VALUE_WIDTH, WIDTH, graded
 
