@@ -14,9 +14,9 @@ import longspan as ls
 
 ROOT = Path(ls.__file__).parent
 
-# A package may import those on its left, itself, and longspan.errors.
+# A package may import those on its left, itself, and the modules beside the packages.
 LAYERS = [
-    ["errors"],
+    ["_lazy", "errors"],
     ["pattern"],
     ["planning"],
     ["analysis"],
@@ -83,6 +83,19 @@ def test_the_public_surface_is_sorted_and_complete():
     assert names == sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     for name in names:
         assert getattr(ls, name) is not None
-    assert sorted(dir(ls)) == sorted(names)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = ls.nothing
+
+
+@pytest.mark.parametrize(
+    "package", [ls, ls.hf, ls.mechanism, ls.parallel, ls.select], ids=lambda p: p.__name__
+)
+def test_names_that_are_looked_up_late(package):
+    assert set(package._HOME) == set(package.__all__)
+    assert dir(package) == sorted(package.__all__)
+    for name in package.__all__:
+        found = getattr(package, name)
+        assert vars(package)[name] is found
+        assert package._HOME[name] == "" or found.__module__.startswith("longspan.")
+    with pytest.raises(
+        AttributeError, match=rf"^module '{package.__name__}' has no attribute 'nothing'$"
+    ):
+        _ = package.nothing

@@ -13,62 +13,63 @@ Importing this package loads nothing heavy: every name below is looked up on fir
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longspan._lazy import lazy
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "SCCA": "longspan.pattern",
-    "SDA": "longspan.pattern",
-    "SSA": "longspan.pattern",
-    "BandBlocks": "longspan.pattern",
-    "Blocks": "longspan.pattern",
-    "Causal": "longspan.pattern",
-    "Chunk": "longspan.pattern",
-    "Dense": "longspan.pattern",
-    "Diagonals": "longspan.pattern",
-    "Dilated": "longspan.pattern",
-    "Document": "longspan.pattern",
-    "DualChunk": "longspan.mechanism",
-    "EdgeBlocks": "longspan.pattern",
-    "Global": "longspan.pattern",
-    "LongNet": "longspan.pattern",
-    "LongNetSet": "longspan.pattern",
-    "LongspanError": "longspan.errors",
-    "Mixture": "longspan.pattern",
-    "Neighborhood": "longspan.pattern",
-    "Pattern": "longspan.pattern",
-    "PerHead": "longspan.pattern",
-    "PerLayer": "longspan.pattern",
-    "Plan": "longspan.planning",
-    "Prefix": "longspan.pattern",
-    "Random": "longspan.pattern",
-    "RandomBlocks": "longspan.pattern",
-    "ShiftedChunk": "longspan.pattern",
-    "Sink": "longspan.pattern",
-    "Strided": "longspan.pattern",
-    "Summaries": "longspan.pattern",
-    "VerticalSlash": "longspan.pattern",
-    "Window": "longspan.pattern",
-    "attend": "longspan.ops",
-    "bigbird": "longspan.pattern",
-    "coverage": "longspan.analysis",
-    "etc": "longspan.pattern",
-    "explain": "longspan.ops",
+    "SCCA": "pattern",
+    "SDA": "pattern",
+    "SSA": "pattern",
+    "BandBlocks": "pattern",
+    "Blocks": "pattern",
+    "Causal": "pattern",
+    "Chunk": "pattern",
+    "Dense": "pattern",
+    "Diagonals": "pattern",
+    "Dilated": "pattern",
+    "Document": "pattern",
+    "DualChunk": "mechanism",
+    "EdgeBlocks": "pattern",
+    "Global": "pattern",
+    "LongNet": "pattern",
+    "LongNetSet": "pattern",
+    "LongspanError": "errors",
+    "Mixture": "pattern",
+    "Neighborhood": "pattern",
+    "Pattern": "pattern",
+    "PerHead": "pattern",
+    "PerLayer": "pattern",
+    "Plan": "planning",
+    "Prefix": "pattern",
+    "Random": "pattern",
+    "RandomBlocks": "pattern",
+    "ShiftedChunk": "pattern",
+    "Sink": "pattern",
+    "Strided": "pattern",
+    "Summaries": "pattern",
+    "VerticalSlash": "pattern",
+    "Window": "pattern",
+    "attend": "ops",
+    "bigbird": "pattern",
+    "coverage": "analysis",
+    "etc": "pattern",
+    "explain": "ops",
     "hf": "",
     "kv": "",
-    "longformer": "longspan.pattern",
-    "longmixed": "longspan.pattern",
+    "longformer": "pattern",
+    "longmixed": "pattern",
     "mechanism": "",
-    "merge": "longspan.ops",
+    "merge": "ops",
     "nn": "",
     "parallel": "",
-    "parse": "longspan.pattern",
-    "plan": "longspan.planning",
+    "parse": "pattern",
+    "plan": "planning",
     "select": "",
-    "sparse_transformer": "longspan.pattern",
-    "swin": "longspan.pattern",
+    "sparse_transformer": "pattern",
+    "swin": "pattern",
 }
 
 __all__ = [
@@ -124,22 +125,6 @@ __all__ = [
     "swin",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longspan' has no attribute {name!r}")
-    home = _HOME[name]
-    if not home:
-        return importlib.import_module(f"longspan.{name}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 if TYPE_CHECKING:
     from longspan import hf, kv, mechanism, nn, parallel, select
     from longspan.analysis import coverage
@@ -185,3 +170,5 @@ if TYPE_CHECKING:
         swin,
     )
     from longspan.planning import Plan, plan
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOME)

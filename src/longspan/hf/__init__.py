@@ -5,8 +5,9 @@ The only package that imports transformers and peft, on first use of a name.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longspan._lazy import lazy
 
 _HOME = {
     "Applied": "switch",
@@ -60,19 +61,6 @@ __all__ = [
     "trained_length",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longspan.hf' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"longspan.hf.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 if TYPE_CHECKING:
     from longspan.hf.build import build_llama, save_model, train_tokenizer
     from longspan.hf.context_parallel import parallel
@@ -84,3 +72,5 @@ if TYPE_CHECKING:
     from longspan.hf.routes import Report, inspect
     from longspan.hf.sparse_prefill import prefill
     from longspan.hf.switch import Applied, apply, extend, remove
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOME)

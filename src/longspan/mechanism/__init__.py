@@ -6,8 +6,9 @@ mechanism has no parameters of its own there is a function on q, k, v [B, H, N, 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longspan._lazy import lazy
 
 _HOME = {
     "AdaptiveSpan": "adaptive_span",
@@ -85,19 +86,6 @@ __all__ = [
     "topk_attention",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longspan.mechanism' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"longspan.mechanism.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 if TYPE_CHECKING:
     from longspan.mechanism._dual_chunk_plan import DualChunk
     from longspan.mechanism._lsh_attention import lsh_attention
@@ -120,3 +108,5 @@ if TYPE_CHECKING:
     from longspan.mechanism.routing import RoutingAttention
     from longspan.mechanism.synthesizer import Synthesizer
     from longspan.mechanism.topk import TopK, topk_attention
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -7,8 +7,9 @@ beforehand what it moves.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longspan._lazy import lazy
 
 _HOME = {
     "Shards": "shards",
@@ -19,20 +20,9 @@ _HOME = {
 
 __all__ = ["Shards", "Traffic", "attend", "explain"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longspan.parallel' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"longspan.parallel.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 if TYPE_CHECKING:
     from longspan.parallel.attention import attend
     from longspan.parallel.shards import Shards
     from longspan.parallel.traffic import Traffic, explain
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -8,8 +8,9 @@ methods       one file each, added up by ``method``             what a prompt's 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longspan._lazy import lazy
 
 _HOME = {
     "BlockTopK": "block_topk",
@@ -61,19 +62,6 @@ __all__ = [
     "select",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longspan.select' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"longspan.select.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
 if TYPE_CHECKING:
     from longspan.select.attention import Selected, prefill, select
     from longspan.select.block_topk import BlockTopK
@@ -85,3 +73,5 @@ if TYPE_CHECKING:
     from longspan.select.text import parse
     from longspan.select.vertical_slash import VerticalSlash
     from longspan.select.xattention import XAttention
+else:
+    __getattr__, __dir__ = lazy(__name__, _HOME)
