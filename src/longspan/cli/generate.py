@@ -93,7 +93,7 @@ def generate(
         loaded,
         tokenizer,
         ids,
-        cache(loaded, how.kv or kv, positions=positions),
+        cache(loaded, how.kv, positions=positions),
         tokens=tokens,
         temperature=temperature,
         write=(lambda _: None) if as_json else _write,
