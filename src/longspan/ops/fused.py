@@ -13,7 +13,6 @@ width.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from longspan.ops.libraries import has_triton
 
 # Numbers that one program holds.
 _NUMBERS = 2048
@@ -32,7 +33,7 @@ def can_fuse(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         # A compiler fuses the plain operations itself.
         return False
-    return all(x.is_cuda and x.dtype != torch.float64 for x in tensors) and _has_triton()
+    return all(x.is_cuda and x.dtype != torch.float64 for x in tensors) and has_triton()
 
 
 def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
@@ -258,11 +259,6 @@ def tile_of(width: int, numbers: int = _NUMBERS) -> tuple[int, int]:
     """
     wide = 1 << (width - 1).bit_length()
     return wide, max(1, numbers // wide)
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache

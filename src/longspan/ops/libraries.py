@@ -55,6 +55,12 @@ def why_no_flash_attention(kernel: str, q_BHND: Tensor, v_BKMD: Tensor) -> list[
     return found
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_missing(package: str, load: Callable[[], object], absent: str, broken: str) -> str | None:
     """Why a library cannot be had, None if it can.
 

@@ -18,8 +18,6 @@ m ranges per query; Z and Y are the batch rows and heads that differ in what the
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +34,7 @@ from torch.nn.functional import pad
 from longspan.errors import Refusal
 from longspan.ops.copies import copies_of
 from longspan.ops.kernels._flex_tiles import TILE, TileLists, count_tiles, tile_lists
+from longspan.ops.libraries import has_triton
 from longspan.ops.ranges import KeyRanges
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +124,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         found.append(f"flex needs CUDA tensors (elsewhere it cannot train), got {q_BHND.device}")
     elif torch.cuda.get_device_capability(q_BHND.device) < (8, 0):
         found.append("flex needs compute capability 8.0 or newer")
-    if not _has_triton():
+    if not has_triton():
         found.append("the package triton is not installed")
     if len(dtypes) > 1:
         found.append(f"q, k and v have different dtypes: {sorted(map(str, dtypes))}")
@@ -229,11 +228,6 @@ def walk(ranges: KeyRanges, lists: TileLists) -> None:
             be empty.
     """
     _schedules[ranges] = _schedule_of(ranges, lists)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _dense(x: Tensor) -> Tensor:
