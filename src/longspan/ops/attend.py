@@ -22,7 +22,6 @@ from longspan.errors import InputError, PlanError
 from longspan.ops.capability import (
     choose,
     choose_together,
-    fastest_together,
     in_order,
     needs_grad,
 )
@@ -132,9 +131,8 @@ def explain(
         own_q, own_k, own_v = one.inputs(q, k, v)
         given.append((own_q, own_k, own_v, one.ranges))
     if len(given) > 1 and not calls and needs_grad(q, k, v):
-        picked = choose_together(impl, given)
-        if impl == "auto" and (found := fastest_together(given)) is not None:
-            together = found[1]
+        picked, together = choose_together(impl, given)
+        if together is not None:
             said = ", ".join(f"{name} {rate:.0f}" for name, rate in together.tflops.items())
             lines.append(
                 f"passes with one backward: measured on {together.gpu}: {together.case}, "

@@ -227,7 +227,7 @@ def choose(
 
 def choose_together(
     impl: str, passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]]
-) -> list[Capability]:
+) -> tuple[list[Capability], Rates | None]:
     """Pick a kernel for each of several passes that are joined, and have gradients.
 
     The one for all that was fastest on the nearest measured case of several passes, if it has
@@ -238,23 +238,26 @@ def choose_together(
         impl: as in ``choose``.
         passes: queries, keys, values and what would be computed.
 
+    Returns:
+        The kernels, and the measurement of several passes that says so, None if none does.
+
     Raises:
         Refusal: as in ``choose``.
     """
-    if impl == "auto" and (found := fastest_together(passes)) is not None:
-        return [found[0]] * len(passes)
+    if impl == "auto" and (fastest := _fastest_together(passes)) is not None:
+        return [fastest[0]] * len(passes), fastest[1]
     best = [choose(impl, *own) for own in passes]
     if impl != "auto" or not any(kernel.has_halves for kernel in best):
-        return best
+        return best, None
     halves = [
         kernel if kernel.has_halves else _with_halves(kernel, *own)
         for kernel, own in zip(best, passes, strict=True)
     ]
     found = [kernel for kernel in halves if kernel is not None]
-    return found if len(found) == len(best) else best
+    return (found if len(found) == len(best) else best), None
 
 
-def fastest_together(
+def _fastest_together(
     passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]],
 ) -> tuple[Capability, Rates] | None:
     """A kernel with halves for all passes and the measurement that says so; None if none does."""

@@ -234,7 +234,7 @@ def _halves(
 ) -> list[Halves] | None:
     """Forward and backward of the kernel of each pass; None if one has no such halves."""
     each = [(q, k, v, one.ranges) for (q, k, v), one in zip(inputs, loaded, strict=True)]
-    chosen = choose_together(impl, each)
+    chosen, _ = choose_together(impl, each)
     if not all(kernel.has_halves for kernel in chosen):
         return None
     return [kernel.load_halves()(*own, scale) for kernel, own in zip(chosen, each, strict=True)]
