@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import longspan as ls
+from longspan.analysis import reach
 from longspan.analysis.reach import mean_and_error, sampled_rows
 from longspan.analysis.relation import Relation
 from longspan.errors import PatternError, PlanError
@@ -123,6 +124,51 @@ def test_reach_equals_sets_passed_from_layer_to_layer(pattern):
     assert found.never == legal - steps[-1].sum()
     changes = [0] + [a.sum() for a in steps]
     assert found.depth == max(at for at in range(1, 41) if changes[at] != changes[at - 1])
+
+
+@pytest.mark.parametrize("exact_up_to", [1024, 1])
+@pytest.mark.parametrize(
+    ("pattern", "enough"),
+    [
+        (ls.Window(2), 39),
+        (ls.Window(1), 1),
+        (ls.Chunk(8), 1),
+        (ls.PerLayer(ls.Window(2), ls.Chunk(7), ls.Sink(2)), 17),
+        (ls.PerLayer(ls.Chunk(5, causal=False), ls.Chunk(5, offset=2, causal=False)), 15),
+    ],
+    ids=str,
+)
+def test_layers_beyond_the_last_that_adds_something_take_no_walk(
+    pattern, enough, exact_up_to, monkeypatch
+):
+    calls = []
+    for kind, name in ((Relation, "keys"), (reach._Step, "times")):
+        own = getattr(kind, name)
+
+        def counted(self, mask, own=own):
+            calls.append(mask)
+            return own(self, mask)
+
+        monkeypatch.setattr(kind, name, counted)
+    few, many = (
+        ls.coverage(pattern, 40, layers=layers, exact_up_to=exact_up_to, samples=2)
+        for layers in (enough, 2000)
+    )
+    assert len(calls) < 1000
+    assert [one.share for one in many.reach[:enough]] == [one.share for one in few.reach]
+    assert {one.share for one in many.reach[enough:]} == {few.reach[-1].share}
+    assert many.complete == few.complete
+    assert (many.depth, many.never) == (few.depth, few.never)
+
+
+@pytest.mark.parametrize("n", [23, 100])
+@pytest.mark.parametrize("keys", [1, 3, 90])
+def test_a_layer_joins_rows_as_a_product_does(n, keys):
+    rng = np.random.default_rng(keys)
+    sees = (rng.random((n, n)) < keys / n) | np.eye(n, dtype=bool)
+    reached = rng.random((n, n)) < 0.2
+    expected = (sees.astype(int) @ reached.astype(int)) > 0
+    assert (reach._Step(sees).times(reached) == expected).all()
 
 
 @pytest.mark.parametrize(

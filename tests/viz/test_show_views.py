@@ -31,7 +31,7 @@ def test_cells_are_pairs_while_they_fit(text):
         for head in view.heads:
             np.testing.assert_array_equal(view.seen > 0, mask[head])
     np.testing.assert_allclose(found.together, mask.mean(axis=0))
-    reached = reach_exact([mask.any(axis=0)], 3)
+    reached = list(reach_exact([mask.any(axis=0)], 3))
     np.testing.assert_array_equal(found.reach == 1, reached[0])
     np.testing.assert_array_equal((found.reach >= 1) & (found.reach <= 3), reached[2])
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longspan.analysis import reach as walk
 from longspan.analysis.relation import Relation, keys_per_query
@@ -174,34 +175,44 @@ def _plans(pattern: Pattern, n: int, heads: int, layers: int) -> list[Plan]:
 def _exact(pattern: Pattern, n: int, heads: int, layers: int, causal: bool) -> Coverage:
     masks = [pattern.mask(n, heads, layer) for layer in range(walk.period(pattern))]
     unions = [np.logical_or.reduce(mask) for mask in masks]
-    used = [masks[layer % len(masks)] for layer in range(layers)]
-    per_query = np.concatenate([mask.sum(axis=-1).ravel() for mask in used])
+    used = [layer % len(masks) for layer in range(layers)]
+    counts = [mask.sum(axis=-1) for mask in masks[:layers]]
+    pairs = [int(count.sum()) for count in counts]
+    mean = sum(pairs[at] for at in used) / (layers * heads * n)
     legal: Mask = np.tri(n, dtype=bool) if causal else np.ones((n, n), bool)
-    whole, depth = walk.closure(unions)
+    all_legal = int(np.count_nonzero(legal))
+    sizes: list[int] = []
+    reached = unions[0]
+    for mask in walk.reach_exact(unions, layers):
+        sizes.append(sizes[-1] if mask is reached else int(np.count_nonzero(mask)))
+        reached = mask
+    if layers > len(unions) and sizes[-1] == sizes[-1 - len(unions)]:
+        # A whole period added nothing. Tokens that see themselves alone need no layer.
+        whole, depth = reached, sizes.index(sizes[-1]) + (sizes[-1] > n)
+    else:
+        whole, depth = walk.closure(unions)
     never = np.argwhere(legal & ~whole)
     together = np.logical_or.reduce(unions[:layers])
-    reached = walk.reach_exact(unions, layers)
+    union = [int(np.count_nonzero(one)) for one in unions]
     return Coverage(
         pattern=str(pattern),
         n=n,
         heads=heads,
         layers=layers,
         causal=causal,
-        density=float(per_query.mean() / n),
-        legal_density=float(per_query.mean() * n / legal.sum()),
-        keys_min=int(per_query.min()),
-        keys_mean=float(per_query.mean()),
-        keys_max=int(per_query.max()),
-        union=float(
-            np.mean([unions[at % len(unions)].sum() for at in range(layers)]) / legal.sum()
-        ),
+        density=mean / n,
+        legal_density=mean * n / all_legal,
+        keys_min=min(int(count.min()) for count in counts),
+        keys_mean=mean,
+        keys_max=max(int(count.max()) for count in counts),
+        union=sum(union[at] for at in used) / (layers * all_legal),
         union_error=0.0,
         blind_rows=int((~np.diagonal(together, -1)).sum()),
         reach=tuple(
-            Reach(layers=at, share=float(mask.sum() / legal.sum()), error=0.0)
-            for at, mask in enumerate(reached, start=1)
+            Reach(layers=at, share=size / all_legal, error=0.0)
+            for at, size in enumerate(sizes, start=1)
         ),
-        complete=_first([bool(mask[legal].all()) for mask in reached]),
+        complete=_first([size == all_legal for size in sizes]),
         depth=depth,
         never=len(never),
         never_examples=tuple((int(i), int(j)) for i, j in never[:5]),
@@ -225,13 +236,12 @@ def _sampled(
     for index in np.ndindex(rows.shape):
         row = int(rows[index])
         allowed = row + 1 if causal else n
-        reached = walk.reach_of_row(relations, row, layers)
-        shares[index] = [seen.sum() / allowed for seen in reached]
+        shares[index] = _sizes(walk.reach_of_row(relations, row, layers)) / allowed
         whole &= shares[index] == 1
         alone[index] = [one.keys(np.arange(n) == row).sum() / allowed for one in relations]
     # What lies farthest away is seldom among the samples.
     for row in (n - 1,) if causal else (0, n - 1):
-        whole &= [bool(seen.all()) for seen in walk.reach_of_row(relations, row, layers)]
+        whole &= _sizes(walk.reach_of_row(relations, row, layers)) == n
     union, union_error = walk.mean_and_error(alone[..., used].mean(axis=-1))
     reach = []
     for at in range(layers):
@@ -258,6 +268,13 @@ def _sampled(
         never_examples=(),
         samples=rows.size,
     )
+
+
+def _sizes(masks: list[Mask]) -> NDArray[np.int64]:
+    """Number of flags that are set in each; what is there many times is counted once."""
+    alone = {id(mask): mask for mask in masks}
+    sizes = {name: np.count_nonzero(mask) for name, mask in alone.items()}
+    return np.array([sizes[id(mask)] for mask in masks])
 
 
 def _first(flags: list[bool]) -> int | None:

@@ -5,19 +5,24 @@ inside some head's pattern of its layer, or staying in place (the residual strea
 
     P_L = (A_L + I) (A_{L-1} + I) ... (A_1 + I)     over booleans, A_l = union over the heads
 
-Exact for small n by matrix products, O(L n^3). For large n rows of P_L are sampled: start at one
-query and walk the layers backwards, O(N m) for each row and layer.
+Exact for small n: a layer costs O(pairs n / 8) where queries see few keys, and a matrix product,
+O(n^3), where they see many. For large n rows of P_L are sampled: start at one query and walk the
+layers backwards, O(N m) for each row, layer and layer of a period. The products only grow, so
+that a period of layers which adds nothing is the last one that is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longspan.analysis.relation import Relation
 from longspan.pattern.algebra import Mask, Pattern
+
+# Mean keys of a query up to which rows are joined one by one instead of by a matrix product.
+_FEW = 64
 
 
 def period(pattern: Pattern, limit: int = 64) -> int:
@@ -29,18 +34,22 @@ def period(pattern: Pattern, limit: int = 64) -> int:
     return limit
 
 
-def reach_exact(unions: Sequence[Mask], layers: int) -> list[Mask]:
-    """P_1 ... P_layers as dense masks.
+def reach_exact(unions: Sequence[Mask], layers: int) -> Iterator[Mask]:
+    """P_1 ... P_layers as dense masks; one and the same where a layer adds nothing.
 
     Args:
         unions: pairs of each layer of one period, [n, n] each.
         layers: number of layers.
     """
-    steps = [_with_self(union) for union in unions]
-    found = [steps[0]]
+    steps = [_Step(_with_self(union)) for union in unions]
+    reached, idle = steps[0].sees, 0
+    yield reached
     for layer in range(1, layers):
-        found.append(_times(steps[layer % len(steps)], found[-1]))
-    return found
+        if idle < len(steps):
+            further = steps[layer % len(steps)].times(reached)
+            same = np.array_equal(further, reached)
+            reached, idle = (reached, idle + 1) if same else (further, 0)
+        yield reached
 
 
 def closure(unions: Sequence[Mask]) -> tuple[Mask, int]:
@@ -71,23 +80,23 @@ def closure(unions: Sequence[Mask]) -> tuple[Mask, int]:
 
 
 def reach_of_row(relations: Sequence[Relation], row: int, layers: int) -> list[Mask]:
-    """Row ``row`` of P_1 ... P_layers, as flags [n] each."""
+    """Row ``row`` of P_1 ... P_layers, as flags [n] each; equal ones are often the same."""
+    period = len(relations)
     start = np.arange(relations[0].n) == row
-    found: list[Mask] = []
-    if len(relations) == 1:
-        seen = latest = start
-        for _ in range(layers):
-            # What was known before has been followed before.
-            if latest.any():
-                latest = relations[0].keys(latest) & ~seen
-                seen = seen | latest
-            found.append(seen)
-        return found
-    for depth in range(1, layers + 1):
-        seen = start
-        for layer in reversed(range(depth)):
-            seen = seen | relations[layer % len(relations)].keys(seen)
-        found.append(seen)
+    found = [start] * layers
+    # A walk from a layer begins as all those do that begin whole periods above it.
+    for top in range(min(period, layers)):
+        seen, idle = start, 0
+        followed = [np.zeros_like(start)] * period
+        for step in range(top + 1 + (layers - 1 - top) // period * period):
+            if idle < period:
+                layer = (top - step) % period
+                # What the layer was asked before has been followed before.
+                new = relations[layer].keys(seen & ~followed[layer]) & ~seen
+                followed[layer] = seen
+                seen, idle = (seen | new, 0) if new.any() else (seen, idle + 1)
+            if step % period == top:
+                found[step] = seen
     return found
 
 
@@ -108,6 +117,26 @@ def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
     """Mean of values [strata, 2] drawn by ``sampled_rows``, and its standard error."""
     gap = values[:, 0] - values[:, 1]
     return float(values.mean()), float(np.sqrt((gap**2).sum()) / (2 * len(values)))
+
+
+class _Step:
+    """A layer, as what it makes of what was reached below it."""
+
+    def __init__(self, sees: Mask) -> None:
+        self.sees = sees
+        self._key = None
+        if np.count_nonzero(sees) <= _FEW * len(sees):
+            query, self._key = sees.nonzero()
+            # Every query sees itself, so that none is left out.
+            self._begin = np.flatnonzero(np.diff(query, prepend=-1))
+
+    def times(self, reached: Mask) -> Mask:
+        """The product with a mask [n, n]."""
+        if self._key is None:
+            return _times(self.sees, reached)
+        bits = np.packbits(reached, axis=1)[self._key]
+        found = np.bitwise_or.reduceat(bits, self._begin, axis=0)
+        return np.unpackbits(found, axis=1, count=len(reached)).view(bool)
 
 
 def _with_self(union: Mask) -> Mask:

@@ -183,9 +183,8 @@ def _reach(
         unions = [
             np.logical_or.reduce(pattern.mask(n, heads, layer)) for layer in range(period(pattern))
         ]
-        reached = reach_exact(unions, layers)
-        ever = closure(unions)[0]
-        tables = [_binned(one, rows, n, cells) > 0 for one in [*reached, ever]]
+        reached = [*reach_exact(unions, layers), closure(unions)[0]]
+        tables = [_binned(one, rows, n, cells) > 0 for one in reached]
     else:
         plans = [plan(pattern, n, heads, layer=at) for at in range(min(period(pattern), layers))]
         relations = [Relation(one) for one in plans]
