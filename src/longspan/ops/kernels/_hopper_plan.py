@@ -84,6 +84,7 @@ class _Runs:
         edge_R: whether they need a mask.
         count_GQ: tiles of each task.
         edges_GQ: the first one, and all that need a mask.
+        tiles: the bounds of the rows of each task.
     """
 
     key_R: Tensor
@@ -92,6 +93,7 @@ class _Runs:
     edge_R: Tensor
     count_GQ: Tensor
     edges_GQ: Tensor
+    tiles: RowTiles
 
 
 def most_tiles(ranges: KeyRanges) -> int:
@@ -180,7 +182,8 @@ def _find_runs(ranges: KeyRanges) -> _Runs:
     used = length_R.nonzero()[:, 0]
     used = used[(3 * task_R + 1 + full_R.long() - leads_R.long())[used].argsort(stable=True)]
     edge_R = ~(leads_R | full_R)
-    return _Runs(key_R[used], length_R[used], at_R[used], edge_R[used], count_GQ, edges_GQ)
+    runs = (key_R[used], length_R[used], at_R[used], edge_R[used])
+    return _Runs(*runs, count_GQ, edges_GQ, tiles)
 
 
 def _tiles(keys: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ def _entries(ranges: KeyRanges, runs: _Runs) -> Tensor:
     shift_R = start_R - (length_R.cumsum(0, dtype=torch.int64) - length_R)
     at_s, edge_s = (x.repeat_interleave(length_R) for x in (at_R, shift_R))
     edge_s += torch.arange(len(edge_s), device=edge_s.device)
-    entries_E2[edge_s, 1] += _bits(ranges, entries_E2[edge_s, 0], at_s)
+    entries_E2[edge_s, 1] += _bits(ranges, runs.tiles, entries_E2[edge_s, 0], at_s)
     return entries_E2
 
 
@@ -244,18 +247,19 @@ def _plane(ranges: KeyRanges, at_R: Tensor) -> Tensor:
     return at_R // (-(-rows // TILE) * count) * count + at_R % count
 
 
-def _bits(ranges: KeyRanges, key_s: Tensor, at_s: Tensor) -> Tensor:
+def _bits(ranges: KeyRanges, tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Tensor:
     """How tiles that need a mask are cut: the bits of ``_hopper_forward``.
 
     Args:
         ranges: visible keys.
+        tiles: their bounds by tasks.
         key_s: the first key of each tile.
         at_s: whose it is, of X.
     """
-    tiles, halves = row_tiles(ranges, TILE), row_tiles(ranges, TILE // 2)
     lower_s, upper_s = cuts(tiles, key_s, at_s)
     # 16 where only lower bounds cut, 32 where both do.
     bits_s = lower_s.int() << (4 + upper_s.int())
+    halves = row_tiles(ranges, TILE // 2)
     for half, (first_s, last_s) in enumerate(zip(*_by_half(halves, at_s), strict=True)):
         middle_s = key_s + TILE // 2
         sees_first = (middle_s > first_s) & (key_s < last_s)
