@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -12,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from tests.hf.caches import PAD, POLICIES, feed, padded  # noqa: E402
 
 import longspan as ls  # noqa: E402
-from longspan.errors import InputError  # noqa: E402
+from longspan.errors import InputError, Refusal  # noqa: E402
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -193,3 +196,19 @@ def test_a_mask_that_contradicts_the_calls_before_is_refused(llama, tiny):
                 llama(ids[:, 20:], attention_mask=changed, past_key_values=cache)
             cache.reset()
             llama(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+
+
+@pytest.mark.parametrize("positions", ["original", "packed"])
+@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[9], POLICIES[10], "everything()"])
+def test_a_cache_is_copied_but_not_pickled(text, positions, llama, tiny):
+    ids = tiny.tokens(1, 30)
+    cache = ls.kv.cache(llama, text, positions=positions)
+    for _ in range(2):
+        for write in (pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())):
+            with pytest.raises(Refusal, match=r"cannot be pickled: .* copy.deepcopy\(cache\)"):
+                write(cache)
+        other = copy.deepcopy(cache)
+        with torch.no_grad():
+            found = [llama(ids, past_key_values=held).logits for held in (cache, other)]
+        assert torch.equal(*found)
+        assert cache.report() == other.report()

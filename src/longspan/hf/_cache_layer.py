@@ -18,6 +18,7 @@ Axes: B batch, H query heads, G key heads, C places, N new rows, D head width.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -79,6 +80,21 @@ class KeptLayer(CacheLayerMixin):
         self._config = weakref.ref(config)
         self._quest = next((part for part in policy.parts if isinstance(part, Quest)), None)
         self.reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptLayer:
+        # A copy belongs to the same model, which a pickle cannot say.
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce__(self) -> Any:
+        raise Refusal(
+            "a cache with a policy cannot be pickled: it reads attention, rotation and "
+            "embeddings of the model that it was made for, in this process. Copy it with "
+            "copy.deepcopy(cache) here; elsewhere make one with longspan.kv.cache(model, ...) and "
+            "read the prompt again."
+        )
 
     def reset(self) -> None:
         """Forget everything."""

@@ -100,7 +100,8 @@ class KVCache(Cache):
     """A transformers cache whose layers follow a policy; make it with ``longspan.kv.cache``.
 
     Its length is the number of tokens *seen*; ``report()`` says what is kept. It is good for one
-    conversation: further calls of ``generate`` go on where it stands, ``reset()`` starts anew.
+    conversation: further calls of ``generate`` go on where it stands, ``reset()`` starts anew, and
+    ``copy.deepcopy`` makes another one of what was read. Pickles are refused.
     """
 
     def __init__(self, layers: list[Any], policy: Policy) -> None:
