@@ -342,6 +342,9 @@ def test_factors_are_read_from_files_and_models(tiny, tmp_path):
         ('{"short_factor": [1], "long_factor": ["2"]}', "positive numbers.*got '2' in it"),
         ('{"short_factor": [NaN], "long_factor": [1]}', "got nan in it"),
         ('{"short_factor": [true], "long_factor": [1]}', "got True in it"),
+        ('{"short_factor": [1e39], "long_factor": [1]}', r"float32 holds.*got 1e\+39 in it"),
+        ('{"short_factor": [1], "long_factor": [1e-39]}', "float32 holds.*got 1e-39 in it"),
+        ('{"short_factor": [1%s], "long_factor": [1]}' % ("0" * 400), "float32 holds.*got 10000"),
     ],
 )
 def test_files_without_factors_are_refused(tmp_path, written, words):
@@ -360,6 +363,16 @@ def test_factors_that_do_not_fit_leave_the_model_alone(tiny):
         ("longrope", None, "needs the factors that somebody searched"),
         ("longrope", short, "short_factor of LongRoPE has 3 numbers; a rotary width of 8 needs 4"),
         ("yarn", FACTORS, "Factors belong to longrope; RoPE scaling 'yarn' takes none"),
+        (
+            "longrope",
+            position.LongFactors(short=FACTORS.short, long=(1.0, 1.5, 3.0, 3e38)),
+            r"long_factor of LongRoPE holds 3e\+38, which with rope_theta .* makes a frequency of",
+        ),
+        (
+            "longrope",
+            position.LongFactors(short=(1.0, 1.0, 1e38, 1.0), long=FACTORS.long),
+            r"short_factor of LongRoPE holds 1e\+38",
+        ),
     ]:
         with pytest.raises(InputError, match=words):
             set_rope(model, kind, TARGET, factors=factors)

@@ -207,6 +207,7 @@ def _put_factors(entry: dict[str, Any], width: int, factors: position.LongFactor
         )
     if factors is not None:
         factors.check_width(width)
+        factors.check_base(width, entry["rope_theta"])
         entry["short_factor"], entry["long_factor"] = list(factors.short), list(factors.long)
 
 

@@ -24,6 +24,8 @@ from longspan.errors import DataError, InputError
 from longspan.position.frequencies import Frequencies, check_factor, default
 
 _LISTS = ("short_factor", "long_factor")
+# Of float32, in which models compute frequencies.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +42,32 @@ class LongFactors:
 
     def __post_init__(self) -> None:
         for name, values in zip(_LISTS, (self.short, self.long), strict=True):
-            wrong = [x for x in values if not (_is_number(x) and 0 < x < math.inf)]
+            wrong = [x for x in values if not (_is_number(x) and _LEAST <= x <= _MOST)]
             if wrong or not values:
                 raise InputError(
-                    f"{name} of LongRoPE is a list of positive numbers, one for each frequency; "
-                    f"got {wrong[0]!r} in it."
+                    f"{name} of LongRoPE is a list of positive numbers that float32 holds, one "
+                    f"for each frequency; got {wrong[0]!r} in it."
                     if wrong
                     else f"{name} of LongRoPE is empty: give one number for each frequency."
                 )
+
+    def check_base(self, dim: int, base: float) -> None:
+        """Raise InputError unless float32 holds all frequencies that the lists give.
+
+        Args:
+            dim: rotary head width D, which ``check_width`` has found to fit.
+            base: ``rope_theta``.
+        """
+        for name, values in zip(_LISTS, (self.short, self.long), strict=True):
+            found = default(dim, base).inv_freq / np.asarray(values)
+            for divisor, frequency in zip(values, found.tolist(), strict=True):
+                if not _LEAST <= frequency <= 1 / _LEAST:
+                    raise InputError(
+                        f"{name} of LongRoPE holds {divisor!r}, which with rope_theta {base:g} "
+                        f"makes a frequency of {frequency:.3g} radians per token: float32, in "
+                        "which models compute them, does not hold it or its inverse. Give "
+                        "factors searched for this model."
+                    )
 
     def check_width(self, dim: int) -> None:
         """Raise InputError unless both lists fit a rotary width of ``dim``."""
@@ -68,7 +88,7 @@ def read_factors(path: str | Path) -> LongFactors:
 
     Raises:
         DataError: the file is missing, is no JSON, or holds no such lists.
-        InputError: a list holds something else than positive numbers.
+        InputError: a list holds something else than positive numbers that float32 holds.
     """
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
