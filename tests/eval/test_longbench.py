@@ -424,6 +424,7 @@ def test_the_command_prints_a_table(call, data):
     ("asked", "words"),
     [
         (("--data", "gone"), "gone does not exist"),
+        (("--data", "/dev/null"), "/dev/null is neither a file nor a folder"),
         (("--data", "DATA", "--datasets", "trec"), "hold no dataset trec; they hold qasper"),
         (("--data", "DATA", "--limit", 0), "limit is at least 1"),
         (("--data", "DATA", "--rope", "yarn"), "give --length"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,7 @@ def test_reads_folders_in_order_and_every_format(tmp_path):
         ("x.jsonl", b'{"body": "a"}', 'line 1 has no string under the key "text"'),
         ("x.txt.gz", b"no gzip", "could not be read"),
         ("x.txt.gz", gzip.compress(b"a" * 50, mtime=0)[:-9], "could not be read"),
+        ("x.txt.gz", gzip.compress(b"a", mtime=0)[:10] + b"\xff" * 20, "could not be read"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, name, content, message):
@@ -130,6 +133,22 @@ def test_bad_files_say_what_is_wrong(tmp_path, name, content, message):
 def test_missing_path_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data path not found: .*nowhere"):
         read_documents([tmp_path / "nowhere"])
+
+
+def test_a_pipe_is_read_once_and_a_device_not_at_all(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for text in ("one\ntwo", " "):
+        writer = threading.Thread(target=pipe.write_text, args=(text,))
+        writer.start()
+        if text.strip():
+            assert read_documents([pipe]) == [Document(str(pipe), text)]
+        else:
+            with pytest.raises(DataError, match="or pipes that nobody has read"):
+                read_documents([pipe])
+        writer.join()
+    with pytest.raises(DataError, match="neither a file nor a folder nor a pipe: /dev/zero"):
+        read_documents(["/dev/zero"])
 
 
 def test_documents_end_with_the_end_of_text_token(tokenizer):

@@ -161,11 +161,12 @@ def data_hash(examples: dict[str, list[Example]]) -> str:
 
 
 def _jsonl(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return [path]
     if not path.is_dir():
+        wrong = "is neither a file nor a folder" if path.exists() else "does not exist"
         raise DataError(
-            f"{path} does not exist. Give LongBench's .jsonl files, or a folder with them; "
+            f"{path} {wrong}. Give LongBench's .jsonl files, or a folder with them; "
             "nothing is downloaded."
         )
     inside = sorted(file for file in path.glob("*.jsonl") if file.is_file())
@@ -180,6 +181,8 @@ def _read(path: Path) -> list[tuple[str, Example]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

@@ -14,6 +14,7 @@ import gzip
 import json
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,19 +71,24 @@ def read_documents(paths: Sequence[Path | str]) -> list[Document]:
 
     A folder gives its ``.txt .md .py .rst .jsonl`` files (also ``.gz``), hidden ones skipped; a
     file named directly is read whatever its suffix. A ``.jsonl`` file gives one document per line,
-    from the key ``text``.
+    from the key ``text``. A pipe gives one document, and only once.
 
     Raises:
-        DataError: a path that does not exist, a file that is not UTF-8 text, a malformed
-            ``.jsonl`` line, or no text at all.
+        DataError: a path that does not exist or is something else, a file that is not UTF-8 text,
+            a malformed ``.jsonl`` line, or no text at all.
     """
     documents: list[Document] = []
     for path in map(Path, paths):
         if path.is_dir():
             for file in _text_files(path):
                 documents += _read_file(file)
-        elif path.is_file():
+        elif path.is_file() or path.is_fifo():
             documents += _read_file(path)
+        elif path.exists():
+            raise DataError(
+                f"data path is neither a file nor a folder nor a pipe: {path}. Pass one of those; "
+                "/dev/stdin is one where something is piped into it."
+            )
         else:
             raise DataError(
                 f"data path not found: {path}. Pass files or folders that exist on this machine."
@@ -92,7 +98,8 @@ def read_documents(paths: Sequence[Path | str]) -> list[Document]:
         given = ", ".join(str(path) for path in paths) or "nothing"
         raise DataError(
             f"no text found in: {given}. "
-            f"Expected {' '.join(SUFFIXES)} files (also .gz) that are not empty."
+            f"Expected {' '.join(SUFFIXES)} files (also .gz) that are not empty, or pipes that "
+            "nobody has read."
         )
     return documents
 
@@ -268,7 +275,7 @@ def _read_file(path: Path) -> list[Document]:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}). Convert it or leave it out."
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} could not be read: {error}.") from None
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         return _read_jsonl(path, text)
