@@ -32,7 +32,7 @@ from longspan.hf.routes import note_changes, undo_changes
 from longspan.hf.rows import Rows
 from longspan.mechanism._dual_chunk_plan import DualChunk, DualChunkPlan, lay_out, plain_plan
 from longspan.mechanism.dual_chunk import attend_in_passes
-from longspan.ops.attend import autocast
+from longspan.ops.inputs import autocast
 from longspan.pattern import Causal
 
 if TYPE_CHECKING:

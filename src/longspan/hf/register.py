@@ -22,7 +22,7 @@ from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
 from longspan.hf.rows import Rows, rows_mask, within
 from longspan.ops import attend
-from longspan.ops.attend import autocast
+from longspan.ops.inputs import autocast
 from longspan.pattern import Causal, Pattern
 
 PREFIX = "longspan."

@@ -21,8 +21,8 @@ from longspan.mechanism import _chosen
 from longspan.mechanism._copies import Copies
 from longspan.mechanism._range_op import over_ranges
 from longspan.ops import merge
-from longspan.ops.attend import autocast
 from longspan.ops.fused import can_fuse
+from longspan.ops.inputs import autocast
 
 # Scores that exist at a time: bounds the memory of a selection.
 _SCORES = 1 << 25

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.attend import autocast
 from longspan.ops.capability import choose
+from longspan.ops.inputs import autocast
 from longspan.ops.ranges import KeyRanges
 
 

@@ -11,14 +11,13 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError, PlanError
+from longspan.errors import InputError
 from longspan.ops.capability import (
     choose,
     choose_together,
@@ -26,6 +25,7 @@ from longspan.ops.capability import (
     needs_grad,
 )
 from longspan.ops.compiled import attend_compiled
+from longspan.ops.inputs import autocast, check_batch, check_tensors, factor_of, on_cpu
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
@@ -87,8 +87,8 @@ def attend(
     rows = (positions, segments, key_positions, key_segments)
     if torch.compiler.is_compiling():
         return attend_compiled(q, k, v, pattern, rows, scale, return_lse, impl, layer)
-    _check(q, k, v)
-    factor = _factor(scale, q.shape[-1])
+    check_tensors(q, k, v)
+    factor = factor_of(scale, q.shape[-1])
     laid = _plan(q, k, pattern, rows, layer)
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
@@ -117,8 +117,8 @@ def explain(
     Takes and raises what ``attend`` does, and computes nothing.
     """
     q, k, v = autocast(q, k, v)
-    _check(q, k, v)
-    _factor(scale, q.shape[-1])
+    check_tensors(q, k, v)
+    factor_of(scale, q.shape[-1])
     laid = _plan(q, k, pattern, (positions, segments, key_positions, key_segments), layer)
     use_lse = return_lse or len(laid.passes) > 1
     lines = [str(laid)]
@@ -168,28 +168,6 @@ def _rate(measured: Rates, kernel: str) -> str:
     return ""
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as torch's own attention does: not float64, and wherever two dtypes meet.
-
-    A rotation in float32 leaves queries wider than values.
-    """
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    # Autocast knows no device without data, and asking what it knows breaks a compiler's graph.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
-
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 # Plans of a plain call are kept: a training loop asks for the same one in every layer and step.
 _cached_plan = lru_cache(maxsize=32)(plan)
 _parsed = lru_cache(maxsize=256)(parse)
@@ -216,74 +194,12 @@ def _plan(
         names = ("positions", "segments", "key_positions", "key_segments")
         lengths = (n, n, keys, keys)
         tables: dict[str, Any] = {
-            name: table(name, _on_cpu(name, row), length)
+            name: table(name, on_cpu(name, row), length)
             for name, row, length in zip(names, rows, lengths, strict=True)
         }
         # A plan of equal rows has a single one: what was given tells more.
         for one in tables.values():
-            _check_batch(1 if one is None else len(one), q)
+            check_batch(1 if one is None else len(one), q)
         laid = plan(pattern, n, heads, keys=keys, layer=layer, **tables)
-    _check_batch(laid.batch, q)
+    check_batch(laid.batch, q)
     return laid
-
-
-def _on_cpu(name: str, row: Any) -> Any:
-    if not isinstance(row, Tensor):
-        return row
-    if row.is_floating_point() or row.is_complex():
-        raise PlanError(f"{name} must be whole numbers, got {row.dtype}")
-    return row.detach().cpu().numpy()
-
-
-def _check_batch(rows: int, q: Tensor) -> None:
-    if rows not in (1, q.shape[0]):
-        raise InputError(f"positions or segments have {rows} batch rows, q has {q.shape[0]}")
-
-
-def _factor(scale: Any, width: int) -> float:
-    """The factor on the logits."""
-    if scale is None:
-        return width**-0.5
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise InputError("scale gets no gradient: multiply q by it, and pass scale=1.0")
-    try:
-        found = float(scale)
-    except (TypeError, ValueError, RuntimeError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise InputError(f"scale must be a finite number, got {scale!r}")
-    return found
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
-    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)):
-        raise InputError(f"expected q [B, H, N, D], k [B, K, M, D], v [B, K, M, Dv]; got {shapes}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise InputError(f"batch sizes differ: {shapes}")
-    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise InputError(
-            f"k must have the width of q, and v the heads and rows of k; got {shapes}"
-        )
-    if min(q.numel(), k.numel(), v.numel()) == 0:
-        raise InputError(f"expected no empty axis; got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise InputError(f"the key heads must divide the query heads; got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        raise InputError(
-            "q, k and v must share one floating dtype, float64, float32, bfloat16 or float16; got "
-            f"{q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device:
-        raise InputError(
-            f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
-        )
-    if q.is_meta or not q.layout == k.layout == v.layout == torch.strided:
-        raise InputError(
-            "expected dense tensors with data; got "
-            f"{', '.join('meta' if t.is_meta else str(t.layout) for t in (q, k, v))}"
-        )
-
-
-def _shape(t: Any) -> str:
-    return str(list(t.shape)) if isinstance(t, Tensor) else type(t).__name__

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError, PatternError, PlanError, Refusal
-from longspan.ops.attend import _check, _check_batch, _factor, _on_cpu, autocast
 from longspan.ops.attend import attend as attend_here
 from longspan.ops.capability import KERNELS, needs_grad
+from longspan.ops.inputs import autocast, check_batch, check_tensors, factor_of, on_cpu
 from longspan.parallel.agreement import agree, group_of
 from longspan.parallel.exchange import exchange
 from longspan.parallel.needs import Places, route_of
@@ -147,7 +147,7 @@ def attend_unless(
         _check_own(q, k, v, shards, rank, ranks)
         pattern = _pattern(pattern, impl).at_layer(layer)
         pattern.require(q.shape[1])
-        told = _Told.of(_on_cpu("positions", positions), _on_cpu("segments", segments), q)
+        told = _Told.of(on_cpu("positions", positions), on_cpu("segments", segments), q)
         facts = _facts(q, k, v, pattern, shards, scale, return_lse, impl, told)
     except Exception as error:
         # Whatever it is, the other ranks are told.
@@ -207,7 +207,7 @@ def _check_own(
         given = tuple(
             t.new_empty(*t.shape[:2], 1, t.shape[3]) if t.shape[2] == 0 else t for t in given
         )
-    _check(*given)
+    check_tensors(*given)
     if q.shape[2] != k.shape[2]:
         raise InputError(
             f"a rank holds queries, keys and values of the same rows; got {q.shape[2]} queries "
@@ -242,7 +242,7 @@ def _facts(
         "device": q.device.type,
         "pattern": pattern,
         "shards": shards,
-        "scale": _factor(scale, q.shape[3]),
+        "scale": factor_of(scale, q.shape[3]),
         "return_lse": return_lse,
         "impl": impl,
         "gradients of keys or values": needs_grad(k, v),
@@ -279,7 +279,7 @@ def _digest(name: str, row: Any, q: Tensor) -> str:
     except ValueError as error:
         raise PlanError(f"{name} must have shape [rows] or [batch, rows]: {error}") from None
     if array.ndim == 2:
-        _check_batch(len(array), q)
+        check_batch(len(array), q)
     digest = hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
     return f"{array.dtype} {list(array.shape)} {digest}"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.errors import InputError, Refusal
 from longspan.mechanism._past import places, tokens_first
-from longspan.ops.attend import _check
+from longspan.ops.inputs import check_tensors, factor_of
 from longspan.select import cudnn_blocks, ranges, tiles
 from longspan.select.method import Method, Term, method
 from longspan.select.prompt import Layout, lay, whole
@@ -104,11 +104,12 @@ def prefill(
         [B, H, N], -inf there.
 
     Raises:
-        InputError: if shapes do not fit, or the method needs norms that were not given.
+        InputError: if shapes do not fit, ``scale`` is no finite number, or the method needs norms
+            that were not given.
         PolicyError: if the method does not parse.
         Refusal: if a named kernel cannot do it.
     """
-    _check(q, k, v)
+    check_tensors(q, k, v)
     place = None
     if norms is not None and norms.shape != (k.shape[0], k.shape[2]):
         raise InputError(
@@ -156,8 +157,12 @@ def select(
         scale: factor on the logits; default ``D ** -0.5``.
         norms: lengths of the embeddings of the keys [B, M], tokens first.
         layer: ``layer`` and ``layers``, for budgets that differ between layers.
+
+    Raises:
+        InputError: if ``scale`` is no finite number.
+        PolicyError: if the method does not parse.
     """
     wanted = method(chosen)
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = factor_of(scale, q.shape[-1])
     layout = lay(q, k, place, wanted.block, factor, norms, **layer)
     return Selected(layout=layout, v=whole(v, wanted.block), selection=_selection(wanted, layout))
