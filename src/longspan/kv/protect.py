@@ -177,8 +177,8 @@ def _config_beside(path: str) -> dict[str, Any]:
     file = _file_of(path).with_name("config.json")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise PolicyError(f"duo: cannot read {str(file)!r}: {error}") from None
     return found if isinstance(found, dict) else {}
