@@ -144,85 +144,34 @@ def pretrain(
         else train_tokenizer((document.text for document in documents), config.vocab)
     )
     tokenizer.model_max_length = config.context
-    length = config.context + 1
-    text = Sampler(tokenize_documents(tokenizer, documents), length, seed=config.seed)
-    validation_nL = _eval_sequences(tokenizer, validation, length)
-    heldout_nL = _eval_sequences(tokenizer, heldout, length)
-    recall_rows = round(config.recall_share * config.batch)
-    recall = None
-    if recall_rows:
-        recall_text = recall_documents(config.seed, config.recall_count)
-        recall = Sampler(tokenize_documents(tokenizer, recall_text), length, seed=config.seed)
-
+    text = _Text(config, tokenizer, documents)
+    validation_nL, heldout_nL = (
+        _eval_sequences(tokenizer, some, config.context + 1) for some in (validation, heldout)
+    )
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    built: Any = build_llama(
-        vocab_size=len(tokenizer),
-        hidden=config.hidden,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        intermediate=config.intermediate,
-        context=config.context,
-        rope_theta=config.rope_theta,
-    )
-    model = built.to(device)
+    model = _build(config, len(tokenizer)).to(device)
     hooks = _add_dropout(model, config.dropout)
     optimizer = _optimizer(model, config)
     first, seconds, history = 0, 0.0, []
     if resume:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        if state["config"] != asdict(config):
-            changed = [
-                name
-                for name, value in asdict(config).items()
-                if state["config"].get(name) != value
-            ]
-            raise DataError(
-                f"{checkpoint} belongs to a run with other values of: {', '.join(changed)}."
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        _set_rng_state(device, state["rng"])
-        first, seconds, history = state["step"], state["seconds"], state["history"]
+        first, seconds, history = _restore(checkpoint, config, model, optimizer)
 
     started = time.perf_counter() - seconds
-    train_loss, validation_loss = float("nan"), history[-1][2] if history else None
-    if first:
-        train_loss = history[-1][1]
+    validation_loss = history[-1][2] if history else None
     for step in range(first, config.steps):
-        batch_BL = text.batch(step * (config.batch - recall_rows), config.batch - recall_rows)
-        if recall is not None:
-            batch_BL = torch.cat([batch_BL, recall.batch(step * recall_rows, recall_rows)])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        loss = sequence_loss(model, batch_BL.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = _step(model, optimizer, text.batch(step).to(device), learning_rate(config, step))
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
-            train_loss = loss.item()
             validation_loss = _mean_loss(model, validation_nL, config.batch)
-            history.append((done, train_loss, validation_loss))
+            history.append((done, loss.item(), validation_loss))
         # Reading the loss waits for the GPU, so not after every step.
         if on_step is not None and (done % 10 == 0 or done == config.steps):
             on_step(done, loss.item(), validation_loss)
         if done % config.save_every == 0 and done < config.steps:
-            _save_checkpoint(
-                checkpoint,
-                tokenizer,
-                {
-                    "config": asdict(config),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "rng": _rng_state(device),
-                    "step": done,
-                    "seconds": time.perf_counter() - started,
-                    "history": history,
-                },
-            )
+            seconds = time.perf_counter() - started
+            state = _state(config, model, optimizer, done, seconds, history)
+            _save_checkpoint(checkpoint, tokenizer, state)
 
     report = PretrainReport(
         config=asdict(config),
@@ -230,7 +179,7 @@ def pretrain(
         train_tokens=text.tokens,
         tokens_seen=config.steps * config.batch * config.context,
         seconds=time.perf_counter() - started,
-        train_loss=train_loss,
+        train_loss=history[-1][1],
         validation_loss=validation_loss,
         heldout_loss=_mean_loss(model, heldout_nL, config.batch),
         history=history,
@@ -241,6 +190,62 @@ def pretrain(
     (out / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     shutil.rmtree(checkpoint, ignore_errors=True)
     return report
+
+
+class _Text:
+    """Training batches by number: real text, and synthetic recall text beside it."""
+
+    def __init__(
+        self, config: PretrainConfig, tokenizer: Any, documents: Sequence[Document]
+    ) -> None:
+        self._recalled = round(config.recall_share * config.batch)
+        self._real = config.batch - self._recalled
+
+        def sampler(some: Sequence[Document]) -> Sampler:
+            tokens = tokenize_documents(tokenizer, some)
+            return Sampler(tokens, config.context + 1, seed=config.seed)
+
+        self._text, self._recall = sampler(documents), None
+        if self._recalled:
+            self._recall = sampler(recall_documents(config.seed, config.recall_count))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the real text."""
+        return self._text.tokens
+
+    def batch(self, step: int) -> Tensor:
+        """Batch ``step`` >= 0: int64 [B, L]."""
+        batch_BL = self._text.batch(step * self._real, self._real)
+        if self._recall is None:
+            return batch_BL
+        recalled_BL = self._recall.batch(step * self._recalled, self._recalled)
+        return torch.cat([batch_BL, recalled_BL])
+
+
+def _build(config: PretrainConfig, vocabulary: int) -> Any:
+    return build_llama(
+        vocab_size=vocabulary,
+        hidden=config.hidden,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        intermediate=config.intermediate,
+        context=config.context,
+        rope_theta=config.rope_theta,
+    )
+
+
+def _step(model: Any, optimizer: torch.optim.AdamW, batch_BL: Tensor, lr: float) -> Tensor:
+    """One optimizer step; its loss, which nobody has waited for."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = sequence_loss(model, batch_BL)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -331,6 +336,43 @@ def _check_out(out: Path, checkpoint: Path, *, resume: bool) -> None:
         raise DataError(
             f"output {out} exists and is not an empty folder. Choose another or resume."
         )
+
+
+def _state(
+    config: PretrainConfig,
+    model: Any,
+    optimizer: torch.optim.AdamW,
+    step: int,
+    seconds: float,
+    history: list[tuple[int, float, float | None]],
+) -> dict[str, Any]:
+    return {
+        "config": asdict(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": _rng_state(torch.device(config.device)),
+        "step": step,
+        "seconds": seconds,
+        "history": history,
+    }
+
+
+def _restore(
+    checkpoint: Path, config: PretrainConfig, model: Any, optimizer: torch.optim.AdamW
+) -> tuple[int, float, list[tuple[int, float, float | None]]]:
+    """Go on from a checkpoint; its step, the seconds it took, and its history."""
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if state["config"] != asdict(config):
+        changed = [
+            name for name, value in asdict(config).items() if state["config"].get(name) != value
+        ]
+        raise DataError(
+            f"{checkpoint} belongs to a run with other values of: {', '.join(changed)}."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    _set_rng_state(torch.device(config.device), state["rng"])
+    return state["step"], state["seconds"], state["history"]
 
 
 def _save_checkpoint(checkpoint: Path, tokenizer: Any, state: dict[str, Any]) -> None:
