@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import Refusal
+from longspan.hf.quiet import first_line
 from longspan.hf.rows import rows_mask
 from longspan.mechanism.layer import MechanismLayer
 from longspan.ops import attend
@@ -181,7 +182,7 @@ def try_apart(
         apart = float((found - wanted).norm() / wanted.norm())
         same, said = apart <= _tolerance(x.dtype), f"they differ by {apart:.1e}"
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        same, said = False, str(error).splitlines()[0]
+        same, said = False, first_line(error)
     finally:
         owner.train(training)
     if not same:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import DataError, InputError
-from longspan.hf.quiet import saving
+from longspan.hf.quiet import first_line, saving
 from longspan.hf.routes import routed
 from longspan.hf.unwrap import base_model
 
@@ -133,8 +133,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
         with _peft_is_behind():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[0][:300]
-        raise DataError(f"The adapter in {folder} does not fit this model: {first}") from error
+        said = first_line(error)
+        raise DataError(f"The adapter in {folder} does not fit this model: {said}") from error
 
 
 def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrainedModel:

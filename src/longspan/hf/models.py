@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import DataError, InputError
-from longspan.hf.quiet import no_bars
+from longspan.hf.quiet import first_line, no_bars
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,9 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise DataError(f"The weights in {folder} cannot be loaded: {_short(error)}") from error
+        raise DataError(
+            f"The weights in {folder} cannot be loaded: {first_line(error)}"
+        ) from error
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
@@ -81,7 +83,9 @@ def tokenizer_of(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise DataError(f"The tokenizer in {folder} cannot be loaded: {_short(error)}") from error
+        raise DataError(
+            f"The tokenizer in {folder} cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -104,7 +108,7 @@ def check_device(name: str | torch.device) -> torch.device:
     # Builds without a backend fail in ways of their own: AssertionError, NotImplementedError.
     except Exception as error:
         raise InputError(
-            f"Device {str(name)!r} cannot be used here: {_short(error).rstrip('.')}. "
+            f"Device {str(name)!r} cannot be used here: {first_line(error).rstrip('.')}. "
             "Give cpu, or cuda where torch sees a GPU."
         ) from error
     return device
@@ -154,7 +158,7 @@ def config_of(path: str | Path) -> PreTrainedConfig:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise DataError(f"{folder / 'config.json'} cannot be read: {_short(error)}") from error
+        raise DataError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
 
 
 def _check_causal(folder: Path, config: Any) -> None:
@@ -173,8 +177,3 @@ def _check_causal(folder: Path, config: Any) -> None:
             f"{folder} holds {', '.join(sorted(saved))}, not a causal language model "
             f"({', '.join(sorted(expected))})."
         )
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

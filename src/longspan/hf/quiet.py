@@ -31,3 +31,9 @@ def saving() -> Iterator[None]:
             if isinstance(error, OSError) or "(os error" not in str(error):
                 raise
             raise OSError(str(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, or its name if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
