@@ -232,3 +232,13 @@ def test_both_ways():
     dq, _, dv = ways["forward+backward"]()
     torch.testing.assert_close(dq, inputs[1].repeat_interleave(2, 1))
     torch.testing.assert_close(dv, torch.full_like(inputs[2], 2.0))
+
+
+def test_kernels_are_named_for_passes_and_for_heads_of_their_own(monkeypatch):
+    said = """plan of dilated(4, [1, 2])
+  pairs    10: kernel of nothing
+pass 0: kernel hopper: our own kernel for Hopper
+  not flex: possible, comes later in the order
+heads 0 to 3 in steps of 2, rows by remainder mod 2: kernel flex: FlexAttention over ranges"""
+    monkeypatch.setattr(run, "explain", lambda *_, **__: said)
+    assert run.kernels([], None, "auto", "forward") == ["hopper", "flex"]

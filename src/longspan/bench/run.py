@@ -184,10 +184,11 @@ def ours_at(pattern: Pattern, impl: str) -> Callable[[Setting], Call]:
 
 
 def kernels(inputs: list[Tensor], laid: Plan, impl: str, way: str) -> list[str]:
-    """The kernel of each pass."""
+    """The kernel of each pass, or of each of its calls for heads of their own."""
     q, k, v = (x.detach().requires_grad_(way != "forward") for x in inputs)
     said = explain(q, k, v, laid, impl=impl).splitlines()
-    return [x.split("kernel ")[1].split(":")[0] for x in said if x.startswith("pass ")]
+    found = (x.partition(": kernel ")[2].partition(":")[0] for x in said if x[:1] != " ")
+    return [name for name in found if name]
 
 
 def dense_calls(setting: Setting, inputs: list[Tensor], way: str) -> dict[str, Call]:

@@ -44,7 +44,7 @@ def render(report: dict[str, Any]) -> str:
         _figure(
             "Perplexity by context length",
             "The same text, cut into windows of each length.",
-            _by_length(states, job["trained_length"]),
+            _by_length(states),
             _legend(states),
         ),
         _figure(
@@ -168,7 +168,7 @@ def _positions(states: Sequence[_State], trained_length: int, log_y: bool = True
     )
 
 
-def _by_length(states: Sequence[_State], trained_length: int) -> str:
+def _by_length(states: Sequence[_State]) -> str:
     lines = [
         Series(
             name=state.title,
