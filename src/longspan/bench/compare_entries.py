@@ -10,7 +10,6 @@ Axes: B batch, H query heads, K key heads, N rows, D head width.
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from longspan import mechanism as mechanisms
 from longspan.bench import dense
 from longspan.errors import InputError
-from longspan.mechanism.layer import MechanismLayer
+from longspan.mechanism.layer import MechanismLayer, options_of
 from longspan.ops import attend
 from longspan.pattern import Pattern, parse
 from longspan.viz.cards import CARDS
@@ -145,7 +144,7 @@ class Entry:
     def at(self, n: int) -> dict[str, Any]:
         """Options of its layers, for sequences of at most ``n`` tokens."""
         # Weights for each position: no longer than what is measured.
-        long = {"max_length": n} if "max_length" in _options(self.kind) else {}
+        long = {"max_length": n} if "max_length" in options_of(self.kind) else {}
         return {**long, **self.options}
 
 
@@ -171,7 +170,7 @@ def entry(text: str) -> Entry:
         pattern = parse(text)
         return Entry(text=text, kind=PatternLayer, options={"pattern": pattern}, pattern=pattern)
     kind = getattr(mechanisms, name)
-    allowed = _options(kind)
+    allowed = options_of(kind)
     given = _arguments(text, name)
     unknown = sorted(set(given) - set(allowed))
     if unknown:
@@ -179,7 +178,7 @@ def entry(text: str) -> Entry:
             f"{name} has no option {', '.join(unknown)}; it has {', '.join(sorted(allowed))}"
         )
     given = {key: value for key, value in kind.near_dense.items() if key in allowed} | given
-    missing = [key for key, found in allowed.items() if found and key not in given]
+    missing = [k for k, one in allowed.items() if one.default is one.empty and k not in given]
     if missing:
         raise InputError(f"{name} needs {', '.join(missing)}, as in {_example(name)}")
     return Entry(text=text, kind=kind, options=given)
@@ -202,17 +201,6 @@ def _arguments(text: str, name: str) -> dict[str, Any]:
 
 def _example(name: str) -> str:
     return next(one for one in MECHANISMS if one.split("(", 1)[0] == name)
-
-
-def _options(kind: type[MechanismLayer]) -> dict[str, bool]:
-    """Options beside sizes, projections and what a model brings: whether each must be given."""
-    found: dict[str, bool] = {}
-    for owner in kind.__mro__[: kind.__mro__.index(MechanismLayer)]:
-        if "__init__" in vars(owner):
-            for name, one in inspect.signature(owner.__init__).parameters.items():
-                found.setdefault(name, one.default is one.empty)
-    brought = {"self", "d_model", "heads", "rope", "kwargs"}
-    return {name: needed for name, needed in found.items() if name not in brought}
 
 
 def _first_order(text: str) -> str:

@@ -24,7 +24,7 @@ from longspan.hf.register import attention_over, checked_rows, enlist
 from longspan.hf.rope import rotary_modules, trained_length
 from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
-from longspan.mechanism.layer import MechanismLayer
+from longspan.mechanism.layer import MechanismLayer, options_of
 from longspan.pattern import Causal
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def method(
             f"{name} cannot stand in for the causal attention of {type(base).__name__}: {why}. "
             "The model was not changed."
         )
-    allowed = _options(kind)
+    # A causal model decides that.
+    allowed = {key: found for key, found in options_of(kind).items() if key != "causal"}
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise InputError(
@@ -245,18 +246,6 @@ def _valid(rows: Rows, device: torch.device) -> Tensor | None:
         valid = None if rows.segments is None else torch.from_numpy(rows.segments >= 0)
         rows.kept["valid"] = None if valid is None else valid.to(device)
     return rows.kept["valid"]
-
-
-def _options(kind: type[MechanismLayer]) -> dict[str, python_inspect.Parameter]:
-    """What a layer takes beside sizes, projections and what a model brings."""
-    parameters: dict[str, python_inspect.Parameter] = {}
-    for owner in kind.__mro__:
-        if owner is MechanismLayer:
-            break
-        if "__init__" in vars(owner):
-            parameters = dict(python_inspect.signature(owner.__init__).parameters) | parameters
-    brought = {"self", "d_model", "heads", "rope", "causal", "kwargs"}
-    return {name: found for name, found in parameters.items() if name not in brought}
 
 
 def _numbers(base: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...] | None:

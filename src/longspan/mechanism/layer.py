@@ -10,6 +10,7 @@ Axes: B batch, N tokens, H query heads, K key heads, D head width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -158,6 +159,16 @@ class MechanismLayer(nn.Module):
     def extra_repr(self) -> str:
         kv = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"d_model={self.d_model}, heads={self.heads}{kv}"
+
+
+def options_of(kind: type[MechanismLayer]) -> dict[str, inspect.Parameter]:
+    """What a kind of layers takes beside sizes, projections and what a model brings, by name."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in kind.__mro__[: kind.__mro__.index(MechanismLayer)]:
+        if "__init__" in vars(owner):
+            found = {**inspect.signature(owner.__init__).parameters, **found}
+    brought = {"self", "d_model", "heads", "rope", "kwargs"}
+    return {name: one for name, one in found.items() if name not in brought}
 
 
 def positions(x: Tensor, valid: Tensor | None, start: Count = 0) -> Tensor:
