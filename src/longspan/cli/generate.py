@@ -62,7 +62,8 @@ def generate(
     from longspan.kv import cache
 
     how = reading(prefill, dense_below, kv, pattern)
-    method = how.prefill
+    method, policy = how.prefill, how.kv
+    assert policy is not None
     if tokens < 1 or not temperature >= 0:
         raise InputError(
             f"Expected at least 1 token and a temperature from 0, got --tokens {tokens} and "
@@ -93,7 +94,7 @@ def generate(
         loaded,
         tokenizer,
         ids,
-        cache(loaded, how.kv, positions=positions),
+        cache(loaded, policy, positions=positions),
         tokens=tokens,
         temperature=temperature,
         write=(lambda _: None) if as_json else _write,

@@ -85,7 +85,7 @@ class KeptLayer(CacheLayerMixin):
         # A copy belongs to the same model, which a pickle cannot say.
         new = object.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
     def __reduce__(self) -> Any:
