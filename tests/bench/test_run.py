@@ -241,4 +241,6 @@ pass 0: kernel hopper: our own kernel for Hopper
   not flex: possible, comes later in the order
 heads 0 to 3 in steps of 2, rows by remainder mod 2: kernel flex: FlexAttention over ranges"""
     monkeypatch.setattr(run, "explain", lambda *_, **__: said)
-    assert run.kernels([], None, "auto", "forward") == ["hopper", "flex"]
+    q = torch.zeros(1, 4, 4, 8)
+    laid = ls.plan(ls.Dilated(4, (1, 2)), 4, 4)
+    assert run.kernels([q, q, q], laid, "auto", "forward") == ["hopper", "flex"]
