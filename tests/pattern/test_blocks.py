@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import longspan as ls
 from longspan.errors import PatternError
@@ -101,6 +102,16 @@ def test_random_blocks(apart, skip, causal):
             assert found <= eligible
             assert len(found) == min(count, len(eligible))
     np.testing.assert_array_equal(ls.plan(pattern, 90, 2).mask()[0], pattern.mask(90, 2))
+
+
+def test_as_many_random_draws_as_there_can_be():
+    # A draw for each that was asked for would not fit into memory.
+    assert (ls.Random(2**31 - 1).mask(9) == ls.Causal().mask(9)).all()
+    assert (ls.plan(ls.Random(2**31 - 1), 9).mask()[0] == ls.Causal().mask(9)).all()
+    blocks, few = ls.RandomBlocks(2, 2**31 - 1, apart=2), ls.RandomBlocks(2, 100, apart=2)
+    assert (blocks.mask(23, 2) == few.mask(23, 2)).all()
+    row = ls.plan(blocks, 1, keys=23).mask()[0, :, 0]
+    assert (row == blocks.mask(23)[:, -1]).all()
 
 
 def test_random_draws_are_fixed_differ_and_spread():
@@ -209,6 +220,10 @@ def test_presets_and_lists_survive_their_text(pattern):
         (lambda: ls.Blocks((), 4), ["map", "Blocks.of"]),
         (lambda: ls.Blocks((0, 1), 4), ["list of whole numbers", "0"]),
         (lambda: ls.Blocks.of(np.ones(3), 4), ["matrix", "[3]"]),
+        (lambda: ls.Blocks.of([[0.0, -np.inf], [0.0, 0.0]], 4), ["true and false", "-inf"]),
+        (lambda: ls.Blocks.of([[np.nan, 1]], 4), ["true and false", "nan"]),
+        (lambda: ls.Blocks.of([["no", "yes"]], 4), ["true and false", "no"]),
+        (lambda: ls.Blocks.of(torch.ones(2, 2, requires_grad=True), 4), ["matrix", "grad"]),
         (lambda: ls.Blocks([[1, 0, 0], [1, 1, 0]], 4), ["twice", "[1, 0, 0]", "Blocks.of"]),
         (lambda: ls.Global([3, 7]), ["one by one, Global(3, 7)", "[3, 7]"]),
         (lambda: ls.VerticalSlash((), ()), ["neither"]),

@@ -59,7 +59,10 @@ def test_spelling_is_free(text):
         ("window(4, true, 4)", "window: too many positional arguments; write window(size)", 0),
         ("sink(1) | window(4, causal=maybe)", "must be true or false, got 'maybe'", 10),
         ("window(3, casual=false)", "did you mean 'causal'?", 10),
-        ("window(3, size=4, size=5)", "given twice", 18),
+        ("window(3, size=4, size=5)", "argument 'size' is given twice", 18),
+        ("window(1__0)", "'1__0' is no number", 7),
+        ("window(" + "9" * 5000 + ")", f"'{'9' * 24}...' is no number", 7),
+        ("longformer(8, dilation=2.5)", "step must be a whole number, got 2.5", 0),
         ("window(size=3, 4)", "plain arguments come first", 15),
         ("window 3", "window needs its arguments in brackets: window(size)", 7),
         ("heads(causal, window(4))", "causal needs its arguments in brackets: causal()", 12),
@@ -75,6 +78,8 @@ def test_errors_show_the_place(text, message, column):
         ls.parse(text)
     reason, line, mark = str(caught.value).rsplit("\n", 2)
     assert message in reason
+    # What was found needs no other name.
+    assert ("did you mean" in reason) == ("did you mean" in message)
     assert line == f"  {text}"
     assert mark == f"  {' ' * column}^"
 

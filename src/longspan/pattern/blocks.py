@@ -70,13 +70,24 @@ class Blocks(Atom):
 
     @classmethod
     def of(cls, matrix: Any, size: int, causal: bool = False) -> Blocks:
-        """From a matrix [query blocks, key blocks] that is true where a block is computed."""
+        """From a matrix [query blocks, key blocks], true or 1 where a block is computed.
+
+        Raises:
+            PatternError: if it is no matrix, or holds anything but true and false, or 1 and 0.
+        """
         try:
             table = np.asarray(matrix)
-        except ValueError as error:
+        # What a tensor with a gradient, or on another device, says.
+        except (ValueError, RuntimeError, TypeError) as error:
             raise PatternError(f"Blocks.of: expected a matrix; {error}") from None
         if table.ndim != 2:
             raise PatternError(f"Blocks.of: expected a matrix, got shape {list(table.shape)}")
+        # A bias of 0 and -inf would be read the wrong way round, NaN and words as true.
+        if table.dtype != bool and not np.isin(table, (0, 1)).all():
+            raise PatternError(
+                "Blocks.of: expected true and false, or 1 and 0; got a matrix of "
+                f"{table.dtype} that holds {table[~np.isin(table, (0, 1))][0]}"
+            )
         return cls(tuple(tuple(np.flatnonzero(row).tolist()) for row in table), size, causal)
 
     @property

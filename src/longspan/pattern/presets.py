@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from longspan.errors import PatternError
 from longspan.pattern.algebra import Pattern, flag, whole, wholes
 from longspan.pattern.blocks import BandBlocks, EdgeBlocks
@@ -32,7 +34,7 @@ def longformer(
         dilation: gaps of the window; a list gives one to each equal run of heads.
         causal: nobody sees later tokens, global ones included.
     """
-    step = dilation if isinstance(dilation, int) else tuple(dilation)
+    step = tuple(dilation) if isinstance(dilation, Sequence | np.ndarray) else dilation
     local = Window(window, causal) if step == 1 else Dilated(window, step, causal)
     listed = wholes("longformer", "tokens", tokens, 0, may_be_empty=True)
     return local | Global(*listed, causal=causal) if listed else local

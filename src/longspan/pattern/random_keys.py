@@ -76,16 +76,18 @@ class RandomBlocks(Atom):
             hole = np.clip(own - self.apart + 1, self.skip, np.maximum(stop, self.skip))
             after = np.clip(own + self.apart, hole, np.maximum(stop, hole))
         eligible = np.maximum(0, stop - self.skip - (after - hole))
-        drawn = np.empty((self.count, *own.shape), np.int64)
+        # No more turns than some query has blocks: the others would not be real.
+        count = min(self.count, int(eligible.max(initial=0)))
+        drawn = np.empty((count, *own.shape), np.int64)
         # Floyd's sampling: the t-th draw is from one more candidate, and a repetition becomes the
         # new candidate.
-        for t in range(self.count):
-            newest = np.maximum(eligible - self.count, 0) + t
+        for t in range(count):
+            newest = np.maximum(eligible - count, 0) + t
             number = _mix(self.seed, at.head, own, t) % (newest + 1).astype(np.uint64)
             drawn[t] = number.astype(np.int64)
             drawn[t] = np.where((drawn[:t] == drawn[t]).any(axis=0), newest, drawn[t])
         block = drawn + self.skip
-        real = np.arange(self.count).reshape(-1, *[1] * own.ndim) < eligible
+        real = np.arange(count).reshape(-1, *[1] * own.ndim) < eligible
         return np.where(block < hole, block, block + (after - hole)), real
 
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:

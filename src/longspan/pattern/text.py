@@ -142,8 +142,10 @@ class Parser:
             kind, word, _ = self.tokens[self.at]
             if kind == "name" and self.tokens[self.at + 1][1] == "=":
                 if word not in known or word in named:
-                    again = "is given twice" if word in named else "is unknown"
-                    self.fail(f"{name}: argument {word!r} {again}{_nearest(word, known)}")
+                    again = (
+                        "is given twice" if word in named else f"is unknown{_nearest(word, known)}"
+                    )
+                    self.fail(f"{name}: argument {word!r} {again}")
                 self.at += 2
                 named[word] = self.value()
             else:
@@ -158,8 +160,12 @@ class Parser:
     def value(self) -> Any:
         kind, word, _ = self.tokens[self.at]
         if kind == "number":
+            try:
+                found = float(word) if "." in word else int(word)
+            except ValueError:
+                self.fail(f"{_short(word)!r} is no number")
             self.at += 1
-            return float(word) if "." in word else int(word)
+            return found
         if kind == "quoted":
             self.at += 1
             return word
@@ -229,6 +235,10 @@ def _usage(name: str, make: Callable[..., Any]) -> str:
         elif parameter.default is parameter.empty:
             words.append(parameter.name)
     return f"{name}({', '.join(words)})"
+
+
+def _short(word: str, most: int = 24) -> str:
+    return word if len(word) <= most else f"{word[:most]}..."
 
 
 def _nearest(word: str, known: list[str]) -> str:
