@@ -288,3 +288,45 @@ def test_a_plan_first_used_in_inference_mode_trains(text, impl):
         ls.attend(*inputs, plan, impl=impl)
     ours = ls.attend(*inputs, plan, impl=impl, return_lse=True)
     assert_same(ours, oracle(*inputs, ls.parse(text).mask(64, 4)), inputs)
+
+
+def test_a_plan_is_that_of_one_layer():
+    q, k, v = qkv()
+    pattern = ls.swin(8)
+    odd = ls.plan(pattern, 29, 4, layer=1)
+    for function in (ls.attend, ls.explain):
+        with pytest.raises(InputError, match=r"one layer, got layer=1 .* plan\(...\)"):
+            function(q, k, v, odd, layer=1)
+    assert torch.equal(ls.attend(q, k, v, odd), ls.attend(q, k, v, pattern, layer=1))
+
+
+# What torch.func.jvp itself imports.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("text", ["window(5) | sink(1)", "ssa(4, 3)", "longmixed(8, 2)"])
+def test_torch_func(text):
+    q, k, v = (x.detach() for x in qkv())
+    seen = torch.from_numpy(ls.parse(text).mask(29, 4))
+
+    def dense(q):
+        logits = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+
+    def ours(q):
+        return ls.attend(q, k, v, text)
+
+    several = torch.stack([q, 2 * q, -q])
+    slope = torch.ones_like(q)
+    for transform in (
+        lambda f: torch.vmap(f)(several),
+        lambda f: torch.func.grad(lambda q: f(q).square().sum())(q),
+        lambda f: torch.func.jvp(f, (q,), (slope,))[1],
+    ):
+        torch.testing.assert_close(transform(ours), transform(dense))
+    with pytest.raises(Refusal, match=r"'tiled' .* torch\.func does not go.* can: reference"):
+        torch.vmap(lambda q: ls.attend(q, k, v, text, impl="tiled"))(several)
+
+
+def test_torch_func_does_not_go_through_gathered_rows():
+    q, k, v = (x.detach() for x in qkv())
+    with pytest.raises(Refusal, match=r"longnet.* in another order.* torch\.func"):
+        torch.func.grad(lambda q: ls.attend(q, k, v, "longnet([8, 16], [1, 2])").sum())(q)

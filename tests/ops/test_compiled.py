@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import longspan as ls
+from longspan.errors import InputError
 
 TEXT = "window(4) | sink(1)"
 
@@ -121,3 +122,11 @@ def test_gradients_through_several_passes_and_orders(pattern, counted):
     found = grads(compiled(*leaves, pattern), leaves)
     for a, b in zip(found, grads(ls.attend(*leaves, pattern), leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_compiler_drops_no_gradient_of_the_scale():
+    q, k, v = qkv(9)
+    scale = torch.tensor(0.3, requires_grad=True)
+    call = torch.compile(lambda q, scale: ls.attend(q, k, v, TEXT, scale=scale), backend="eager")
+    with pytest.raises(InputError, match="scale gets no gradient"):
+        call(q, scale)

@@ -17,15 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError
+from longspan.errors import InputError, Refusal
 from longspan.ops.capability import (
     choose,
     choose_together,
     in_order,
     needs_grad,
+    transforming,
 )
 from longspan.ops.compiled import attend_compiled
-from longspan.ops.inputs import autocast, check_batch, check_tensors, factor_of, on_cpu
+from longspan.ops.inputs import (
+    autocast,
+    check_batch,
+    check_tensors,
+    factor_of,
+    on_cpu,
+    without_gradient,
+)
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import calls_apart, compute, load
@@ -53,7 +61,7 @@ def attend(
 
     Under ``torch.autocast`` inputs are cast as those of torch's own attention are. A compiler
     takes it as one operator, with patterns in text form or made outside; at a plan the graph
-    breaks.
+    breaks. Under ``torch.func`` (vmap, grad, jvp) ``"auto"`` takes the dense ``reference``.
 
     Args:
         q: queries [B, H, N, D]; float64, float32, bfloat16 or float16, any device.
@@ -83,6 +91,7 @@ def attend(
         PlanError: if positions or segments do not fit.
         Refusal: if a named kernel cannot do it.
     """
+    without_gradient(scale)
     q, k, v = autocast(q, k, v)
     rows = (positions, segments, key_positions, key_segments)
     if torch.compiler.is_compiling():
@@ -90,6 +99,7 @@ def attend(
     check_tensors(q, k, v)
     factor = factor_of(scale, q.shape[-1])
     laid = _plan(q, k, pattern, rows, layer)
+    _check_transforms(laid)
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
     parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse)
@@ -180,6 +190,10 @@ def _plan(
     if isinstance(pattern, Plan):
         if any(row is not None for row in rows):
             raise InputError("a plan already holds positions and segments: give them to plan(...)")
+        if layer:
+            raise InputError(
+                f"a plan is that of one layer, got layer={layer!r} beside it: give it to plan(...)"
+            )
         if (pattern.heads, pattern.n, pattern.keys) != (heads, n, keys):
             raise InputError(
                 f"the plan is for {pattern.heads} heads, {pattern.n} queries and {pattern.keys} "
@@ -189,8 +203,10 @@ def _plan(
     else:
         if isinstance(pattern, str):
             pattern = _parsed(pattern)
+        # Under torch.func rows have to stay in place.
+        orders = 1 if transforming() else "auto"
         if all(row is None for row in rows):
-            return _cached_plan(pattern, n, heads, keys=keys, layer=layer)
+            return _cached_plan(pattern, n, heads, keys=keys, layer=layer, orders=orders)
         names = ("positions", "segments", "key_positions", "key_segments")
         lengths = (n, n, keys, keys)
         tables: dict[str, Any] = {
@@ -200,6 +216,19 @@ def _plan(
         # A plan of equal rows has a single one: what was given tells more.
         for one in tables.values():
             check_batch(1 if one is None else len(one), q)
-        laid = plan(pattern, n, heads, keys=keys, layer=layer, **tables)
+        laid = plan(pattern, n, heads, keys=keys, layer=layer, orders=orders, **tables)
     check_batch(laid.batch, q)
     return laid
+
+
+def _check_transforms(laid: Plan) -> None:
+    if not transforming():
+        return
+    for one in laid.passes:
+        if one.key_order is not None or one.query_order is not None:
+            raise Refusal(
+                f"{laid.pattern} was laid out with rows in another order, and gathering them has "
+                "a backward of its own, through which torch.func (vmap, grad, jvp) does not go; "
+                "call attend without it (more batch rows for vmap, .backward() for grad), or give "
+                "the pattern in place of a plan"
+            )

@@ -65,6 +65,8 @@ class Capability:
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
+        plain: whether it is made of torch's own operations alone, so that ``torch.func`` and
+            derivatives of any order go through it.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Capability:
     shares_keys: bool = False
     reads_in_place: bool = False
     has_halves: bool = False
+    plain: bool = False
 
     def reasons(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
@@ -95,6 +98,8 @@ class Capability:
                 "no gradient flows through its log-sum-exp, which joining passes and return_lse "
                 "need"
             ]
+        if not self.plain and transforming():
+            return ["has a backward of its own, through which torch.func does not go"]
         module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
         more = getattr(module, "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
@@ -170,8 +175,13 @@ KERNELS = (
         reads_in_place=True,
     ),
     Capability(name="tiled", devices=(), note="batched tiles in plain PyTorch"),
-    Capability(name="reference", devices=(), note="dense masked softmax, the oracle"),
+    Capability(name="reference", devices=(), note="dense masked softmax, the oracle", plain=True),
 )
+
+
+def transforming() -> bool:
+    """Whether this runs inside ``torch.func``: vmap, grad, jvp and their kin."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def needs_grad(*tensors: Tensor) -> bool:

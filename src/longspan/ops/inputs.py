@@ -85,8 +85,7 @@ def factor_of(scale: Any, width: int) -> float:
     """
     if scale is None:
         return width**-0.5
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise InputError("scale gets no gradient: multiply q by it, and pass scale=1.0")
+    without_gradient(scale)
     try:
         found = float(scale)
     except (TypeError, ValueError, RuntimeError):
@@ -94,6 +93,12 @@ def factor_of(scale: Any, width: int) -> float:
     if not math.isfinite(found):
         raise InputError(f"scale must be a finite number, got {scale!r}")
     return found
+
+
+def without_gradient(scale: Any) -> None:
+    """Raise InputError if a factor asks for a gradient: it is a number, also for a compiler."""
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise InputError("scale gets no gradient: multiply q by it, and pass scale=1.0")
 
 
 def on_cpu(name: str, row: Any) -> Any:
