@@ -63,6 +63,27 @@ def test_a_record_says_how_fast_and_how_exact(n):
     assert ours["of_dense"] == pytest.approx(ours["pairs_per_second"] / dense["pairs_per_second"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_that_vanish_are_not_wrong(dtype):
+    setting = replace(SMALL, dtype=dtype)
+    for record in run.run(bench("window(1)", setting=setting), Records(None, {})):
+        assert "longspan auto" in names(record)
+        assert not any(row.get("wrong") for row in record["rows"])
+
+
+def test_an_error_where_the_gradient_vanishes_is_seen():
+    plan = ls.plan(ls.Window(1), 12, 2)
+    exact = oracle.reference(plan, 0.5)
+
+    def leaking(q, k, v):
+        out, lse = exact(q, k, v)
+        return out + 1e-3 * q, lse
+
+    inputs = [x.double() for x in torch.randn(3, 1, 2, 12, 4)]
+    assert oracle.errors(exact, exact, inputs, use_lse=False)["dq"] < 1e-12
+    assert oracle.errors(leaking, exact, inputs, use_lse=False)["dq"] > 1e-4
+
+
 def spoil(call, where):
     """A call whose output or gradients are a little wrong."""
 

@@ -91,3 +91,9 @@ def test_files_that_begin_otherwise_are_refused(tmp_path: Path, content: bytes) 
 
 def test_fingerprint_ignores_order() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1})
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(DataError, match="run is a file: give a folder"):
+        Records(tmp_path / "run" / "records.jsonl", {})

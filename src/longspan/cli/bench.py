@@ -15,8 +15,11 @@ def bench(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Rows, e.g. 4096,16384.")] = "4096,16384",
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    key_heads: Annotated[int | None, typer.Option(help="Key heads; default: as many.")] = None,
-    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    key_heads: Annotated[
+        int | None,
+        typer.Option("--key-heads", "--kv-heads", help="Key heads; default: as many."),
+    ] = None,
+    width: Annotated[int, typer.Option("--width", "--head-dim", help="Width of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     impl: Annotated[str, typer.Option(help="Kernels with commas, or auto.")] = "auto",
@@ -38,7 +41,7 @@ def bench(
     from longspan.cli.values import pick_device, whole_numbers
     from longspan.eval.records import Records
 
-    sizes = whole_numbers(lengths)
+    sizes = tuple(dict.fromkeys(whole_numbers(lengths)))
     asked = Bench(
         patterns=patterns_or_default(patterns or ()),
         lengths=sizes,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import DataError
+from longspan.eval.output import check_output_folder
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -30,7 +31,7 @@ class Records:
         settings: everything that a result depends on.
 
     Raises:
-        DataError: the file belongs to other settings, or is no record file.
+        DataError: the file belongs to other settings, is no record file, or its folder is one.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -41,6 +42,8 @@ class Records:
         header = {"settings": plain, "hash": fingerprint(plain)}
         if path is None:
             return
+        if path.parent.is_file():
+            check_output_folder(path.parent)
         if path.exists():
             self._load(path, header)
         else:
