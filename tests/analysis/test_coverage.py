@@ -237,6 +237,11 @@ def test_errors_name_what_is_wrong():
         ls.coverage(ls.Causal(), 8, layers=0)
     with pytest.raises(PlanError, match="samples must be a whole number of at least 2, got 1"):
         ls.coverage(ls.Causal(), 8, samples=1)
+    for name, value in (("seed", -1), ("seed", 1.5), ("exact_up_to", "all"), ("layers", True)):
+        with pytest.raises(PlanError, match=f"{name} must be a whole number"):
+            ls.coverage(ls.Causal(), 8, **{name: value})
+    given = ls.coverage("window(3)", np.int64(8), heads=np.int64(2), layers=np.int64(2))
+    assert json.loads(json.dumps(given.to_dict()))["n"] == 8
     with pytest.raises(PatternError, match="expected a pattern as text, got 3"):
         ls.coverage(3, 8)
     assert ls.coverage("window(3)", 8) == ls.coverage(ls.Window(3), 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
 import longspan as ls
@@ -73,6 +75,45 @@ def test_words_as_text_and_json():
     found = json.loads(call("window(2) | sink(1)", *sentence, "--json").output)
     assert [table["title"] for table in found["tables"]] == ["window(2)", "window(2) | sink(1)"]
     assert found["tables"][1]["sees"]["3 d"] == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["window(4)", "--out", "x.svg"], "--out"),
+        (["window(4)", "--tokens", "a b", "--svg", "x.svg"], "--svg and --png"),
+        (["--all", "--png", "x.png"], "--svg and --png"),
+        (["--all", "--tokens", "a b"], "--tokens"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments, name):
+    with pytest.raises(InputError, match=f"^{name} would be ignored here"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_outputs_without_blocks(encoding):
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "longspan", "show", *arguments]
+        setting = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        done = subprocess.run(command, env=setting, capture_output=True, check=True)
+        return done.stdout.decode(encoding)
+
+    picture = run("heads(window(2), causal())", "--n", "4", "--heads", "2")
+    for line in ("|##  ", "|####", "|::##", "|1111"):
+        assert line in picture, picture
+    assert "quick   x     x" in run("causal()", "--tokens", "The quick \u65e5")
+
+
+def test_wide_letters_stand_under_their_column():
+    lines = call("causal()", "--tokens", "a \u65e5\u672c b").output.splitlines()
+    places = [cell_len(lines[1][: lines[1].index(word)]) for word in ("a", "\u65e5", "b")]
+    last = lines[4]
+    assert [at for at, sign in enumerate(last) if sign == "\u2713"] == [
+        places[0],
+        places[1] + 1,
+        places[2],
+    ]
 
 
 def test_asks_for_one_thing_to_show():

@@ -150,12 +150,20 @@ def coverage(
         PatternError: if the pattern does not parse or does not fit the number of heads.
         PlanError: if a number is too small.
     """
-    for name, value, least in (("layers", layers, 1), ("samples", samples, 2)):
-        if not isinstance(value, int) or value < least:
+    for name, value, least in (
+        ("layers", layers, 1),
+        ("samples", samples, 2),
+        ("seed", seed, 0),
+        ("exact_up_to", exact_up_to, 0),
+    ):
+        number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not number or value < least:
             raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if not isinstance(pattern, Pattern):
         pattern = parse(pattern)
     plans = _plans(pattern, n, heads, layers)
+    # Numbers of numpy are no JSON.
+    n, heads, layers = int(n), int(heads), int(layers)
     causal = all(one.pattern.is_causal for one in plans)
     if n <= exact_up_to:
         return _exact(pattern, n, heads, layers, causal)

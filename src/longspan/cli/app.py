@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 refused because somethin
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -69,6 +70,10 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; errors of input or disk become one paragraph and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # In another encoding than UTF-8 a sign that it lacks is a question mark, not the end.
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         app()
     except SystemExit as end:

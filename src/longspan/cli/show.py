@@ -32,7 +32,9 @@ def show(
     every: Annotated[
         bool, typer.Option("--all", help="Write a page with every pattern there is.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="File for the page of --all.")] = Path("gallery.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="File for the page of --all. Default: gallery.html.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show where a pattern looks: each head, all heads, and what layers reach."""
@@ -41,8 +43,18 @@ def show(
 
     if every == (pattern is not None):
         raise InputError(f"say what to show: a pattern, as in {EXAMPLE}, or --all for every one")
+    for name, given, where in (
+        ("--out", out is not None, every),
+        ("--tokens", tokens is not None, not every),
+        ("--svg and --png", svg is not None or png is not None, not every and tokens is None),
+    ):
+        if given and not where:
+            raise InputError(
+                f"{name} would be ignored here: pictures of one pattern go to --svg and --png, "
+                "its table to the terminal with --tokens, the page of --all to --out"
+            )
     if every:
-        _gallery(out, as_json)
+        _gallery(out or Path("gallery.html"), as_json)
         return
     assert pattern is not None
     own = parse(pattern)
@@ -87,7 +99,7 @@ def _pictures(
     console = Console()
     small = views(pattern, n, heads=heads, layers=layers, cells=_fit(n, console))
     console.print(terminal.picture(small, console))
-    console.print(terminal.legend(small, console.color_system is None), highlight=False)
+    console.print(terminal.legend(small, terminal.is_plain(console)), highlight=False)
     for text in (covered, laid):
         console.print()
         console.print(str(text), highlight=False, markup=False, soft_wrap=True)
@@ -125,7 +137,8 @@ def _words(pattern: Pattern, sentence: str, heads: int, as_json: bool) -> None:
         return
     console = Console()
     for scene in found:
-        console.print(table(scene, tokens), no_wrap=True, overflow="ignore", crop=False)
+        text = table(scene, tokens, ascii_only=console.options.ascii_only)
+        console.print(text, no_wrap=True, overflow="ignore", crop=False)
 
 
 def _gallery(out: Path, as_json: bool) -> None:

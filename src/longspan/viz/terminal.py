@@ -1,7 +1,8 @@
 """Pictures of a pattern in a terminal: two cells in a character, upper and lower half block.
 
 Without colours (a pipe, NO_COLOR) heads are drawn by the same blocks, shares by shades and reach
-by the number of the layer.
+by the number of the layer. Where the output cannot hold blocks (another encoding than UTF-8) all
+is drawn by such signs, a cell in a character.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from longspan.viz.views import Cells, Views
 # this.
 _GROUND = "#7a8088"
 _SHADES = " ░▒▓█"
+_ASCII_SHADES = " .:*#"
 
 Colors = list[list[str | None]]
 
@@ -33,18 +35,24 @@ def picture(found: Views, console: Console, most: int = 8) -> RenderableType:
         console: where it will be printed; decides about colours.
         most: kinds of heads to show.
     """
-    plain = console.color_system is None
+    plain, ascii_only = is_plain(console), console.options.ascii_only
+    shades = _ASCII_SHADES if ascii_only else _SHADES
     panels = []
     for view in found.each[:most]:
-        body = _shades(view.seen) if plain else _blocks(_shares(view.seen))
-        if plain and set(np.unique(view.seen)) <= {0.0, 1.0}:
+        body = _shades(view.seen, shades) if plain else _blocks(_shares(view.seen))
+        if plain and not ascii_only and set(np.unique(view.seen)) <= {0.0, 1.0}:
             body = _blocks(_shares(view.seen))
         panels.append(_panel(body, view.title))
     if len(found.each) > 1:
-        body = _shades(found.together) if plain else _blocks(_shares(found.together))
+        body = _shades(found.together, shades) if plain else _blocks(_shares(found.together))
         panels.append(_panel(body, "all heads"))
     panels.append(_panel(_numbers(found) if plain else _blocks(_layers(found)), "reach"))
     return Columns(panels, padding=(0, 1))
+
+
+def is_plain(console: Console) -> bool:
+    """Whether it shows no colours, or could not show the blocks that carry them."""
+    return console.color_system is None or console.options.ascii_only
 
 
 def legend(found: Views, plain: bool) -> Text:
@@ -104,9 +112,9 @@ def _blocks(colors: Colors) -> Text:
     return Text("\n").join(lines)
 
 
-def _shades(seen: Cells) -> Text:
-    level = np.ceil(seen * (len(_SHADES) - 1)).astype(int)
-    return Text("\n".join("".join(_SHADES[at] for at in row) for row in level))
+def _shades(seen: Cells, shades: str) -> Text:
+    level = np.ceil(seen * (len(shades) - 1)).astype(int)
+    return Text("\n".join("".join(shades[at] for at in row) for row in level))
 
 
 def _numbers(found: Views) -> Text:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.text import Text
 
 from longspan.analysis import coverage
@@ -74,19 +75,27 @@ def scenes(pattern: Pattern, tokens: Sequence[str], heads: int) -> list[Scene]:
     return found
 
 
-def table(scene: Scene, tokens: Sequence[str]) -> Text:
-    """The labelled table; pairs that are new are marked by a colour."""
-    width = max(len(token) for token in tokens)
+def table(scene: Scene, tokens: Sequence[str], *, ascii_only: bool = False) -> Text:
+    """The labelled table; pairs that are new are marked by a colour.
+
+    Args:
+        scene: what it shows.
+        tokens: words; those of wide letters take two columns for each.
+        ascii_only: write ``x`` and ``.`` where the output cannot hold other signs.
+    """
+    widths = [cell_len(token) for token in tokens]
+    width = max(widths)
+    yes, no = ("x", ".") if ascii_only else ("✓", "·")
     text = Text(scene.title + "\n", style="bold")
     text.stylize("not dim")
     text.append(" " * width + "  " + "  ".join(tokens).rstrip() + "\n", "dim not bold")
     for row, token in enumerate(tokens):
-        text.append(f"{token:>{width}}  ", "dim not bold")
-        for column, other in enumerate(tokens):
-            sign = "✓" if scene.seen[row, column] else "·"
+        text.append(f"{' ' * (width - widths[row])}{token}  ", "dim not bold")
+        for column, wide in enumerate(widths):
+            sign = yes if scene.seen[row, column] else no
             style = "green" if scene.new[row, column] else ""
             style = style if scene.seen[row, column] else "dim not bold"
-            text.append(f"{sign:^{len(other)}}", style)
+            text.append(f"{sign:^{wide}}", style)
             text.append("  ")
         text.append("\n")
     text.append(scene.note + "\n", "not bold")
