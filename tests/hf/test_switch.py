@@ -109,6 +109,23 @@ def test_packed_documents_with_a_cache_are_refused(tiny):
         model(tiny.tokens(1, 18), position_ids=positions, use_cache=True)
 
 
+def test_packed_documents_beside_a_mask_are_refused(tiny):
+    model = tiny.build("llama")
+    ls.hf.apply(model, ls.Causal())
+    ids = tiny.tokens(2, 18)
+    mask = torch.ones_like(ids)
+    packed = torch.cat([torch.arange(9), torch.arange(9)]).expand(2, -1)
+    with pytest.raises(InputError, match="start again within a row"):
+        model(ids, attention_mask=mask, position_ids=packed, use_cache=False)
+    mask[0, -4:] = mask[1, :5] = 0
+    with pytest.raises(InputError, match="start again within a row"):
+        model(ids, attention_mask=mask, position_ids=packed[:1])
+    # What padding is said to be at does not matter, and positions may leave gaps.
+    counted = mask.cumsum(1) - 1
+    for positions in (counted.clamp(min=0), counted.masked_fill(mask == 0, 1), counted * 3):
+        logits(model, ids, attention_mask=mask, position_ids=positions)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS[:7], ids=str)
 @pytest.mark.parametrize("split", [[24] + [1] * 5, [1, 9, 19]], ids=["decode", "chunked"])
 def test_prefill_and_decode_equal_one_forward(model, tiny, pattern, split):

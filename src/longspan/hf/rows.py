@@ -138,17 +138,35 @@ class Rows:
             )
         return self.kept["newest"]
 
+    def _check_no_restart(self, position_ids: Tensor) -> None:
+        """With a mask transformers finds no documents; gaps in the positions are allowed."""
+        steps = position_ids.diff(dim=-1) <= 0
+        if self.segments is not None:
+            real = torch.from_numpy(self.segments >= 0).to(steps.device)
+            steps = steps & real[:, 1:] & real[:, :-1]
+        if bool(steps.any()):
+            raise InputError(
+                "position_ids start again within a row, which says packed documents, but beside "
+                "an attention_mask transformers lets them see each other. Leave attention_mask "
+                "out and pass use_cache=False to keep documents apart, or position_ids that rise."
+            )
+
     def check_positions(self, position_ids: Any) -> None:
         """Refuse packed documents that transformers did not recognise as such; once per forward.
 
         Raises:
-            InputError: if positions jump although neither padding nor documents were found.
+            InputError: if positions jump although neither padding nor documents were found, or
+                start again within the real tokens of a row beside an ``attention_mask``.
         """
-        stated = self.masked or self.segments is not None or self.queries == 1
-        if stated or "checked" in self.kept:
+        packed = self.segments is not None and not self.masked
+        if packed or self.queries == 1 or "checked" in self.kept:
             return
         self.kept["checked"] = True
         if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+            return
+        if self.masked:
+            if position_ids.shape[1] == self.queries:
+                self._check_no_restart(position_ids)
             return
         if bool((position_ids.diff(dim=-1) != 1).any()):
             raise InputError(
