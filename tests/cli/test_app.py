@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,12 +113,22 @@ def test_each_error_has_its_exit_code(
 
 
 def test_a_file_that_cannot_be_written_is_one_paragraph(
-    call: Callable[..., Result], tiny_model: Path, some_text: Path
+    call: Callable[..., Result],
+    tiny_model: Path,
+    some_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = ["eval", "ppl", tiny_model, "--data", some_text, "--lengths", 64, "--limit", 1]
     code, out, err = call(*arguments, "--out", "/proc/none.jsonl")
-    assert (code, out) == (1, "")
-    assert err == "longspan: /proc/none.jsonl: No such file or directory\n"
+    assert (code, out) == (2, "")
+    assert err.startswith("longspan: The output folder /proc cannot be written: No such file")
+    assert err.count("\n") == 1
+
+    def fail() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/none.jsonl")
+
+    monkeypatch.setattr("longspan.cli.app.app", fail)
+    assert call() == (1, "", "longspan: /proc/none.jsonl: No such file or directory\n")
 
 
 def test_an_interrupt_says_how_to_go_on(
@@ -215,6 +227,84 @@ def test_eval_ppl(
     code, _, err = call(*arguments, "--lengths", "32,64", "--rope", "linear", "--out", records)
     assert code == 2
     assert "rope was None, is 'linear'" in err
+
+
+def test_eval_does_not_take_the_records_of_weights_that_were_there_before(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    import torch
+
+    from longspan import hf
+
+    def write_adapter(scale: float) -> None:
+        model, _ = hf.load_model(tiny_model)
+        adapted = hf.add_lora(model, rank=2, alpha=2)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, scale)
+        hf.save_adapter(adapted, adapter)
+
+    adapter, model = tmp_path / "adapter", shutil.copytree(tiny_model, tmp_path / "model")
+    arguments = ["eval", "ppl", model, "--data", some_text, "--device", "cpu", "--lengths", 64]
+    arguments += ["--limit", 1, "--out", tmp_path / "r.jsonl"]
+    more = ["--adapter", adapter, "--rope", "none"]
+    write_adapter(0.0)
+    assert call(*arguments, *more)[0] == 0
+    assert call(*arguments, *more)[0] == 0
+    write_adapter(0.5)
+    code, _, err = call(*arguments, *more)
+    assert code == 2
+    assert "adapter_contents was" in err
+
+    (tmp_path / "r.jsonl").unlink()
+    assert call(*arguments)[0] == 0
+    changed, tokenizer = hf.load_model(model)
+    torch.nn.init.normal_(changed.model.layers[0].self_attn.q_proj.weight)  # type: ignore[union-attr]
+    hf.save_model(changed, tokenizer, model)  # type: ignore[arg-type]
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "contents was" in err
+
+
+@pytest.mark.parametrize("command", ["ruler", "kv", "longbench"])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--pattern", "window(0)"], "from 1 to"),
+        (["--pattern", "heads(window(3), window(4), window(5))"], "cannot be spread"),
+        (["--adapter", "nowhere"], "adapter folder nowhere does not exist"),
+        (["--adapter", "nowhere", "--rope", "none"], "no saved adapter"),
+        (["--rope", "tall"], "Unknown RoPE scaling"),
+        (["--dtype", "int8"], "Unknown dtype"),
+        (["--out", "FILE/x.jsonl"], "The output folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    call: Callable[..., Result],
+    tiny_model: Path,
+    some_text: Path,
+    tmp_path: Path,
+    command: str,
+    more: list[str],
+    words: str,
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    asked = {"input": "Who?", "context": "Ada.", "answers": ["Ada"], "dataset": "qasper"}
+    (tmp_path / "lb.jsonl").write_text(json.dumps(asked))
+    own = {
+        "ruler": ["--lengths", 512, "--tasks", "passkey"],
+        "kv": ["--data", some_text, "--length", 256, "--tasks", "none", "--budgets", 50],
+        "longbench": ["--data", tmp_path / "lb.jsonl", "--length", 512],
+    }[command]
+    arguments = ["eval", command, tiny_model, *own, "--device", "cpu", "--dry-run"]
+    code, _, err = call(*arguments)
+    assert code == 0, err
+    given = [word.replace("FILE", str(tmp_path / "FILE")) for word in more]
+    code, out, err = call(*arguments, *given)
+    assert code == 2
+    assert not out
+    assert words in err
 
 
 def test_eval_pattern_and_rope_change_the_result(

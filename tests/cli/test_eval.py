@@ -88,6 +88,25 @@ def test_kv_lists_without_measuring(call, some_text):
     assert json.loads(text)["measures"][:2] == ["once", "steps"]
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_kv_measures_nothing_where_a_later_prompt_cannot_be_made(call, some_text, tmp_path, more):
+    few = tmp_path / "few.txt"
+    few.write_text("too few words")
+    asked = ("kv", MODEL, "--policies", "recent", "--budgets", 90, "--samples", 2)
+    asked = (*asked, "--new", 8, "--steps", 4)
+    code, out, err = call(*asked, "--data", few, "--length", 120, "--tasks", "none", *more)
+    assert code == 2
+    assert not out
+    assert "pieces of 120 tokens" in err
+    asked = (*asked, "--data", some_text, "--length", 60, "--tasks", "passkey.code,vt")
+    code, out, err = call(*asked, *more)
+    assert code == 2
+    assert not out
+    assert "A question of passkey.code, vt and its answer need more than 60 tokens" in err
+    assert "kv 1/" not in err
+    assert call(*asked, "--limit", 1, "--dry-run")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

@@ -12,6 +12,7 @@ import transformers
 import longspan as ls
 from longspan.errors import DataError, InputError
 from longspan.hf.build import build_llama, save_model, train_tokenizer
+from longspan.hf.models import contents_hash
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +186,29 @@ def test_scaled_models_load_scaled(folder):
     assert isinstance(again, transformers.LlamaForCausalLM)
     assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert again.config._attn_implementation == "sdpa"
+
+
+def test_contents_are_told_apart_by_weights_and_configuration_alone(saved, folder):
+    same = contents_hash(saved)
+    assert contents_hash(folder) == same
+    (folder / "README.md").write_text("words")
+    assert contents_hash(folder) == same
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    other = contents_hash(folder)
+    assert other != same
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert contents_hash(folder) not in (same, other)
+
+
+def test_contents_of_large_weights_are_sampled(tmp_path):
+    file = tmp_path / "model.safetensors"
+    weights = torch.zeros(2**20, dtype=torch.int32)
+    hashes = set()
+    for changed in (slice(0), slice(1), slice(-1, None), slice(400_000, 410_000)):
+        weights[changed] = 1
+        file.write_bytes(weights.numpy().tobytes())
+        hashes.add(contents_hash(tmp_path))
+    assert len(hashes) == 4

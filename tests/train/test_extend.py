@@ -26,6 +26,7 @@ from longspan.eval.records import read_lines
 from longspan.eval.subject import Subject
 from longspan.eval.suite import SuiteConfig, spread
 from longspan.hf import load_model
+from longspan.hf.models import contents_hash
 from longspan.pattern import Window
 from longspan.position import LongFactors
 from longspan.train.checkpoint import Checkpoints
@@ -408,6 +409,17 @@ def test_resume_with_other_settings_or_text_names_them(
     changed = settings(Path(asked.model), more, compare_dense=True)
     with pytest.raises(DataError, match="training text was"):
         extend(changed, out, resume=True)
+    replaced = shutil.copytree(asked.model, tmp_path / "model")
+    shutil.copytree(out, tmp_path / "run")
+    same = settings(replaced, some_text, compare_dense=True)
+    assert prepare(same, tmp_path / "new").fingerprint()["model contents"] == contents_hash(
+        asked.model
+    )
+    weights = bytearray((replaced / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (replaced / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DataError, match="model contents was"):
+        extend(same, tmp_path / "run", resume=True)
     rarely = settings(Path(asked.model), some_text, compare_dense=True, loop={"save_every": 9})
     prepare(rarely, out, resume=True)
 

@@ -213,6 +213,7 @@ def ruler(
     read = reading(prefill, dense_below, kv, given.pattern)
     subject = given.subject(model, max(sizes))
     if dry_run:
+        subject.check()
         planned = questions(names, sizes, samples, given.limit)
         check_rooms(tokenizer_of(model), planned)
         plan = {

@@ -74,9 +74,12 @@ def kv(
     from longspan.cli.values import numbers
     from longspan.eval import kv_report as report
     from longspan.eval.kv_forms import forms
+    from longspan.eval.kv_measure import check_prompts, run
     from longspan.eval.kv_sweep import Sweep
+    from longspan.eval.output import check_output_folder
     from longspan.eval.ruler import ALL
-    from longspan.hf.models import check_folder
+    from longspan.hf.models import check_folder, tokenizer_of
+    from longspan.train.data import tokenize_documents
     from longspan.train.prepare import read_text, text_hash
 
     named = () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
@@ -99,14 +102,18 @@ def kv(
     subject = given.subject(model, length + max(new, steps))
     check_folder(model)
     documents = read_text(data or (), python_stdlib, "heldout") if sweep.texts else []
+    if out is not None:
+        check_output_folder(out)
     if dry_run:
+        subject.check()
+        tokenizer = tokenizer_of(model)
+        text = tokenize_documents(tokenizer, documents)
+        check_prompts(tokenizer, text, sweep, given.limit)
         _list(sweep, given)
         return
 
     from longspan.cli.progress import Bars
-    from longspan.eval.kv_measure import run
     from longspan.eval.records import Records
-    from longspan.train.data import tokenize_documents
 
     with subject.open() as (loss, tokenizer), Bars() as bars:
         text = tokenize_documents(tokenizer, documents)

@@ -106,6 +106,7 @@ def longbench(
     if chat:
         check_chat(tokenizer_of(model))
     if dry_run:
+        subject.check()
         found = survey(tokenizer_of(model), asked, forms, room)
         if given.as_json:
             typer.echo(json.dumps({"datasets": found, **told}))

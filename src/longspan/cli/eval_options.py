@@ -73,10 +73,13 @@ class Shared:
     def subject(self, model: str, length: int) -> Subject:
         """What is measured, up to a length."""
         from longspan.cli.values import pick_device, read_rope_factors
+        from longspan.eval.output import check_record_file
         from longspan.eval.perplexity import check_limit
         from longspan.eval.subject import Subject
 
         check_limit(self.limit)
+        if self.out is not None:
+            check_record_file(self.out)
         return Subject(
             model=model,
             length=length,

@@ -27,7 +27,7 @@ from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 from longspan.eval.ruler import TASKS, score
-from longspan.eval.ruler_run import fitting
+from longspan.eval.ruler_run import check_rooms, fitting
 from longspan.eval.suite import spread
 from longspan.hf.fork import fork, waiting
 from longspan.kv.policy import Policy
@@ -62,6 +62,7 @@ def run(
     """
     check_limit(limit)
     records = Records(None, {}) if records is None else records
+    check_prompts(tokenizer, text, sweep, limit)
     cells = sweep.cells()[:limit]
     run_ = _Run(model, tokenizer, sweep, records)
     for done, (cell, result) in enumerate(run_.measured(cells, text), start=1):
@@ -88,6 +89,36 @@ class Prompts:
     mask: Tensor | None = None
     answers: tuple[tuple[str, ...], ...] = ()
     tokens: int = 0
+
+
+def check_prompts(
+    tokenizer: Any, text: Sequence[Tensor], sweep: Sweep, limit: int | None = None
+) -> None:
+    """Look for prompts that cannot be made, before anything is measured.
+
+    Raises:
+        DataError: too little text, or a length that cannot hold a question.
+    """
+    sources = dict.fromkeys(source_of(cell.measure) for cell in sweep.cells()[:limit])
+    if "text" in sources:
+        text_pieces(text, sweep)
+    tasks = [source for source in sources if source != "text"]
+    check_rooms(tokenizer, [(task, sweep.length, 1) for task in tasks])
+
+
+def text_pieces(text: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
+    """The prompts with what follows them, int64 ids each.
+
+    Raises:
+        DataError: too little text.
+    """
+    pieces = spread(text, sweep.length + max(sweep.new, sweep.steps), sweep.samples)
+    if len(pieces) < sweep.samples:
+        raise DataError(
+            f"The text gives {len(pieces)} of {sweep.samples} pieces of {sweep.length} tokens "
+            "and what follows: give more text, fewer --samples or a shorter --length."
+        )
+    return pieces
 
 
 class _Run:
@@ -121,12 +152,7 @@ class _Run:
 
     def _text(self, text: Sequence[Tensor], start: int) -> Prompts:
         sweep = self.sweep
-        pieces = spread(text, sweep.length + max(sweep.new, sweep.steps), sweep.samples)
-        if len(pieces) < sweep.samples:
-            raise DataError(
-                f"The text gives {len(pieces)} of {sweep.samples} pieces of {sweep.length} tokens "
-                "and what follows: give more text, fewer --samples or a shorter --length."
-            )
+        pieces = text_pieces(text, sweep)
         ids = torch.stack(pieces[start : start + sweep.batch]).to(self.device)
         return Prompts(context=ids[:, : sweep.length], question=ids[:, sweep.length :])
 

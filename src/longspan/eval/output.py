@@ -43,6 +43,17 @@ def check_output_file(path: Path) -> None:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_record_file(path: Path) -> None:
+    """Refuse a record file that cannot be written; its folder may be new.
+
+    Raises:
+        DataError: with the system's reason.
+    """
+    check_output_folder(path.absolute().parent)
+    if path.exists():
+        check_output_file(path)
+
+
 def _try_in(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder):
         pass

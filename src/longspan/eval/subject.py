@@ -12,7 +12,7 @@ from typing import Any
 from longspan import hf, pattern
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
-from longspan.hf.models import check_device
+from longspan.hf.models import check_device, check_model, contents_hash
 from longspan.position import LongFactors
 
 # What longspan extend writes beside an adapter.
@@ -51,11 +51,37 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """Plain values on which results depend: the length only if positions are scaled."""
         settings = {**asdict(self), "adapter": self.adapter and str(self.adapter)}
+        # A folder that was trained again gives other results under the same name.
+        settings["contents"] = contents_hash(self.model)
+        if self.adapter is not None:
+            settings["adapter_contents"] = contents_hash(self.adapter)
         if self.rope is None:
             del settings["length"]
         if self.rope_factors is None:
             del settings["rope_factors"]
         return settings
+
+    def check(self) -> None:
+        """Raise what ``open`` would, as far as it can be told without reading weights."""
+        from longspan.hf.lora import check_adapter
+        from longspan.hf.rope import rope_parameters
+        from longspan.hf.switch import check_heads
+
+        parsed = None if self.pattern is None else pattern.parse(self.pattern)
+        rope, length, factors = self._positions()
+        _, config = check_model(self.model, self.dtype)
+        if rope is not None:
+            rope_parameters(config, rope, length, factors=factors)
+        if parsed is not None:
+            check_heads(parsed, config)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+
+    def _positions(self) -> tuple[str | None, int, LongFactors | None]:
+        """Kind of scaling, length and factors: the adapter's, unless others are given."""
+        if self.adapter is not None and self.rope is None:
+            return trained_positions(self.adapter)
+        return self.rope, self.length, self.rope_factors
 
     @contextmanager
     def open(self) -> Iterator[tuple[TokenLoss, Any]]:
@@ -69,9 +95,7 @@ class Subject:
         from longspan.hf.rope import set_rope
 
         parsed = None if self.pattern is None else pattern.parse(self.pattern)
-        rope, length, factors = self.rope, self.length, self.rope_factors
-        if self.adapter is not None and rope is None:
-            rope, length, factors = trained_positions(self.adapter)
+        rope, length, factors = self._positions()
         model, tokenizer = hf.load_model(self.model, dtype=self.dtype, device=self.device)
         if rope is not None:
             set_rope(model, rope, length, factors=factors)

@@ -127,14 +127,19 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
     """
     from peft import PeftModel
 
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
+    check_adapter(folder)
     try:
         with _peft_is_behind():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, OSError) as error:
         said = first_line(error)
         raise DataError(f"The adapter in {folder} does not fit this model: {said}") from error
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Raise DataError for a folder that holds no adapter."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
 
 
 def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Of a model or an adapter: all that its results depend on, but for the tokenizer.
+_CONTENTS = (*_WEIGHTS, "adapter_model.bin", "config.json", "adapter_config.json", "longspan.json")
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "spiece*", "*.tiktoken")
 
 
@@ -38,15 +42,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     place = check_device(device or "cpu")
-    folder = check_folder(path)
-    config = config_of(folder)
-    _check_causal(folder, config)
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
-        raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
-    _check_tokenizer(folder)
+    folder, config = check_model(path, dtype)
     try:
         with no_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -68,6 +65,41 @@ def load_model(
             "they would be random. Copy the folder again."
         )
     return model.to(place).eval(), tokenizer_of(folder)
+
+
+def check_model(path: str | Path, dtype: str = "float32") -> tuple[Path, PreTrainedConfig]:
+    """Folder and configuration of a saved model; raises what ``load_model`` would, as far as it
+    can be told without reading weights.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    folder = check_folder(path)
+    config = config_of(folder)
+    _check_causal(folder, config)
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        raise DataError(f"{folder} has a config.json but no weights ({', '.join(_WEIGHTS)}).")
+    _check_tokenizer(folder)
+    return folder, config
+
+
+def contents_hash(path: str | Path) -> str:
+    """Short hash that changes when a model or adapter in a folder is replaced or trained further.
+
+    Of large files it reads their size and 256 samples; a copy elsewhere has the same hash.
+    """
+    digest = hashlib.sha256()
+    folder = Path(path).expanduser()
+    for file in sorted({file for pattern in _CONTENTS for file in folder.glob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            if size <= _SAMPLES * _SAMPLE_BYTES:
+                digest.update(opened.read())
+                continue
+            for sample in range(_SAMPLES):
+                opened.seek(sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def tokenizer_of(path: str | Path) -> PreTrainedTokenizerBase:

@@ -100,7 +100,9 @@ def apply(
     """Let every attention layer of a model look only where the pattern allows.
 
     Layers keep their own bounds: a causal model stays causal, and a layer with a sliding window
-    sees the intersection. A pattern applied before is replaced.
+    sees the intersection. A pattern applied before is replaced. Two models built from one
+    configuration object share it, and so the pattern: give each a copy (``from_pretrained`` and
+    ``from_config`` do).
 
     A layer of ``longspan.mechanism`` that needs no weights beside those of the model, such as
     ``MoBA``, ``TopK`` or ``PooledChunkAttention``, is applied likewise, with its options:
@@ -193,8 +195,7 @@ def put(
     config = base.config.get_text_config()
     pattern = wanted.pattern if isinstance(wanted, Parallel) else wanted
     if isinstance(pattern, Pattern):
-        for layer in range(config.num_hidden_layers):
-            pattern.at_layer(layer).require(config.num_attention_heads)
+        check_heads(pattern, config)
     found, entry = Entries.of(base), Entry(wanted, impl)
     # The name of a mechanism alone would not bring its layers back.
     kept = [old for old in found.entries if not isinstance(old.what, Method)]
@@ -213,6 +214,13 @@ def put(
             raise
     Entries(found.before, [*kept, entry]).keep(base)
     return Applied(base, entry)
+
+
+def check_heads(pattern: Pattern, config: Any) -> None:
+    """Raise PatternError for a pattern that does not fit the heads of some layer."""
+    text = config.get_text_config()
+    for layer in range(text.num_hidden_layers):
+        pattern.at_layer(layer).require(text.num_attention_heads)
 
 
 def remove(model: Any) -> None:

@@ -20,7 +20,7 @@ from longspan import hf, pattern
 from longspan.errors import DataError, InputError, Refusal
 from longspan.eval.output import check_output_folder
 from longspan.eval.records import differences
-from longspan.hf.models import check_folder
+from longspan.hf.models import check_folder, contents_hash
 from longspan.hf.rope import check_rope, rope_parameters, trained_length
 from longspan.pattern import Pattern
 from longspan.train.batches import Batches
@@ -66,6 +66,7 @@ class Job:
             for k, v in part.items()
             if k not in ("loop", "suite")
         }
+        flat["model contents"] = contents_hash(self.settings.model)
         flat["training text"] = text_hash(self.train_text)
         flat["held-out text"] = text_hash(self.heldout_text)
         return json.loads(json.dumps(flat))
