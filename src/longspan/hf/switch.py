@@ -101,8 +101,8 @@ def apply(
 
     Layers keep their own bounds: a causal model stays causal, and a layer with a sliding window
     sees the intersection. A pattern applied before is replaced. Two models built from one
-    configuration object share it, and so the pattern: give each a copy (``from_pretrained`` and
-    ``from_config`` do).
+    configuration object (``from_config(config)`` twice) share it, and so the pattern: give each a
+    copy of it.
 
     A layer of ``longspan.mechanism`` that needs no weights beside those of the model, such as
     ``MoBA``, ``TopK`` or ``PooledChunkAttention``, is applied likewise, with its options:
