@@ -218,6 +218,19 @@ def test_padding_may_hold_anything():
     torch.testing.assert_close(found, wanted.masked_fill(hidden, 0.0))
 
 
+# Fewer pairs two chunks back than batch rows: their mean, rounded down, is 0.
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_rows_of_one_sequence_may_be_all_that_look_far_back(chunk):
+    n = 2 * chunk + 1
+    q, k, v = (torch.randn(5, 1, n, 6).double() for _ in range(3))
+    segments = np.full((5, n), -1)
+    segments[1:, :chunk], segments[0] = 0, 0
+    config = DualChunk(chunk=chunk, local=1)
+    found = dual_chunk_attention(q, k, v, config, segments=segments)
+    alone = dual_chunk_attention(q[:1], k[:1], v[:1], config)
+    torch.testing.assert_close(found[:1], alone)
+
+
 def test_packed_documents_equal_separate_runs():
     q, k, v = qkv(batch=1, n=40)
     config = DualChunk(chunk=6, local=4)

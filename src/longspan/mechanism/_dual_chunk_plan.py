@@ -168,7 +168,8 @@ def lay_out(
             key_positions=key + back * config.chunk,
             key_segments=key_segments,
         )
-        if back == 0 or laid.pairs:
+        # Pairs are a mean over the batch, rounded down: a single row may need the pass.
+        if back == 0 or any(one.heads for one in laid.passes):
             passes.append((laid, place))
     rate = config.rate
     factor = (1 + rate * np.log(config.growth(query))) ** 2 if rate else None
