@@ -142,6 +142,17 @@ def test_padding_may_hold_nan(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_nan_in_padding_reaches_no_gradient(name):
+    layer = build(name, bias=True)
+    mask = torch.arange(21) >= torch.tensor([[0], [4]])
+    x = torch.randn(2, 21, 16).masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    layer(x, mask).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_is_close_to_float64(name):
     exact = build(name).double().eval()
     low = copy.deepcopy(exact).bfloat16()

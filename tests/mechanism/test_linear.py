@@ -163,15 +163,18 @@ def test_padding_is_absent(name, causal):
     assert_padding_is_absent(layer, torch.randn(2, 21, 16, dtype=torch.float64), 6, 9)
 
 
-def test_padding_may_hold_nan_and_gets_no_gradient():
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["exp", "elu"])
+def test_padding_may_hold_nan_and_gets_no_gradient(name, causal):
     q, k, v = qkv(n=12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :4] = False
-    k.data[0, :, :4], v.data[0, :, :4] = torch.nan, torch.nan
-    out = linear_attention(q, k, v, "exp", mask=mask)
+    for x in (q, k, v):
+        x.data[0, :, :4] = torch.nan
+    out = linear_attention(q, k, v, name, causal=causal, mask=mask)
     assert out.isfinite().all()
     out.sum().backward()
-    for x in (k, v):
+    for x in (q, k, v):
         assert torch.equal(x.grad[0, :, :4], torch.zeros_like(x.grad[0, :, :4]))
         assert x.grad.isfinite().all()
 

@@ -185,13 +185,14 @@ def test_centroids_follow_the_tokens_only_when_told():
     assert "gathered" not in own.state_dict()
 
 
-def test_padding_moves_no_centroid():
+@pytest.mark.parametrize("value", [9.0, torch.nan])
+def test_padding_moves_no_centroid(value):
     own = layer().train()
     x = torch.randn(1, 10, 16, dtype=torch.float64)
     own(x)
     wanted = own.gathered.clone()
     own.gathered.zero_()
-    wide = torch.cat([torch.full((1, 4, 16), 9.0).double(), x], 1)
+    wide = torch.cat([torch.full((1, 4, 16), value).double(), x], 1)
     own(wide, torch.arange(14)[None] >= 4)
     torch.testing.assert_close(own.gathered, wanted)
 

@@ -117,6 +117,17 @@ def test_padded_batch_equals_each_sequence_alone(side):
     torch.testing.assert_close(layer(x, mask=mask.long()), out)
 
 
+def test_nan_in_padding_reaches_no_gradient():
+    layer = ls.nn.Attention(32, 4, pattern=ls.Window(6), bias=True, rope=10000.0)
+    mask = torch.arange(20) >= torch.tensor([[0], [4]])
+    x = torch.randn(2, 20, 32).masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    for rows in ({"mask": mask}, {"segments": mask.long() - 1}):
+        x.grad = None
+        layer.zero_grad()
+        layer(x, **rows).square().sum().backward()
+        assert all(g.isfinite().all() for g in (x.grad, *(p.grad for p in layer.parameters())))
+
+
 def test_packed_documents_equal_separate_runs():
     layer = ls.nn.Attention(16, 2, ls.Window(4) | ls.Sink(1), rope=1e4, dtype=torch.float64)
     x = torch.randn(1, 12, 16, dtype=torch.float64)

@@ -117,6 +117,7 @@ class MechanismLayer(nn.Module):
         """
         check(x, self.d_model, mask)
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         q, k, v = self.project(x, positions(x, valid))
         return self.join(self.mix(q, k, v, valid))
 

@@ -35,6 +35,7 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least_one,
     check_heads,
+    cleared,
     positions,
     seen,
 )
@@ -112,10 +113,7 @@ def linear_attention(
     work = torch.promote_types(q.dtype, torch.float32)
     valid = None if mask is None else mask.to(torch.bool)
     places = positions(k[:, 0], valid, start)
-    if valid is not None:
-        # Padding may hold anything, NaN included.
-        hidden = ~valid[:, None, :, None]
-        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    q, k, v = cleared(valid, q, k, v)
     before = None if state is None else (state.sum_BKRE, state.log_BK)
     fused = causal and _linear_fused.fits(q, k, v)
     kind = _linear_fused.kind_of(phi) if fused else "given"
@@ -206,6 +204,7 @@ class LinearAttention(MechanismLayer):
         """
         check(x, self.d_model, mask)
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         q, k, v = self.project(x, positions(x, valid, 0 if state is None else state.count))
         found = linear_attention(
             q,

@@ -27,6 +27,7 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least_one,
     check_heads,
+    cleared,
     to_front,
 )
 
@@ -65,8 +66,8 @@ def linformer_attention(
         valid = mask.to(torch.bool)
         hidden = ~valid[:, None, :, None]
         order = to_front(valid)[0][:, None, :, None]
-        k = k.masked_fill(hidden, 0.0).gather(2, order.expand_as(k))
-        v = v.masked_fill(hidden, 0.0).gather(2, order.expand_as(v))
+        q, k, v = cleared(valid, q, k, v)
+        k, v = (x.gather(2, order.expand_as(x)) for x in (k, v))
     k_BKrD, v_BKrD = e[:, :rows].mT.to(k.dtype) @ k, f[:, :rows].mT.to(v.dtype) @ v
     out = scaled_dot_product_attention(q, k_BKrD, v_BKrD, enable_gqa=q.shape[1] != k.shape[1])
     return out if hidden is None else out.masked_fill(hidden, 0.0)

@@ -37,7 +37,15 @@ from torch import Tensor, nn
 from longspan.errors import InputError, Refusal
 from longspan.mechanism._lsh_attention import check_names, hash_buckets, lsh_attention
 from longspan.mechanism._lsh_rounds import over_window
-from longspan.mechanism.layer import Count, MechanismLayer, at_least, at_least_one, positions, seen
+from longspan.mechanism.layer import (
+    Count,
+    MechanismLayer,
+    at_least,
+    at_least_one,
+    cleared,
+    positions,
+    seen,
+)
 from longspan.nn.attention import check
 
 
@@ -201,6 +209,7 @@ class LSHAttention(MechanismLayer):
             )
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
+        (x,) = cleared(valid, x)
         q, _, v = self.project(x, positions(x, valid, start))
         bucket = hash_buckets(q, self.rotations, self.buckets)
         if not windowed:

@@ -182,6 +182,7 @@ class PooledChunkAttention(MechanismLayer):
             impl=self.impl,
         )
         valid = None if mask is None else mask.to(torch.bool)
+        (x,) = cleared(valid, x)
         # The base class rotates nothing, so it needs no places.
         q, k, v = self.project(x, x)
         rest = (self.combine, self.count_bias)

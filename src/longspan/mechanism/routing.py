@@ -38,7 +38,15 @@ from longspan.errors import Refusal
 from longspan.mechanism._buckets import take
 from longspan.mechanism._routing_attention import check_names, routing_attention
 from longspan.mechanism._routing_selections import nearest, over_window, similarity
-from longspan.mechanism.layer import Count, MechanismLayer, at_least_one, positions, seen, share
+from longspan.mechanism.layer import (
+    Count,
+    MechanismLayer,
+    at_least_one,
+    cleared,
+    positions,
+    seen,
+    share,
+)
 from longspan.nn.attention import check
 
 
@@ -140,6 +148,7 @@ class RoutingAttention(MechanismLayer):
             )
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
+        (x,) = cleared(valid, x)
         q, k, v = self.project(x, positions(x, valid, start))
         extra = []
         if self.selection == "clusters":

@@ -117,6 +117,9 @@ class Attention(nn.Module):
         for name, rows in (("positions", positions), ("segments", segments)):
             _check_rows(x, name, rows)
         segments = join(x, mask, segments)
+        if segments is not None:
+            # Padding may hold anything: 0 times NaN would be NaN in gradients of the weights.
+            x = x.masked_fill((segments < 0)[..., None], 0.0)
         q_BHND = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BKND = self.key(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         v_BKND = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
