@@ -274,6 +274,13 @@ def test_own_block_methods_change_within_the_block_only(text):
     assert torch.equal(prefill(q, k, v, text)[:, :, :48], before[:, :, :48])
 
 
+@pytest.mark.parametrize("m", [96, 100])
+def test_no_tail_is_no_tail_where_the_last_block_is_cut_off(m):
+    q, k, v = tensors(m, m)
+    without = mask_of(select(q, k, v, f"block_topk(3, block={S})"), m)
+    assert torch.equal(mask_of(select(q, k, v, f"tail(0) + block_topk(3, block={S})"), m), without)
+
+
 def test_planted_columns_and_diagonals_are_found():
     n = 200
     q, k, v = (x.clone() for x in tensors(n, n))

@@ -104,7 +104,8 @@ class Tail(_Number):
 
     def select(self, prompt: Prompt) -> Selection:
         stop = (prompt.own + 1) * prompt.size
-        last = stop > (prompt.length - self.tokens)[:, None]
+        # Without the bound, no tail at all would take a last block that is cut off.
+        last = torch.minimum(stop, prompt.length[:, None]) > (prompt.length - self.tokens)[:, None]
         seen = last[..., None] & (prompt.back >= 0)
         return Selection(blocks=seen[:, None].expand(-1, prompt.q.shape[1], -1, -1))
 
