@@ -16,6 +16,7 @@ from tests.mechanism.oracles import (
 
 from longspan.errors import InputError
 from longspan.mechanism import NSA, MoBA, moba_attention
+from longspan.mechanism._blocks import best_blocks
 from longspan.nn.rotary import rotate
 from longspan.position import default
 
@@ -212,6 +213,30 @@ def test_decoding_equals_prefill(kind, kwargs, masked):
     mask[1, :5] = False
     mask[0, 20] = False
     assert_decoding_equals_prefill(one, x, mask if masked else None, (3, 8, 1, 1, 10))
+
+
+# Tokens that repeat, and selected blocks that overlap the same compressed ones, score alike.
+@pytest.mark.parametrize(
+    ("kind", "kwargs"), [*KINDS, (NSA, {"block": 8, "stride": 3, "select_block": 1, "select": 6})]
+)
+def test_equal_scores_are_chosen_alike_whatever_comes_later(kind, kwargs):
+    torch.manual_seed(1)
+    one = kind(16, 4, **SIZES[kind] | kwargs).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64).repeat(1, 12, 1)
+    x = x + (torch.arange(60) % 7)[:, None] * 0.01
+    whole = one(x)
+    for t in range(3, 60, 4):
+        torch.testing.assert_close(one(x[:, :t]), whole[:, :t])
+    assert_decoding_equals_prefill(one, x, None, (20, 11, 1, 1, 1, 1, 25))
+
+
+def test_of_equal_scores_the_earlier_blocks_are_taken():
+    score = torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0, 1.0]).expand(1, 1, 40, 6)
+    stop = (torch.arange(40) % 7)[None]
+    found = best_blocks(score, stop, 3)
+    for row, end in enumerate(stop[0].tolist()):
+        own = sorted(range(end), key=lambda b: -float(score[0, 0, row, b]))[:3]
+        assert sorted(found[0, 0, row].tolist()) == sorted(own + [6] * (3 - len(own)))
 
 
 @pytest.mark.parametrize(("kind", "kwargs"), KINDS)

@@ -72,7 +72,8 @@ class Lay:
 def best_blocks(
     score: Tensor, stop: Tensor, count: int, first: int = 0, lay: Lay | None = None
 ) -> Tensor:
-    """The blocks of the best scores among blocks ``first`` to ``stop`` of each row.
+    """The blocks of the best scores among blocks ``first`` to ``stop`` of each row; of equal ones
+    the earliest.
 
     Args:
         score: [B, K, N, T], or [B, K, N, S] of finer blocks.
@@ -90,8 +91,26 @@ def best_blocks(
     score = score if lay is None else lay.sums(score)
     number = torch.arange(blocks, device=score.device)
     barred = (number >= stop[..., None]) | (number < first)
-    value, block = score.masked_fill(barred[:, None], -torch.inf).topk(min(count, blocks), dim=-1)
+    value, block = _best(score.masked_fill(barred[:, None], -torch.inf), min(count, blocks))
     return block.masked_fill(value.isneginf(), blocks)
+
+
+def _best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best scores of each row and their places; of equal ones the earliest.
+
+    Which of equal ones ``topk`` takes depends on what comes later, and so would the past.
+    """
+    if torch.compiler.is_compiling():
+        value, place = torch.sort(score, dim=-1, descending=True, stable=True)
+        return value[..., :count], place[..., :count]
+    value, place = score.topk(min(count + 1, score.shape[-1]), dim=-1)
+    if 0 < count < score.shape[-1]:
+        last, next_ = value[..., count - 1], value[..., count]
+        tied = (last == next_) & ~last.isneginf()
+        if bool(tied.any()):
+            found = torch.sort(score[tied], dim=-1, descending=True, stable=True)
+            value[tied], place[tied] = (x[:, : count + 1] for x in found)
+    return value[..., :count], place[..., :count]
 
 
 def _best_fused(score: Tensor, stop: Tensor, count: int, first: int, lay: Lay) -> Tensor:

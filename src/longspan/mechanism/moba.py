@@ -14,8 +14,8 @@ ones in the paper.
 scores, as those of NSA do: keys of a block are then read once for the whole group.
 
 On top of the paper: grouped queries, padding (blocks count tokens), odd lengths, decoding with the
-tokens so far as its state, and selected blocks go to any kernel as key ranges. Equal scores are
-taken as ``torch.topk`` orders them.
+tokens so far as its state, and selected blocks go to any kernel as key ranges. Of equal scores the
+earlier block is taken.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width, S block size,
 T blocks.
