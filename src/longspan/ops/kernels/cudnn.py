@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
 from longspan.ops.capability import Halves, needs_grad
@@ -35,6 +34,7 @@ from longspan.ops.kernels._cudnn_plan import (
     plan_of,
 )
 from longspan.ops.libraries import NO_CUDNN, aligned, why_missing
+from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -226,7 +226,7 @@ class _Attend(torch.autograd.Function):
         return out_BNHD, lse_BHN
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout_BNHD: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
 from longspan.ops.capability import needs_grad
@@ -36,6 +35,7 @@ from longspan.ops.kernels.cudnn import DTYPES, cudnn
 from longspan.ops.kernels.cudnn import reasons as reasons_over_ranges
 from longspan.ops.libraries import NO_CUDNN, aligned, why_missing
 from longspan.ops.merge import merge
+from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.whole_blocks import SIZE, whole_blocks
 
@@ -188,7 +188,7 @@ class _Joined(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor, _: Tensor
     ) -> tuple[Any, ...]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.errors import Refusal
 from longspan.ops.capability import Halves, needs_grad
@@ -37,6 +36,7 @@ from longspan.ops.kernels._hopper_plan import (
     plan_of,
 )
 from longspan.ops.libraries import aligned, why_missing
+from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 
 CAPABILITY = (9, 0)
@@ -228,7 +228,7 @@ class _Attend(torch.autograd.Function):
         return out_BHND, lse_BHN
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout_BHND: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -30,10 +30,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from longspan.ops.native.build import LIBRARY, fingerprint
+from longspan.ops.once import once
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.workers import can_share_threads, run_compiled
@@ -210,7 +210,7 @@ class _Native(torch.autograd.Function):
         return out_BHND, lse_BHN
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -25,13 +25,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.ops.kernels._tiled_backward import backward
 from longspan.ops.kernels._tiled_forward import forward
 from longspan.ops.kernels._tiled_runs import Costs
 from longspan.ops.kernels._tiled_schedule import Schedule, build_schedule
 from longspan.ops.kernels._tiled_views import Biases, lay, rows_of, steps_of
+from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.workers import can_share_threads
 
@@ -108,7 +108,7 @@ class _Tiled(torch.autograd.Function):
         return out_BHND, lse_BHN
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
