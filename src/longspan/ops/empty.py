@@ -1,19 +1,29 @@
-"""Query rows that see no key: 0 and -inf on the way out, nothing on the way back.
+"""Query rows that see no key: 0 and -inf on the way out, nothing on the way back; and idle rows.
 
 What a library writes there is undefined, and a NaN in the gradient of such a row, as any loss of
 -inf has, must not reach the keys beside it. Rows are few, so they are overwritten by index.
 
-Axes: B batch, H heads, N query rows, D value width.
+Idle are these rows, and keys that no query sees: padding above all, which may hold anything. A
+kernel that gives them a weight of 0 in a product with their neighbours makes NaN of NaN.
+
+Axes: B batch, H query heads, K key heads, N query rows, M key rows, D width, G range groups.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from longspan.ops.ranges import KeyRanges
+
 Index = tuple[Any, ...]
+
+_idle: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], tuple[Index | None, Index | None]]] = (
+    WeakKeyDictionary()
+)
 
 
 def index_of(empty_BHN: Tensor | None) -> Index | None:
@@ -49,6 +59,36 @@ def harmless(
         None if x is None else _fill(x.clone(), empty, 0.0) for x in (dout_BHND, dlse_BHN)
     )
     return _fill(lse_BHN.clone(), empty, 0.0), dout, dlse
+
+
+def idle_rows(
+    ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor
+) -> tuple[Index | None, Index | None]:
+    """Query rows that see no key and key rows that no query sees, as indices; None for none.
+
+    O(G N m + B H (N + M)) time, once for the ranges.
+    """
+    kept = _idle.setdefault(ranges, {})
+    batch, heads, key_heads = q_BHND.shape[0], q_BHND.shape[1], k_BKMD.shape[1]
+    name = (batch, heads, key_heads)
+    if name not in kept:
+        group_BH = ranges.group_BH.expand(batch, heads)
+        used_GNm = ranges.lo_GNm < ranges.hi_GNm
+        edge_GM = used_GNm.new_zeros(ranges.groups, ranges.keys + 1, dtype=torch.int32)
+        for end_GNm, step in ((ranges.lo_GNm, 1), (ranges.hi_GNm, -1)):
+            place = end_GNm.flatten(1).long().clamp(0, ranges.keys)
+            edge_GM.scatter_add_(1, place, used_GNm.flatten(1).int() * step)
+        unseen_GM = edge_GM.cumsum(1)[:, :-1] == 0
+        unseen_BKM = unseen_GM[group_BH].unflatten(1, (key_heads, -1)).all(2)
+        kept[name] = index_of(~used_GNm.any(-1)[group_BH]), index_of(unseen_BKM)
+    return kept[name]
+
+
+def quiet(x_BHND: Tensor, idle: Index | None) -> Tensor:
+    """The rows, with 0 where idle ones hold NaN or infinity; themselves where none does."""
+    if idle is None or bool(x_BHND[idle].isfinite().all()):
+        return x_BHND
+    return _fill(x_BHND.clone(), idle, 0.0)
 
 
 def _fill(x_BHN: Tensor, index: Index, value: float) -> Tensor:

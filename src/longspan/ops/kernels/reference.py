@@ -35,11 +35,16 @@ def reference(
     """
     work = torch.promote_types(q_BHND.dtype, torch.float32)
     repeat = q_BHND.shape[1] // k_BKMD.shape[1]
-    k_BHMD = k_BKMD.to(work).repeat_interleave(repeat, dim=1)
-    v_BHMD = v_BKMD.to(work).repeat_interleave(repeat, dim=1)
-    logits_BHNM = (q_BHND.to(work) @ k_BHMD.transpose(-1, -2)) * scale
-    visible_BHNM = ranges.mask_GNM()[ranges.group_BH].expand_as(logits_BHNM)
+    visible_BHNM = ranges.mask_GNM()[ranges.group_BH]
     empty_BHN1 = ~visible_BHNM.any(dim=-1, keepdim=True)
+    # Rows that take no part may hold NaN, and 0 times NaN is NaN.
+    unseen_BHM1 = ~visible_BHNM.any(dim=-2)[..., None]
+    k_BHMD, v_BHMD = (
+        x.to(work).repeat_interleave(repeat, dim=1).masked_fill(unseen_BHM1, 0.0)
+        for x in (k_BKMD, v_BKMD)
+    )
+    logits_BHNM = (q_BHND.to(work).masked_fill(empty_BHN1, 0.0) @ k_BHMD.mT) * scale
+    visible_BHNM = visible_BHNM.expand_as(logits_BHNM)
     # A row of -inf only would make softmax NaN, in its gradient too: such rows are computed
     # unmasked, then zeroed.
     logits_BHNM = logits_BHNM.masked_fill(~visible_BHNM & ~empty_BHN1, -torch.inf)

@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from longspan.ops.empty import idle_rows, quiet
 from longspan.ops.kernels._tiled_backward import backward
 from longspan.ops.kernels._tiled_forward import forward
 from longspan.ops.kernels._tiled_runs import Costs
@@ -95,6 +96,9 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
+        idle_q, idle_k = idle_rows(ranges, q_BHND, k_BKMD)
+        q_BHND = quiet(q_BHND, idle_q)
+        k_BKMD, v_BKMD = quiet(k_BKMD, idle_k), quiet(v_BKMD, idle_k)
         schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD)
         # Autocast would round the logits.
         with torch.autocast(q_BHND.device.type, enabled=False):
@@ -112,8 +116,9 @@ class _Tiled(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        dout_BHND, dlse_BHN = grad_outputs
         q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN = ctx.saved_tensors
+        dout_BHND, dlse_BHN = grad_outputs
+        dout_BHND = quiet(dout_BHND, idle_rows(ctx.ranges, q_BHND, k_BKMD)[0])
         schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, _BACKWARD)
         # Sums over many keys: half precision is computed in float32.
         q_RD, dout_RD, out_RD, lse_R1, dlse_R1 = (
