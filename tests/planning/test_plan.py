@@ -145,6 +145,11 @@ def test_errors(arguments, words):
         assert word in str(caught.value)
 
 
-def test_text_is_no_pattern():
-    with pytest.raises(PatternError, match=r"longspan\.parse"):
-        ls.plan("window(3)", 4)
+def test_a_pattern_in_text_form():
+    assert ls.plan("window(3) | sink(1)", 9).mask().tolist() == (
+        ls.plan(ls.Window(3) | ls.Sink(1), 9).mask().tolist()
+    )
+    with pytest.raises(PatternError, match="did you mean 'window'"):
+        ls.plan("windw(3)", 4)
+    with pytest.raises(PatternError, match=r"its text form, got 3 \(int\)"):
+        ls.plan(3, 4)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from longspan.errors import PatternError, PlanError
 from longspan.pattern.algebra import END, Pattern
+from longspan.pattern.text import parse
 from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
 from longspan.planning.layout import layouts
@@ -88,7 +89,7 @@ class Plan:
 
 
 def plan(
-    pattern: Pattern,
+    pattern: Pattern | str,
     n: int,
     heads: int = 1,
     *,
@@ -103,7 +104,7 @@ def plan(
     """Lay a pattern out for given lengths and heads.
 
     Args:
-        pattern: where each query may look.
+        pattern: where each query may look, or its text form.
         n: query rows.
         heads: query heads.
         keys: key rows; default ``n``. With fewer queries than keys, queries are the last rows.
@@ -121,13 +122,14 @@ def plan(
         The plan. A causal pattern that leaves a query without keys keeps the query's own position.
 
     Raises:
-        PatternError: if the pattern does not fit the number of heads.
+        PatternError: if the pattern does not fit the number of heads, or its text is wrong.
         PlanError: if lengths, positions or segments do not fit each other.
     """
+    if isinstance(pattern, str):
+        pattern = parse(pattern)
     if not isinstance(pattern, Pattern):
         raise PatternError(
-            f"expected a pattern, got {pattern!r} ({type(pattern).__name__}); "
-            'text becomes a pattern with longspan.parse("window(1024)")'
+            f"expected a pattern or its text form, got {pattern!r} ({type(pattern).__name__})"
         )
     for name, value in (("n", n), ("heads", heads), ("keys", keys)):
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
