@@ -63,6 +63,9 @@ def attend(
     takes it as one operator, with patterns in text form or made outside; at a plan the graph
     breaks. Under ``torch.func`` (vmap, grad, jvp) ``"auto"`` takes the dense ``reference``.
 
+    Rows that take no part, such as padding, may hold NaN on a CPU. Elsewhere NaN and infinity may
+    reach queries that do not see them: kernels multiply tiles of keys, hidden ones by 0.
+
     Args:
         q: queries [B, H, N, D]; float64, float32, bfloat16 or float16, any device.
         k: keys [B, K, M, D]; K divides H (grouped queries), query head h reads key head ``h // (H
