@@ -290,7 +290,6 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     """What a tile of queries adds to dk and dv, and its dS."""
     q_room, dout_room, row_room, seen_room, _, _, empty = tiles
     k_room, v_room = fixed[0], fixed[1]
-    ds_room, ds_full, ds_empty = own[1], own[2], own[3]
     place, phase, step, dk, dv = flow
     width: gl.constexpr = q_room.shape[4]
     dtype: gl.constexpr = q_room.dtype
@@ -310,10 +309,7 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     dv_token = hopper.warpgroup_mma(p_left, dout, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=(dp_token,))
     ds = (_wide(p_small) * dp).to(dtype)
-    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
-    ds_room.index(2 * turn + half).store(ds)
-    hopper.fence_async_shared()
-    mbarrier.arrive(ds_full.index(turn), count=1)
+    _leave(half, own, turn, step, ds)
     ds_left = gl.convert_layout(ds, left)
     dk_token = hopper.warpgroup_mma(ds_left, q, dk, is_async=True)
     dv, dk, p_left, ds_left = hopper.warpgroup_mma_wait(
@@ -327,16 +323,21 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 @gluon.jit
 def _pass_by(half: gl.constexpr, tiles, own, flow):
     """A tile of queries that see none of these 64 keys: its dS is 0."""
-    empty, ds_room, ds_full, ds_empty = tiles[6], own[1], own[2], own[3]
     place, phase, step, dk, dv = flow
-    turn = step & 1
-    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
-    ds_room.index(2 * turn + half).store(gl.zeros([64, 64], ds_room.dtype, _SCORES))
-    hopper.fence_async_shared()
-    mbarrier.arrive(ds_full.index(turn), count=1)
-    mbarrier.arrive(empty.index(place), count=1)
+    _leave(half, own, step & 1, step, gl.zeros([64, 64], own[1].dtype, _SCORES))
+    mbarrier.arrive(tiles[6].index(place), count=1)
     place, phase = _next(place, phase)
     return place, phase, step + 1, dk, dv
+
+
+@gluon.jit
+def _leave(half: gl.constexpr, own, turn, step, ds):
+    """A dS, for the group that makes dq of it."""
+    ds_room, ds_full, ds_empty = own[1], own[2], own[3]
+    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
+    ds_room.index(2 * turn + half).store(ds)
+    hopper.fence_async_shared()
+    mbarrier.arrive(ds_full.index(turn), count=1)
 
 
 @gluon.jit
