@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -105,3 +106,17 @@ def test_rows_are_copied_only_if_they_must_be():
     found = empty.quiet(x, row)
     assert (found[:, :, [1, 4]] == 0).all()
     assert x[0, 1, 4, 2].isnan()
+
+
+def test_idle_rows_are_looked_for_only_where_numbers_are_not_finite(monkeypatch):
+    looked = []
+    module = importlib.import_module("longspan.ops.kernels.tiled")
+    real = module.idle_rows
+    monkeypatch.setattr(module, "idle_rows", lambda *given: looked.append(1) or real(*given))
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (1, 300, 300))
+    ls.attend(q, k, v, "window(20)", impl="tiled").sum().backward()
+    assert not looked
+    with torch.no_grad():
+        v[:, :, 299] = math.nan
+    assert ls.attend(q, k, v, "window(20)", impl="tiled").isnan().all()
+    assert looked

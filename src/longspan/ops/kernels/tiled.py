@@ -19,6 +19,8 @@ L = B K M rows laid end to end.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -96,18 +98,13 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
     ) -> tuple[Tensor, Tensor]:
-        idle_q, idle_k = idle_rows(ranges, q_BHND, k_BKMD)
-        q_BHND = quiet(q_BHND, idle_q)
-        k_BKMD, v_BKMD = quiet(k_BKMD, idle_k), quiet(v_BKMD, idle_k)
-        schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD)
-        # Autocast would round the logits.
-        with torch.autocast(q_BHND.device.type, enabled=False):
-            q_RD = rows_of(q_BHND, schedule.row_steps)
-            k_LD, v_LD = (rows_of(x, schedule.key_steps) for x in (k_BKMD, v_BKMD))
-            out_RD, lse_R1 = forward(q_RD, k_LD, v_LD, schedule, biases, scale)
-        out_BHND = lay(out_RD, q_BHND.shape, schedule.row_steps)
-        lse_BHN = lay(lse_R1, q_BHND.shape, schedule.row_steps)[..., 0]
-        ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
+        rows = (q_BHND, k_BKMD, v_BKMD)
+        out_BHND, lse_BHN = _attend(*rows, ranges, scale)
+        # Looking at all rows first would cost more than attention, as in decoding with a window.
+        if not (_finite(out_BHND) and float(lse_BHN.amax()) < math.inf):
+            rows = _quiet(*rows, ranges)
+            out_BHND, lse_BHN = _attend(*rows, ranges, scale)
+        ctx.save_for_backward(*rows, out_BHND, lse_BHN)
         ctx.ranges, ctx.scale = ranges, scale
         return out_BHND, lse_BHN
 
@@ -116,38 +113,80 @@ class _Tiled(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN = ctx.saved_tensors
+        q_BHND, k_BKMD, v_BKMD, *found = ctx.saved_tensors
         dout_BHND, dlse_BHN = grad_outputs
-        dout_BHND = quiet(dout_BHND, idle_rows(ctx.ranges, q_BHND, k_BKMD)[0])
-        schedule, biases = _plan(ctx.ranges, q_BHND, k_BKMD, _BACKWARD)
-        # Sums over many keys: half precision is computed in float32.
-        q_RD, dout_RD, out_RD, lse_R1, dlse_R1 = (
-            rows_of(x.to(lse_BHN.dtype), schedule.row_steps)
-            for x in (q_BHND, dout_BHND, out_BHND, lse_BHN[..., None], dlse_BHN[..., None])
+        given = (ctx.ranges, ctx.scale, ctx.needs_input_grad[:3])
+        grads = _gradients((q_BHND, k_BKMD, v_BKMD), found, (dout_BHND, dlse_BHN), *given)
+        if not all(grad is None or _finite(grad) for grad in grads):
+            rows = _quiet(q_BHND, k_BKMD, v_BKMD, ctx.ranges)
+            dout_BHND = quiet(dout_BHND, idle_rows(ctx.ranges, q_BHND, k_BKMD)[0])
+            grads = _gradients(rows, found, (dout_BHND, dlse_BHN), *given)
+        return *grads, None, None
+
+
+def _attend(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
+) -> tuple[Tensor, Tensor]:
+    schedule, biases = _plan(ranges, q_BHND, k_BKMD, _FORWARD)
+    # Autocast would round the logits.
+    with torch.autocast(q_BHND.device.type, enabled=False):
+        q_RD = rows_of(q_BHND, schedule.row_steps)
+        k_LD, v_LD = (rows_of(x, schedule.key_steps) for x in (k_BKMD, v_BKMD))
+        out_RD, lse_R1 = forward(q_RD, k_LD, v_LD, schedule, biases, scale)
+    out_BHND = lay(out_RD, q_BHND.shape, schedule.row_steps)
+    return out_BHND, lay(lse_R1, q_BHND.shape, schedule.row_steps)[..., 0]
+
+
+def _gradients(
+    rows: tuple[Tensor, Tensor, Tensor],
+    found: Sequence[Tensor],
+    slopes: tuple[Tensor, Tensor],
+    ranges: KeyRanges,
+    scale: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    (q_BHND, k_BKMD, v_BKMD), (out_BHND, lse_BHN), (dout_BHND, dlse_BHN) = rows, found, slopes
+    schedule, biases = _plan(ranges, q_BHND, k_BKMD, _BACKWARD)
+    # Sums over many keys: half precision is computed in float32.
+    q_RD, dout_RD, out_RD, lse_R1, dlse_R1 = (
+        rows_of(x.to(lse_BHN.dtype), schedule.row_steps)
+        for x in (q_BHND, dout_BHND, out_BHND, lse_BHN[..., None], dlse_BHN[..., None])
+    )
+    k_LD, v_LD = (rows_of(x.to(lse_BHN.dtype), schedule.key_steps) for x in (k_BKMD, v_BKMD))
+    delta_R1 = (dout_RD * out_RD).sum(-1, keepdim=True) - dlse_R1
+    # Rows that see nothing have weights of 0: whatever meets these must be finite.
+    empty_R1 = lse_R1.isneginf()
+    with torch.autocast(q_BHND.device.type, enabled=False):
+        grads = backward(
+            q_RD,
+            k_LD,
+            v_LD,
+            dout_RD,
+            lse_R1.masked_fill(empty_R1, 0.0),
+            delta_R1.masked_fill_(empty_R1, 0.0),
+            schedule,
+            biases,
+            scale,
+            wanted,
         )
-        k_LD, v_LD = (rows_of(x.to(lse_BHN.dtype), schedule.key_steps) for x in (k_BKMD, v_BKMD))
-        delta_R1 = (dout_RD * out_RD).sum(-1, keepdim=True) - dlse_R1
-        # Rows that see nothing have weights of 0: whatever meets these must be finite.
-        empty_R1 = lse_R1.isneginf()
-        with torch.autocast(q_BHND.device.type, enabled=False):
-            grads = backward(
-                q_RD,
-                k_LD,
-                v_LD,
-                dout_RD,
-                lse_R1.masked_fill(empty_R1, 0.0),
-                delta_R1.masked_fill_(empty_R1, 0.0),
-                schedule,
-                biases,
-                ctx.scale,
-                ctx.needs_input_grad[:3],
-            )
-        places = (schedule.row_steps, schedule.key_steps, schedule.key_steps)
-        dq, dk, dv = (
-            None if grad is None else lay(grad, like.shape, steps).to(like.dtype)
-            for grad, like, steps in zip(grads, (q_BHND, k_BKMD, v_BKMD), places, strict=True)
-        )
-        return dq, dk, dv, None, None
+    places = (schedule.row_steps, schedule.key_steps, schedule.key_steps)
+    return tuple(
+        None if grad is None else lay(grad, like.shape, steps).to(like.dtype)
+        for grad, like, steps in zip(grads, rows, places, strict=True)
+    )
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all numbers are, by their sum; one that overflows only costs a second look."""
+    return math.isfinite(float(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
+
+
+def _quiet(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same rows, those that take no part without NaN and infinity."""
+    idle_q, idle_k = idle_rows(ranges, q_BHND, k_BKMD)
+    return quiet(q_BHND, idle_q), quiet(k_BKMD, idle_k), quiet(v_BKMD, idle_k)
 
 
 def _plan(ranges: KeyRanges, q_BHND: Tensor, k_BKMD: Tensor, way: _Way) -> tuple[Schedule, Biases]:
