@@ -3,7 +3,6 @@ gradients on a GPU."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 from functools import partial
@@ -25,6 +24,15 @@ from longspan.ops.ranges import KeyRanges
 module = importlib.import_module("longspan.ops.kernels.hopper")
 
 
+def cut_finely(monkeypatch, least=2, short=64):
+    """Tasks of more than two tiles are cut."""
+    monkeypatch.setattr(_hopper_back_plan, "_LEAST", least)
+    monkeypatch.setattr(_hopper_back_plan, "_MOST", least)
+    monkeypatch.setattr(_hopper_back_plan, "_STRETCH", short)
+    monkeypatch.setattr(_hopper_back_plan, "_SHORT", short)
+    monkeypatch.setattr(_hopper_back_plan.PLANS, "latest", [])
+
+
 def back_plan(ranges, batch, heads, key_heads):
     return _hopper_back_plan.back_plan_of(ranges, batch, heads, key_heads)
 
@@ -42,7 +50,11 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
     share = q.shape[1] // k.shape[1]
     dq, dk, dv = torch.zeros_like(q), torch.full_like(k, math.nan), torch.full_like(v, math.nan)
     delta = (dout * out).sum(-1) - dlse
-    for (key, key_head, b, _), parts in zip(
+    dk_sums, dv_sums = (
+        [torch.zeros_like(x[b, h, key : key + 128]) for key, h, b, _ in back.cut_C4.tolist()]
+        for x in (k, v)
+    )
+    for (key, key_head, b, cut), parts in zip(
         back.tasks_T4.tolist(), back.parts_TS4.tolist(), strict=True
     ):
         own = b, key_head, slice(key, key + 128)
@@ -57,12 +69,26 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
                 dv_own += p.mT @ dout[rows]
                 dk_own += scale * ds.mT @ q[rows]
                 dq[rows] += scale * ds @ k[own]
+        if cut < 0:
+            assert dk[own].isnan().all()
+            dk[own], dv[own] = dk_own, dv_own
+        else:
+            dk_sums[cut] += dk_own
+            dv_sums[cut] += dv_own
+    for (key, key_head, b, _), dk_own, dv_own in zip(
+        back.cut_C4.tolist(), dk_sums, dv_sums, strict=True
+    ):
+        own = b, key_head, slice(key, key + 128)
+        assert dk[own].isnan().all()
         dk[own], dv[own] = dk_own, dv_own
     return dq, dk, dv
 
 
+@pytest.mark.parametrize("fine", [False, True], ids=["", "cut"])
 @pytest.mark.parametrize("name", PLANNED)
-def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name):
+def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name, fine, monkeypatch):
+    if fine:
+        cut_finely(monkeypatch)
     build, batch, heads, key_heads = PLANNED[name]
     ranges = build()
     q, k, v = (
@@ -84,21 +110,34 @@ def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("short", [0, 64, 128])
+@settings(max_examples=40, deadline=None)
 @given(any_ranges())
-def test_every_pair_of_any_ranges_is_in_one_entry(given):
+def test_every_pair_of_any_ranges_is_in_one_entry(short, given):
+    with pytest.MonkeyPatch.context() as patch:
+        if short:
+            cut_finely(patch, short=short)
+        every_pair_is_in_one_entry(given)
+
+
+def every_pair_is_in_one_entry(given):
     ranges, batch, heads, key_heads = given
     n, keys = ranges.queries, ranges.keys
     made, back = plan(*given), back_plan(*given)
     counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
-    tasks = back.tasks_T4[:, :3].tolist()
-    for (key, key_head, b), parts in zip(tasks, back.parts_TS4.tolist(), strict=True):
+    tasks = back.tasks_T4.tolist()
+    for (key, key_head, b, cut), parts in zip(tasks, back.parts_TS4.tolist(), strict=True):
+        if cut >= 0:
+            assert back.cut_C4[cut].tolist() == [key, key_head, b, 0]
         for x, (first, masked, count, _) in enumerate(parts):
             own = counted[b, key_head * heads // key_heads + x, :, key : key + 128]
             for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
                 assert row % 64 == 0
                 own[row : row + 64] += seen(made, row, key, plane) if at < masked else 1
-    assert len({tuple(task) for task in tasks}) == batch * key_heads * -(-keys // 128)
+    written = {tuple(task) for task in tasks if task[3] < 0}
+    assert len(written) == sum(task[3] < 0 for task in tasks)
+    assert len({tuple(task[:3]) for task in tasks}) == batch * key_heads * -(-keys // 128)
+    assert len(written) + len(back.cut_C4) == batch * key_heads * -(-keys // 128)
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
@@ -109,20 +148,36 @@ def test_every_pair_of_any_ranges_is_in_one_entry(given):
     assert torch.equal(unseen, ~expected.any(-1))
 
 
-def test_few_tiles_are_visited():
+def test_few_tiles_are_visited(monkeypatch):
     n = 4096
+    monkeypatch.setattr(_hopper_back_plan, "_LEAST", 36)
     back = back_plan(window(n, 1024, heads=2), 1, 2, 1)
     # 1,151 queries see some of 128 keys; four of these tiles have a mask.
     assert back.parts_TS4[..., 2].max() == 18
     assert back.parts_TS4[..., 1].max() == 4
-    back = back_plan(cases.causal(n, 2), 1, 2, 1)
-    assert back.parts_TS4[0, :, :3].tolist() == [[0, 2, n // 64]] * 2
-    # The last queries of whole tiles first.
-    assert back.entries_E2[2 : n // 64, 0].tolist() == list(range(n - 64, 64, -64))
+    # None is long, and the last ones, here all, come by length.
+    assert len(back.cut_C4) == 0
+    assert (back.tasks_T4[:, 3] == -1).all()
     assert back.tasks_T4[:, 0].tolist() == list(range(0, n, 128))
-    for x in (back.entries_E2, back.parts_TS4, back.tasks_T4):
+    for x in (back.entries_E2, back.parts_TS4, back.tasks_T4, back.cut_C4):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
+
+
+def test_long_tasks_are_cut_by_stretches_of_queries(monkeypatch):
+    n = 2048
+    monkeypatch.setattr(_hopper_back_plan, "_LAST", 1)
+    back = back_plan(cases.causal(n, 4), 1, 4, 1)
+    # More than 32 tiles of 64 queries, by 512 queries: the last ones first, then the first keys.
+    tasks = back.tasks_T4[:, 0].tolist()
+    assert tasks == [key for end in (2048, 1536, 1024, 512) for key in range(0, end, 128)]
+    assert back.parts_TS4[0, 0].tolist() == [0, 0, 8, 0]
+    # The last queries of whole tiles first.
+    assert back.entries_E2[:8, 0].tolist() == list(range(n - 64, n - 513, -64))
+    assert back.cut_C4[:, 0].tolist() == list(range(0, n - 512, 128))
+    assert back.tasks_T4[-1].tolist() == [384, 0, 0, 3]
+    # A tile that has a single stretch is complete.
+    assert (back.tasks_T4[:, 3] == -1).sum() == 4
 
 
 def test_reasons_where_gradients_are_asked_for(monkeypatch):
@@ -158,7 +213,7 @@ def test_memory_of_a_plan_counts_bounds_once_and_rows_without_keys(monkeypatch):
     given = ranges.lo_GNm.nbytes + ranges.hi_GNm.nbytes + ranges.group_BH.nbytes
     (one,), (other,) = _hopper_plan.PLANS.latest, _hopper_back_plan.PLANS.latest
     assert one.nbytes == given + made.entries_E2.nbytes + made.tasks_T8.nbytes
-    own = (back.entries_E2, back.parts_TS4, back.tasks_T4, back.empty[0], back.empty[2])
+    own = (back.entries_E2, back.parts_TS4, back.tasks_T4, back.cut_C4, *back.empty[::2])
     assert other.nbytes == given + sum(x.nbytes for x in own)
 
 
@@ -195,19 +250,22 @@ def test_gradients_from_the_output_and_log_sum_exp_of_more_keys(count):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
-def test_long_tasks_come_before_all_and_others_by_key_head():
-    n = 2048
+def test_only_keys_that_many_see_are_cut():
+    n = 8192
     lo_GNm = torch.arange(n).sub(127).clamp(min=0)[None, :, None].repeat(1, 1, 2)
     hi_GNm = torch.arange(1, n + 1)[None, :, None].repeat(1, 1, 2)
-    # All see keys 1,024 to 1,033 besides, and some of them keys 1,536 to 1,540.
-    lo_GNm[..., 1], hi_GNm[..., 1] = 1024, 1034
-    lo_GNm[0, 300:, 1], hi_GNm[0, 300:, 1] = 1536, 1541
-    lo_GNm[..., 0], hi_GNm[..., 0] = 0, 0
+    # From row 5,000 on, all see some of the first keys.
+    lo_GNm[..., 1], hi_GNm[..., 1] = 0, 10
+    hi_GNm[:, :5000, 1] = 0
     ranges = KeyRanges(lo_GNm.int(), hi_GNm.int(), torch.zeros(1, 4, dtype=torch.long), n)
-    tasks = back_plan(ranges, 1, 4, 2).tasks_T4[:, :2].tolist()
-    long = [[key, head] for key in (1536, 1024) for head in range(2)]
-    others = [[key, head] for head in range(2) for key in range(0, n, 128)]
-    assert tasks == [*long, *(task for task in others if task not in long)]
+    back = back_plan(ranges, 1, 4, 2)
+    assert back.cut_C4.tolist() == [[0, head, 0, 0] for head in range(2)]
+    long = back.tasks_T4[back.tasks_T4[:, 3] >= 0]
+    assert sorted(long[:, 3].tolist()) == [0] * 8 + [1] * 8
+    assert len(back.tasks_T4) == 2 * n // 128 + 14
+    # They come with the tasks that see the same queries; but the last ones are the shortest ones.
+    lengths = back.parts_TS4[..., 2].sum(1)
+    assert (lengths[-132:].diff() <= 0).all()
 
 
 def test_any_number_of_heads_fits_the_grid(monkeypatch):
@@ -220,13 +278,13 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
 
     kernels = SimpleNamespace(deltas=Rows(), scaled=Rows())
     monkeypatch.setattr(module, "_back_kernels", lambda: kernels)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
     lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)
     module._first(out, out, lse, None, 1.0)
-    module._scaled(torch.zeros(1), 1.0, 64, out)
+    module._turn(torch.zeros(1), out, 1.0, 64)
     # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
-    assert grids == [(2 * (1 << 16),), (9 * (1 << 16),)]
+    assert grids == [(2 * (1 << 16), 1, 1), (9 * (1 << 16), 1, 1)]
 
 
 # Results on a GPU.
@@ -246,6 +304,14 @@ def test_equals_the_oracle(name, dtype):
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
     monkeypatch.setattr(module, "_programs", lambda _: programs)
+    equals_the_oracle(name, torch.bfloat16)
+
+
+@gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gradients_of_cut_keys(name, monkeypatch):
+    here()
+    cut_finely(monkeypatch, short=128)
     equals_the_oracle(name, torch.bfloat16)
 
 

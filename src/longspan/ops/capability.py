@@ -8,9 +8,10 @@ first considered.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -148,7 +149,6 @@ KERNELS = (
         name="hopper",
         devices=("cuda",),
         note="our own kernel for Hopper",
-        adds_key_tiles="of a key head",
         has_halves=True,
     ),
     Capability(
@@ -179,6 +179,12 @@ KERNELS = (
 )
 
 
+_chosen: WeakKeyDictionary[KeyRanges, dict[tuple[Hashable, ...], Capability]] = WeakKeyDictionary()
+_chosen_together: WeakKeyDictionary[KeyRanges, dict[tuple[Hashable, ...], Any]] = (
+    WeakKeyDictionary()
+)
+
+
 def transforming() -> bool:
     """Whether this runs inside ``torch.func``: vmap, grad, jvp and their kin."""
     return torch._C._are_functorch_transforms_active()
@@ -203,7 +209,7 @@ def in_order(
 def choose(
     impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
 ) -> Capability:
-    """Pick a kernel.
+    """Pick a kernel; kept for tensors that look the same, as long as ``ranges`` lives.
 
     Args:
         impl: ``"auto"``, or a kernel's name, which never falls back to another one.
@@ -216,16 +222,37 @@ def choose(
     Raises:
         Refusal: if the named kernel cannot take the inputs, with each reason.
     """
+    if not isinstance(impl, str):
+        raise _unknown(impl)
+    kept = _chosen.setdefault(ranges, {})
+    name = (impl, use_lse, *_looks(q, k, v))
+    if name not in kept:
+        kept[name] = _choose(impl, q, k, v, ranges, use_lse=use_lse)
+    return kept[name]
 
+
+def _looks(*tensors: Tensor) -> tuple[Hashable, ...]:
+    """What the choice of a kernel depends on, besides the ranges."""
+    return (
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        transforming(),
+        *((x.shape, x.dtype, x.device, x.requires_grad) for x in tensors),
+    )
+
+
+def _choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool
+) -> Capability:
     def refused(kernel: Capability) -> list[str]:
         return kernel.reasons(q, k, v, ranges, use_lse=use_lse)
 
-    known = {kernel.name: kernel for kernel in KERNELS}
     if impl == "auto":
         able = (c for c in in_order(q, k, v, ranges)[0] if not refused(c))
         return next(c for c in able if c.worth(q, k, v, ranges))
-    if not isinstance(impl, str) or impl not in known:
-        raise Refusal(f'impl must be "auto" or one of {", ".join(known)}; got {impl!r}')
+    known = {kernel.name: kernel for kernel in KERNELS}
+    if impl not in known:
+        raise _unknown(impl)
     if why := refused(known[impl]):
         others = [c.name for c in KERNELS if c.name != impl and not refused(c)]
         raise Refusal(
@@ -233,6 +260,11 @@ def choose(
             f'These can: {", ".join(others)}; impl="auto" picks one'
         )
     return known[impl]
+
+
+def _unknown(impl: object) -> Refusal:
+    names = ", ".join(kernel.name for kernel in KERNELS)
+    return Refusal(f'impl must be "auto" or one of {names}; got {impl!r}')
 
 
 def choose_together(
@@ -254,6 +286,20 @@ def choose_together(
     Raises:
         Refusal: as in ``choose``.
     """
+    if not isinstance(impl, str):
+        raise _unknown(impl)
+    first, *rest = (ranges for _, _, _, ranges in passes)
+    kept = _chosen_together.setdefault(first, {})
+    name = (impl, *map(id, rest), *_looks(*(x for own in passes for x in own[:3])))
+    if name not in kept:
+        # With what the name speaks of, which has to live as long.
+        kept[name] = _choose_together(impl, passes), rest
+    return kept[name][0]
+
+
+def _choose_together(
+    impl: str, passes: Sequence[tuple[Tensor, Tensor, Tensor, KeyRanges]]
+) -> tuple[list[Capability], Rates | None]:
     if impl == "auto" and (fastest := _fastest_together(passes)) is not None:
         return [fastest[0]] * len(passes), fastest[1]
     best = [choose(impl, *own) for own in passes]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.ops.launch import launch
 from longspan.ops.libraries import has_triton
 
 # Numbers that one program holds.
@@ -48,8 +49,10 @@ def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
     count, row_batch, groups, places = row_cBGP.shape
     out_BHPD = x_BHND.new_empty(batch, heads, places, width)
     wide, tall = tile_of(width)
-    with torch.cuda.device(x_BHND.device):
-        _kernels().gather_rows[(-(-places // tall), batch * heads)](
+    launch(
+        _kernels().gather_rows,
+        (-(-places // tall), batch * heads, 1),
+        (
             x_BHND,
             row_cBGP,
             out_BHPD,
@@ -63,7 +66,9 @@ def gather(x_BHND: Tensor, row_cBGP: Tensor) -> Tensor:
             width,
             wide,
             tall,
-        )
+        ),
+        device=x_BHND.device,
+    )
     return out_BHPD
 
 
@@ -85,10 +90,12 @@ def add_rows(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     rows = rows if table is None else table.shape[-1]
     out = first.new_empty(batch, heads, rows, width)
     wide, tall = tile_of(width)
-    with torch.cuda.device(out.device):
-        _kernels().add_rows[(-(-rows // tall), batch * heads)](
-            tensors, *_where(tables, tensors), out, rows, heads, width, wide, tall
-        )
+    launch(
+        _kernels().add_rows,
+        (-(-rows // tall), batch * heads, 1),
+        (tensors, *_where(tables, tensors), out, rows, heads, width, wide, tall),
+        device=out.device,
+    )
     return out
 
 
@@ -134,8 +141,10 @@ def merge_into(
     row = part_lse_BGP if row_BGP is None else row_BGP.contiguous()
     batch, heads, places, width = part_BGPD.shape
     wide, tall = tile_of(width)
-    with torch.cuda.device(out_BHND.device):
-        _kernels().merge_into[(-(-places // tall), batch * heads)](
+    launch(
+        _kernels().merge_into,
+        (-(-places // tall), batch * heads, 1),
+        (
             out_BHND,
             lse_BHN,
             part_BGPD,
@@ -154,7 +163,9 @@ def merge_into(
             width,
             wide,
             tall,
-        )
+        ),
+        device=out_BHND.device,
+    )
 
 
 class _Merge(torch.autograd.Function):
@@ -172,10 +183,12 @@ class _Merge(torch.autograd.Function):
         out = outs[0].new_empty(batch, heads, rows, width)
         lse = lses[0].new_empty(batch, heads, rows)
         wide, tall = tile_of(width)
-        with torch.cuda.device(out.device):
-            _kernels().merge_rows[(-(-rows // tall), batch * heads)](
-                outs, lses, *_where(tables, outs), out, lse, rows, heads, width, wide, tall
-            )
+        launch(
+            _kernels().merge_rows,
+            (-(-rows // tall), batch * heads, 1),
+            (outs, lses, *_where(tables, outs), out, lse, rows, heads, width, wide, tall),
+            device=out.device,
+        )
         ctx.tables = tables
         ctx.save_for_backward(*given, lse)
         return out, lse
@@ -200,8 +213,10 @@ class _Merge(torch.autograd.Function):
         width = outs[0].shape[-1]
         wide, tall = tile_of(width)
         d_out, d_lse = (x.contiguous() for x in grads)
-        with torch.cuda.device(lse.device):
-            _kernels().merge_gradients[(-(-rows // tall), batch * heads)](
+        launch(
+            _kernels().merge_gradients,
+            (-(-rows // tall), batch * heads, 1),
+            (
                 outs,
                 lses,
                 *_where(ctx.tables, outs),
@@ -216,7 +231,9 @@ class _Merge(torch.autograd.Function):
                 width,
                 wide,
                 tall,
-            )
+            ),
+            device=lse.device,
+        )
         return None, *(x for pair in zip(d_outs, d_lses, strict=True) for x in pair)
 
 

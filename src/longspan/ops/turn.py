@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.ops.launch import launch
+
 # Pairs that one program holds.
 _PAIRS = 4096
 
@@ -43,8 +45,10 @@ class _Turn(torch.autograd.Function):
         wide = 1 << (half - 1).bit_length()
         tall = max(1, _PAIRS // wide)
         kernels: ModuleType = importlib.import_module("longspan.ops._turn_triton")
-        with torch.cuda.device(x_BHND.device):
-            kernels.turn_rows[(-(-rows // tall), batch * heads)](
+        launch(
+            kernels.turn_rows,
+            (-(-rows // tall), batch * heads, 1),
+            (
                 x_BHND,
                 cos,
                 sin,
@@ -57,7 +61,9 @@ class _Turn(torch.autograd.Function):
                 half,
                 wide,
                 tall,
-            )
+            ),
+            device=x_BHND.device,
+        )
         return out
 
     @staticmethod

@@ -5,14 +5,20 @@ part: the tiles of 64 queries that see some of its keys, one entry for each rang
 the ranges of a query are disjoint and every pair must count once. Entries with a mask come first;
 behind them whole ones, the last queries first: causal keys begin to be seen at different queries,
 but most are seen to the end, and programs that run at the same time then read the same queries.
-Tasks come by key head, the first keys first, so that programs that run at the same time read the
-same queries; but those that are much longer than others come before all.
+
+Keys that many queries see (strided ones, sinks) are cut: they have a task for each stretch of the
+queries, and gradients of these tasks are added up in memory. No program is then kept busy when
+all others are done, and what programs read and add at the same time stays in the L2 cache.
+
+Tasks come by key head, in it the last stretch of queries first, in that the first keys first, so
+that programs that run at the same time read the same queries. But the last tasks of all come the
+longest first, so that programs end together.
 
 O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
 Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles of
-64, M key rows in J tiles of 128, G range groups, m ranges per query, T tasks, E entries, X = G Q
-m.
+64 and in Y stretches, M key rows in J tiles of 128, G range groups, m ranges per query, T tasks, C
+tiles of keys that are cut, E entries, X = G Q m.
 """
 
 from __future__ import annotations
@@ -30,8 +36,15 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
-# Times the mean: tasks that would keep all others waiting at the end.
-_LONG = 2
+# Programs of an H100 or H200: what is a long task, and what are the last ones, need be no exact
+# count.
+_PROGRAMS = 132
+# The last tasks, which are sorted by length.
+_LAST = _PROGRAMS
+# Entries from which on a task is cut, and the queries of a stretch; less where that would be more
+# than two thirds of what a program has to do.
+_MOST, _LEAST = 192, 32
+_STRETCH, _SHORT = 4096, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,20 +55,23 @@ class HopperBackPlan:
         entries_E2: int32, the first query of each tile, and the row of its bounds. One more than
             there are.
         parts_TS4: int32, for each task and query head its first entry, those with a mask, all.
-        tasks_T4: int32, the first key, key head and batch row of each task.
+        tasks_T4: int32, the first key, key head and batch row of each task, and which of the C
+            its keys are, -1 for none.
+        cut_C4: int32, first key, key head and batch row of keys that have several tasks.
         empty: the rows [B, H, N] that see no key; None if every one sees some.
     """
 
     entries_E2: Tensor
     parts_TS4: Tensor
     tasks_T4: Tensor
+    cut_C4: Tensor
     empty: Index | None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
         rows = [x for x in self.empty or () if isinstance(x, Tensor)]
-        return self.entries_E2, self.parts_TS4, self.tasks_T4, *rows
+        return self.entries_E2, self.parts_TS4, self.tasks_T4, self.cut_C4, *rows
 
 
 PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.tensors)
@@ -89,32 +105,47 @@ def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> H
     # Training reads what is made here, whoever asks first.
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperBackPlan:
-        entries_E2, about_GJ3 = _entries(ranges)
         group_BKS = group_BH.expand(batch, heads).unflatten(1, (key_heads, -1))
-        parts_BKJS4 = torch.nn.functional.pad(about_GJ3[group_BKS].transpose(2, 3), (0, 1))
-        where_BKJ4 = torch.zeros(
-            *parts_BKJS4.shape[:3], 4, dtype=torch.int32, device=lo_GNm.device
-        )
-        for at, (size, step) in enumerate(
-            ((parts_BKJS4.shape[2], KEYS), (key_heads, 1), (batch, 1))
-        ):
-            number = torch.arange(0, size * step, step, dtype=torch.int32, device=lo_GNm.device)
-            where_BKJ4[..., at] = number.view(*(-1 if axis == 2 - at else 1 for axis in range(3)))
-        order = _order(parts_BKJS4[..., 2].sum(-1).flatten())
+        entries_E2, about_GJY4 = _entries(ranges, group_BKS)
+        tasks_T4, parts_TS4, cut_C4 = _tasks(about_GJY4, group_BKS)
         return HopperBackPlan(
             entries_E2,
-            parts_BKJS4.flatten(0, 2)[order].contiguous(),
-            where_BKJ4.flatten(0, 2)[order].contiguous(),
+            parts_TS4,
+            tasks_T4,
+            cut_C4,
             index_of(~(lo_GNm < hi_GNm).any(-1)[group_BH.expand(batch, heads)]),
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
 
 
-def _order(length_T: Tensor) -> Tensor:
-    """Long tasks first, the longest of them at the head, and the others as they come."""
-    long_T = length_T > _LONG * length_T.float().mean()
-    return length_T.where(long_T, 0).argsort(descending=True, stable=True)
+def _tasks(about_GJY4: Tensor, group_BKS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tasks, their parts, and the keys that are cut."""
+    used_BKJY = torch.stack([about_GJY4[one_BK, ..., 2] > 0 for one_BK in group_BKS.unbind(2)])
+    used_BKJY = used_BKJY.any(0)
+    # Keys that nobody sees have a gradient of 0.
+    used_BKJY[..., 0] |= ~used_BKJY.any(-1)
+    cut_BKJ = used_BKJY.sum(-1) > 1
+    slot_BKJ = (cut_BKJ.flatten().cumsum(0).view_as(cut_BKJ) - 1).where(cut_BKJ, -1)
+    batch_T, head_T, tile_T, stretch_T = used_BKJY.nonzero().unbind(1)
+    slot_T = slot_BKJ[batch_T, head_T, tile_T]
+    tasks_T4 = torch.stack([KEYS * tile_T, head_T, batch_T, slot_T], 1).int()
+    parts_TS4 = about_GJY4[group_BKS[batch_T, head_T], tile_T[:, None], stretch_T[:, None]]
+    last_T = parts_TS4[..., 3].amax(1)
+    parts_TS4[..., 3] = 0
+    head_BK = batch_T * group_BKS.shape[1] + head_T
+    order = _order(head_BK * (last_T.max() + 1) - last_T, parts_TS4[..., 2].sum(1))
+    batch_C, head_C, tile_C = cut_BKJ.nonzero().unbind(1)
+    cut_C4 = torch.stack([KEYS * tile_C, head_C, batch_C, torch.zeros_like(tile_C)], 1).int()
+    return tasks_T4[order], parts_TS4[order], cut_C4
+
+
+def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:
+    """Tasks by rank, as they come where it is the same; but the last ones by length."""
+    order_T = rank_T.argsort(stable=True)
+    tail = order_T[-_LAST:]
+    order_T[-_LAST:] = tail[length_T[tail].argsort(descending=True, stable=True)]
+    return order_T
 
 
 def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
@@ -123,8 +154,12 @@ def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
     return first_GQm, (-(-tiles.last // KEYS) - first_GQm).clamp(min=0)
 
 
-def _entries(ranges: KeyRanges) -> tuple[Tensor, Tensor]:
-    """Entries by group and tile of keys, and first, masked and all of each [G, J, 3]."""
+def _entries(ranges: KeyRanges, group_BKS: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries by group, tile of keys and stretch of queries; and about each [G, J, Y, 4].
+
+    These are the first of its entries, those with a mask, all, and the stretch of its last query,
+    0 the first one.
+    """
     # The last queries first: sorting keeps that order.
     tiles = RowTiles(*(x.flip(1) for x in row_tiles(ranges, ROWS)))
     groups, rows, count = tiles.first.shape
@@ -133,22 +168,45 @@ def _entries(ranges: KeyRanges) -> tuple[Tensor, Tensor]:
     end_X = length_X.cumsum(0, dtype=torch.int64)
     size = int(end_X[-1])
     at_X = torch.arange(len(end_X), device=device)
-    row_X, group_X = at_X // count % rows, at_X // (rows * count)
-    about_X2 = torch.stack(
-        [ROWS * (rows - 1 - row_X), group_X * count + at_X % count], dim=1
-    ).int()
+    row_X, group_X = ROWS * (rows - 1 - at_X // count % rows), at_X // (rows * count)
+    about_X2 = torch.stack([row_X, group_X * count + at_X % count], dim=1).int()
     # There are many entries: no number takes more room than it needs.
     at_E = at_X.int().repeat_interleave(length_X, output_size=size)
     tile_E = (tile_X + length_X - end_X).int().index_select(0, at_E)
     tile_E += torch.arange(size, dtype=torch.int32, device=device)
     lower_E, upper_E = cuts(tiles, KEYS * tile_E, at_E)
-    masked_E = lower_E | upper_E
+    whole_E = ~(lower_E | upper_E)
     numbers = torch.int32 if groups * columns < 1 << 30 else torch.int64
     whose_E = (group_X * columns).to(numbers).index_select(0, at_E) + tile_E
-    masked_J = torch.bincount(whose_E[masked_E], minlength=groups * columns)
-    all_J = torch.bincount(whose_E, minlength=groups * columns)
-    order_E = (2 * whose_E + ~masked_E).argsort(stable=True)
+    all_GJ = torch.bincount(whose_E, minlength=groups * columns).view(groups, -1)
+    long_J, stretch = _long(all_GJ, group_BKS)
+    last_X, stretches = row_X // stretch, 1
+    if long_J is not None:
+        # Stretches of cut keys, the last one first; others have a single one.
+        stretches = -(-ROWS * rows // stretch)
+        turn_E = (stretches - 1 - last_X).to(numbers).index_select(0, at_E)
+        wide = torch.int64 if groups * columns * stretches >= 1 << 30 else numbers
+        whose_E = whose_E.to(wide) * stretches + turn_E * long_J.index_select(0, tile_E)
+    places = groups * columns * stretches
+    masked_P = torch.bincount(whose_E[~whole_E], minlength=places)
+    all_P = torch.bincount(whose_E, minlength=places)
+    last_P = all_P.new_zeros(places)
+    if long_J is not None:
+        last_P.scatter_reduce_(0, whose_E.long(), last_X.index_select(0, at_E), "amax")
+    order_E = (2 * whose_E + whole_E).argsort(stable=True)
     entries_E2 = about_X2.new_zeros(size + 1, 2)
     entries_E2[:-1] = about_X2.index_select(0, at_E.index_select(0, order_E))
-    about_J3 = torch.stack([all_J.cumsum(0) - all_J, masked_J, all_J], dim=-1).int()
-    return entries_E2, about_J3.view(groups, -1, 3)
+    about_P4 = torch.stack([all_P.cumsum(0) - all_P, masked_P, all_P, last_P], dim=-1).int()
+    return entries_E2, about_P4.view(groups, columns, stretches, 4)
+
+
+def _long(all_GJ: Tensor, group_BKS: Tensor) -> tuple[Tensor | None, int]:
+    """Tiles of keys that are cut, in all heads and batch rows, and the queries of a stretch.
+
+    None where no tile has so many entries that it is worth it.
+    """
+    length_BKJ = torch.stack([all_GJ[one_BK] for one_BK in group_BKS.unbind(2)]).sum(0)
+    most = int(min(max(length_BKJ.sum() / (1.5 * _PROGRAMS), _LEAST), _MOST))
+    stretch = max(_SHORT, 1 << (_STRETCH * most // _MOST).bit_length() - 1)
+    long_J = (length_BKJ > most).flatten(0, 1).any(0)
+    return long_J if bool(long_J.any()) else None, stretch

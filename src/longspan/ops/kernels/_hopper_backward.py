@@ -9,16 +9,18 @@ the tiles of 64 queries that see some of it, and sums dk and dv in registers; dq
 memory, in float32.
 
 What differs: a task has all query heads of its key head, so that dk and dv are complete and leave
-as they are; programs persist, and fetch tasks as they finish; and four kinds of warps share the
-work. One warp loads. Two groups of four warps, each 64 of the keys, multiply all but dq, and
-leave dS in shared memory. A third group makes dq of it a step later, so that neither of the
-others waits for dS of the other, for dq, or for dq to leave.
+as they are, but for keys that are cut; programs persist, and fetch tasks as they finish; and four
+kinds of warps share the work. One warp loads. Two groups of four warps, each 64 of the keys,
+multiply all but dq, and leave dS in shared memory. A third group makes dq of it a step later, so
+that neither of the others waits for dS of the other, for dq, or for dq to leave.
 
-A task is int32 [4]: first key, key head, batch row, nothing. A part is int32 [4] for each task and
-query head of its key head: first entry, entries with a mask (they come first), entries, nothing.
-An entry is int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi`` that says which
-keys each of them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number are added in
-memory for each tile, in the order of ``_by_thread``, and turned at the end.
+A task is int32 [4]: first key, key head, batch row, and the tile of sums in memory, in float32,
+that its dk and dv are added to; -1 where it has all queries of its keys. A part is int32 [4] for
+each task and query head of its key head: first entry, entries with a mask (they come first),
+entries, nothing. An entry is int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi``
+that says which keys each of them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number
+are added in memory for each tile. Sums lie in the order of ``_by_thread``, and are turned at the
+end.
 
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
 times that with P as it is.
@@ -87,6 +89,7 @@ def backward(
     dq_desc,
     dk_desc,
     dv_desc,
+    cut_desc,
     fetched,
     tasks,
     parts,
@@ -128,7 +131,7 @@ def backward(
     fixed = (k_room, v_room, task_room, kv_full, kv_empty)
     work = (tasks, parts, entries, count, group)
     own = (dq_room, ds_room, ds_full, ds_empty)
-    results = (dq_desc, dk_desc, dv_desc)
+    results = (dq_desc, dk_desc, dv_desc, cut_desc)
     scales = (scale, scale_log2)
     gl.warp_specialize(
         [
@@ -274,10 +277,16 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
                     flow = _pass_by(half, tiles, own, flow)
         place, phase, step, dk, dv = flow
         # Gradients leave through the places of their keys and values.
-        at = [batch, k_head, key + 64 * half, 0]
-        _put(results[2], at, dv, v_room.index(half))
-        mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
-        _put(results[1], at, dk * scales[0], k_room.index(half))
+        dk = dk * scales[0]
+        cut = gl.load(tasks + 4 * t + 3)
+        if cut < 0:
+            at = [batch, k_head, key + 64 * half, 0]
+            _put(results[2], at, dv, v_room.index(half))
+            mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
+            _put(results[1], at, dk, k_room.index(half))
+        else:
+            mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
+            _add(results[3], cut, half, dk, dv, k_room.index(half), v_room.index(half))
         tma.store_wait(0)
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
@@ -387,6 +396,33 @@ def _put(desc, at, x, room):
     tma.async_copy_shared_to_global(desc, at, room)
 
 
+@gluon.jit
+def _add(desc, cut, half: gl.constexpr, dk, dv, k_room, v_room):
+    """Add 64 rows of both gradients to their sums, half of the columns at a time."""
+    width: gl.constexpr = dk.shape[1]
+    tall: gl.constexpr = width // 4
+    dk_room = k_room._reinterpret(gl.float32, [1, 1, tall, 128], desc.layout)
+    dv_room = v_room._reinterpret(gl.float32, [1, 1, tall, 128], desc.layout)
+    dk_halves, dv_halves = _halves(dk), _halves(dv)
+    for piece in gl.static_range(2):
+        tma.store_wait(0)
+        dk_room.reshape([tall, 128]).store(_by_thread(dk_halves[piece]))
+        dv_room.reshape([tall, 128]).store(_by_thread(dv_halves[piece]))
+        hopper.fence_async_shared()
+        row = tall * (2 * half + piece)
+        _add_to(desc, [0, cut, row, 0], dk_room)
+        _add_to(desc, [1, cut, row, 0], dv_room)
+
+
+@gluon.jit
+def _halves(x):
+    """A tile of 64 rows by columns."""
+    wide: gl.constexpr = x.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
+    first, last = x.reshape([64, 2, wide]).permute((0, 2, 1)).split()
+    return gl.convert_layout(first, layout), gl.convert_layout(last, layout)
+
+
 # A group of warps adds dq up.
 
 
@@ -442,12 +478,13 @@ def _of_queries(k_room, own, desc, batch, head, row, step):
 
 @gluon.jit
 def _by_thread(x):
-    """A tile [64, 64] of sums in the order of the threads that have them, as it is added up.
+    """64 rows of sums in the order of the threads that have them, as they are added up.
 
     Four numbers of a thread lie side by side, and those of a warp: no two want the same bank.
     """
-    warp_half_row_column = x.reshape([4, 2, 8, 8, 4, 2])
-    return warp_half_row_column.permute((3, 0, 2, 4, 1, 5)).reshape([32, 128])
+    columns: gl.constexpr = x.shape[1]
+    warp_half_row_column = x.reshape([4, 2, 8, columns // 8, 4, 2])
+    return warp_half_row_column.permute((3, 0, 2, 4, 1, 5)).reshape([columns // 2, 128])
 
 
 @triton.jit
@@ -505,6 +542,7 @@ def deltas(
 def scaled(
     sums,
     out,
+    cut,
     scale,
     rows,
     heads,
@@ -512,12 +550,23 @@ def scaled(
     out_head,
     out_row,
     out_column,
+    few: tl.constexpr,
     width: tl.constexpr,
     wide: tl.constexpr,
 ):
-    """out = scale sums, of tiles of 64 rows in the order of ``_by_thread``."""
-    _plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
+    """out = scale sums, of tiles of 64 rows in the order of ``_by_thread``.
+
+    With ``few``, sums are those of tiles of 128 rows, int32 [C, 4]: first row, head, batch row.
+    """
     tile = tl.program_id(0).to(tl.int64)
+    if few:
+        own = cut + tile // 2 * 4
+        h, b = tl.load(own + 1).to(tl.int64), tl.load(own + 2).to(tl.int64)
+        i = tl.load(own).to(tl.int64) + tile % 2 * 64 + tl.arange(0, 64)
+        d = tl.arange(0, wide)[None, :]
+        inside = (i < rows)[:, None] & (d < width)
+    else:
+        _plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
     found = scale * tl.load(sums + tile * 64 * wide + tl.arange(0, 64 * wide))
     # Piece, columns, warp, rows, columns, half, columns.
     found = found.reshape([wide // 64, 8, 4, 8, 4, 2, 2])

@@ -30,8 +30,11 @@ are read and nothing is written. Offsets of rows are 64-bit.
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
@@ -68,9 +71,24 @@ meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
 def described(x_BHND: Tensor, rows: int, width: int, swizzle: int = 128) -> Any:
     """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
-    layout = gl.NVMMASharedLayout(swizzle, 8 * x_BHND.element_size(), 4)
-    shape, strides = list(x_BHND.shape), list(x_BHND.stride())
-    return TensorDescriptor(x_BHND, shape, strides, [1, 1, rows, width], layout)
+    found = copy.copy(_shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle))
+    found.base = x_BHND
+    return found
+
+
+# A description takes longer to make than a small tensor to attend to.
+@functools.lru_cache(maxsize=1024)
+def _shaped(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    swizzle: int,
+) -> Any:
+    layout = gl.NVMMASharedLayout(swizzle, 8 * dtype.itemsize, 4)
+    nothing = torch.empty(0, dtype=dtype, device="meta")
+    return TensorDescriptor(nothing, list(shape), list(strides), [1, 1, rows, width], layout)
 
 
 @gluon.jit(

@@ -6,7 +6,8 @@ that begin where the ranges do (see ``_hopper_plan``). What is compiled depends 
 alone, so that a new pattern is a new plan of a few milliseconds.
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
-memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head.
+memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head,
+and 8 M D for each key head whose keys many queries see.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
@@ -35,6 +36,7 @@ from longspan.ops.kernels._hopper_plan import (
     most_tiles,
     plan_of,
 )
+from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
@@ -146,10 +148,12 @@ def missing_gluon() -> str | None:
     )
 
 
+@functools.cache
 def _kernels() -> Any:
     return importlib.import_module("longspan.ops.kernels._hopper_forward")
 
 
+@functools.cache
 def _back_kernels() -> Any:
     return importlib.import_module("longspan.ops.kernels._hopper_backward")
 
@@ -262,8 +266,10 @@ class _Ready:
         compiled = _compiled(width, v.shape[3])
         tasks = len(self.plan.tasks_T8)
         described = _kernels().described
-        with torch.cuda.device(q.device):
-            _kernels().forward[(min(_programs(q.device), tasks),)](
+        launch(
+            _kernels().forward,
+            (min(_programs(q.device), tasks), 1, 1),
+            (
                 described(q_BHND, 64, compiled),
                 described(k_BKMD, 128, compiled),
                 described(v_BKMD, 128, compiled),
@@ -281,8 +287,11 @@ class _Ready:
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
-                num_warps=4,
-            )
+            ),
+            device=q.device,
+            # Nothing else makes a difference to what is compiled.
+            alike=(q.dtype, compiled),
+        )
         return out_BHND, lse_BHN
 
     def backward(
@@ -308,18 +317,28 @@ class _Ready:
         first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, sharp)
         dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
         compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T4)
-        # Sums of dq by tiles of 64 rows, and the number of tasks that have been fetched.
-        size = batch * heads * -(-rows // 64) * 64 * compiled
-        zeros = q_BHND.new_zeros(size + 1, dtype=torch.float32)
-        sums_BHX, fetched = zeros[:size].view(batch, heads, -1, 128), zeros[size:]
+        # Sums of dq by tiles of 64 rows, of dk and dv by tiles of 128 keys, and the number of
+        # tasks that have been fetched.
+        cut = len(self.back.cut_C4)
+        sizes = (
+            batch * heads * -(-rows // 64) * 64 * compiled,
+            2 * max(cut, 1) * 128 * compiled,
+            1,
+        )
+        zeros = q_BHND.new_zeros(sum(sizes), dtype=torch.float32)
+        sums, cut_sums, fetched = zeros.split(sizes)
+        sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
         described = _kernels().described
-        with torch.cuda.device(q.device):
-            _back_kernels().backward[(min(_programs(q.device), tasks),)](
+        launch(
+            _back_kernels().backward,
+            (min(_programs(q.device), tasks), 1, 1),
+            (
                 *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
                 described(first_BH2N, 2, 64, swizzle=0),
                 described(sums_BHX, 32, 128, swizzle=0),
                 described(dk_BKMD, 64, compiled),
                 described(dv_BKMD, 64, compiled),
+                described(cut_sums, compiled // 4, 128, swizzle=0),
                 fetched.view(torch.int32),
                 self.back.tasks_T4,
                 self.back.parts_TS4,
@@ -332,9 +351,15 @@ class _Ready:
                 scale,
                 sharp * _LOG2_E,
                 compiled,
-                num_warps=4,
-            )
-        dq_BHND = _scaled(sums_BHX, self.scale, compiled, q_BHND)
+            ),
+            device=q.device,
+            alike=(q.dtype, compiled),
+        )
+        dq_BHND = torch.empty_like(q_BHND)
+        _turn(sums_BHX, dq_BHND, self.scale, compiled)
+        if cut:
+            for own_sums, found in zip(cut_sums, (dk_BKMD, dv_BKMD), strict=True):
+                _turn(own_sums, found, 1.0, compiled, self.back.cut_C4)
         # The log-sum-exp does not depend on the values.
         return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
 
@@ -363,8 +388,10 @@ def _first(
     lse_BHN = lse.contiguous()
     dlse_BHN = lse_BHN if dlse is None else dlse.float().contiguous()
     wide, tall = tile_of(width, numbers=4096)
-    with torch.cuda.device(out_BHND.device):
-        _back_kernels().deltas[(batch * heads * -(-rows // tall),)](
+    launch(
+        _back_kernels().deltas,
+        (batch * heads * -(-rows // tall), 1, 1),
+        (
             out_BHND,
             dout_BHND,
             lse_BHN,
@@ -380,26 +407,35 @@ def _first(
             width,
             wide,
             tall,
-        )
+        ),
+        device=out_BHND.device,
+    )
     return first_BH2N[..., :rows]
 
 
-def _scaled(sums: Tensor, scale: float, compiled: int, like_BHND: Tensor) -> Tensor:
-    """Sums times a factor, in the dtype of another tensor and laid out as it is."""
-    batch, heads, rows, width = like_BHND.shape
-    found_BHND = torch.empty_like(like_BHND)
-    with torch.cuda.device(sums.device):
-        _back_kernels().scaled[(batch * heads * -(-rows // 64),)](
+def _turn(
+    sums: Tensor, out_BHND: Tensor, scale: float, compiled: int, cut_C4: Tensor | None = None
+) -> None:
+    """Write sums times a factor, of all rows or of tiles of 128 of them."""
+    batch, heads, rows, width = out_BHND.shape
+    tiles = batch * heads * -(-rows // 64) if cut_C4 is None else 2 * len(cut_C4)
+    launch(
+        _back_kernels().scaled,
+        (tiles, 1, 1),
+        (
             sums,
-            found_BHND,
+            out_BHND,
+            sums if cut_C4 is None else cut_C4,
             scale,
             rows,
             heads,
-            *found_BHND.stride(),
+            *out_BHND.stride(),
+            cut_C4 is not None,
             width,
             compiled,
-        )
-    return found_BHND
+        ),
+        device=sums.device,
+    )
 
 
 def _compiled(*widths: int) -> int:
@@ -407,5 +443,6 @@ def _compiled(*widths: int) -> int:
     return next(wide for wide in _PLACES if wide >= max(widths))
 
 
+@functools.cache
 def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
