@@ -518,6 +518,8 @@ LAID_OUT: tuple[tuple[str, dict[str, torch.Tensor]], ...] = (
     ("ssa(256, 8)", {}),
     ("longnet([256, 1024], [1, 4])", {}),
     ("longformer(200, tokens=[0, 100, 900])", {}),
+    # A pass of three rows among all others.
+    ("window(200) | global(0, 700, 1500)", {}),
     ("window(400)", {"segments": DOCUMENTS}),
     ("window(400)", {"segments": DOCUMENTS - 1}),
 )

@@ -117,12 +117,12 @@ def test_every_pair_of_any_ranges_is_in_one_entry(short, given):
     with pytest.MonkeyPatch.context() as patch:
         if short:
             cut_finely(patch, short=short)
-        every_pair_is_in_one_entry(given)
+        check_back_plan(*given)
 
 
-def every_pair_is_in_one_entry(given):
-    ranges, batch, heads, key_heads = given
+def check_back_plan(ranges, batch, heads, key_heads):
     n, keys = ranges.queries, ranges.keys
+    given = ranges, batch, heads, key_heads
     made, back = plan(*given), back_plan(*given)
     counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
     tasks = back.tasks_T4.tolist()

@@ -257,6 +257,8 @@ def test_auto_picks_kernels_with_halves(text, monkeypatch):
     need()
     if torch.cuda.get_device_name() not in measured.table():
         pytest.skip("nothing was measured on this GPU")
+    # Passes of a few rows stay passes here.
+    monkeypatch.setattr(run, "few_rows", lambda _: None)
     seen = []
 
     def noted(passes, *more):

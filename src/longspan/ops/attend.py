@@ -36,7 +36,7 @@ from longspan.ops.inputs import (
 )
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import calls_apart, compute, load
+from longspan.ops.run import as_computed, calls_apart, compute, load
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
 from longspan.planning.layout import table
@@ -137,7 +137,8 @@ def explain(
     lines = [str(laid)]
     calls = calls_apart(laid.passes, q, k) or ()
     named = [(f"{one}", one) for one in calls] or [
-        (f"pass {index}", load(one, q, k)) for index, one in enumerate(laid.passes)
+        (_numbered(which), load(one, q, k))
+        for which, one in as_computed(laid.passes, q, k, v, impl, use_lse=use_lse)
     ]
     given = []
     for _, one in named:
@@ -170,6 +171,13 @@ def explain(
                 why = "possible, slower for so few queries"
             lines.append(f"  not {kernel.name}: {why or 'possible, comes later in the order'}")
     return "\n".join(lines)
+
+
+def _numbered(which: tuple[int, ...]) -> str:
+    """Passes of a plan that are computed together, by their numbers."""
+    if len(which) == 1:
+        return f"pass {which[0]}"
+    return f"passes {', '.join(map(str, which[:-1]))} and {which[-1]} as one"
 
 
 def _rate(measured: Rates, kernel: str) -> str:

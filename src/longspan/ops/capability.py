@@ -66,6 +66,8 @@ class Capability:
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
+        takes_long_rows: whether a few queries that see far more keys than their neighbours may
+            stay among them, at the cost of their own tiles.
         plain: whether it is made of torch's own operations alone, so that ``torch.func`` and
             derivatives of any order go through it.
     """
@@ -78,6 +80,7 @@ class Capability:
     shares_keys: bool = False
     reads_in_place: bool = False
     has_halves: bool = False
+    takes_long_rows: bool = False
     plain: bool = False
 
     def reasons(
@@ -150,6 +153,7 @@ KERNELS = (
         devices=("cuda",),
         note="our own kernel for Hopper",
         has_halves=True,
+        takes_long_rows=True,
     ),
     Capability(
         name="flash",
@@ -204,6 +208,17 @@ def in_order(
         return KERNELS, None
     # Sorting is stable: what was not measured follows in the order of the table above.
     return tuple(sorted(KERNELS, key=lambda c: -found.rate(c.name))), found
+
+
+def with_long_rows(impl: str, device: torch.device) -> list[Capability]:
+    """Kernels for a device that take long rows, as far as they may be chosen."""
+    return [
+        kernel
+        for kernel in KERNELS
+        if kernel.takes_long_rows
+        and impl in ("auto", kernel.name)
+        and (not kernel.devices or device.type in kernel.devices)
+    ]
 
 
 def choose(

@@ -14,9 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.errors import Refusal
 from longspan.ops.apart import Own, apart, join, split
-from longspan.ops.capability import Capability, Halves, choose, choose_together, needs_grad
+from longspan.ops.capability import (
+    Capability,
+    Halves,
+    choose,
+    choose_together,
+    needs_grad,
+    with_long_rows,
+)
 from longspan.ops.copies import copies_of
+from longspan.ops.few_rows import few_rows
 from longspan.ops.joint import attend_jointly
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
@@ -30,6 +39,7 @@ from longspan.planning import Pass
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
+_with_few: WeakKeyDictionary[Pass, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 _loaded_apart: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 
 
@@ -91,7 +101,8 @@ def compute(
             return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
     if calls := calls_apart(passes, q, k):
         return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
-    loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for one in passes]
+    suited = as_computed(passes, q, k, v, impl, use_lse=use_lse)
+    loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for _, one in suited]
     together = _together(loaded, q, k, v)
     parts = []
     with Lanes(loaded, (q, k, v), impl) as lanes:
@@ -140,6 +151,44 @@ def calls_apart(passes: Sequence[Pass], q: Tensor, k: Tensor) -> tuple[Own, ...]
         # With what the name speaks of, which has to live as long.
         kept[name] = apart(passes, q, k), rest
     return kept[name][0]
+
+
+def as_computed(
+    passes: Sequence[Pass], q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
+) -> list[tuple[tuple[int, ...], Pass]]:
+    """The passes as they are computed, and which ones of the plan each of them is.
+
+    Those of a few rows are part of another one where the kernel that takes it likes that.
+    """
+    found = _with_few_rows(passes, q, k, v, impl, use_lse=use_lse)
+    which, rest = ((), []) if found is None else (found[0], [found])
+    return rest + [((i,), one) for i, one in enumerate(passes) if i not in which]
+
+
+def _with_few_rows(
+    passes: Sequence[Pass], q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
+) -> tuple[tuple[int, ...], Pass] | None:
+    few = next((x for x in passes if x.query_order is not None and x.key_order is None), None)
+    if few is None or not (kernels := with_long_rows(impl, q.device)):
+        return None
+    # A pass of few rows is quickly loaded: where no kernel comes into question, nothing is joined.
+    small = load(few, q, k).ranges
+    if all(kernel.reasons(q, k, v, small, use_lse=use_lse) for kernel in kernels):
+        return None
+    first, *rest = passes
+    kept = _with_few.setdefault(first, {})
+    name = tuple(map(id, rest))
+    if name not in kept:
+        # With what the name speaks of, which has to live as long.
+        kept[name] = few_rows(passes), rest
+    found = kept[name][0]
+    if found is None:
+        return None
+    try:
+        kernel = choose(impl, q, k, v, load(found[1], q, k).ranges, use_lse=use_lse)
+    except Refusal:
+        return None
+    return found if kernel.takes_long_rows else None
 
 
 def _compute_apart(

@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 
 from longspan.planning.lead import led
-from longspan.planning.passes import Pass, Rows, used_first
+from longspan.planning.passes import Pass, Rows, alike, used_first
 
 # Rows of a tile, as GPU kernels see them.
 _TILE = 128
@@ -89,12 +89,9 @@ def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
     own = np.arange(keys, dtype=np.int32)[None]
     orders = [own if one.key_order is None else one.key_order for one in passes]
     starts = [0, *accumulate(order.shape[1] for order in orders)]
-    # Heads are alike where they are alike in every pass.
-    each = list(zip(*(one.head_class for one in passes), strict=True))
-    classes = {c: index for index, c in enumerate(dict.fromkeys(each))}
+    head_class, classes = alike(passes)
     tables = [
-        (one.lo[:, taken], one.hi[:, taken])
-        for one, taken in zip(passes, map(list, zip(*classes, strict=True)), strict=True)
+        (one.lo[:, taken], one.hi[:, taken]) for one, taken in zip(passes, classes, strict=True)
     ]
     lo, hi = (
         _beside(
@@ -107,9 +104,7 @@ def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
     )
     lo, hi = used_first(lo, hi)
     steps = tuple(step for one in passes for step in one.steps)
-    return Pass(
-        lo, hi, tuple(classes[c] for c in each), _beside(orders), passes[0].query_order, steps
-    )
+    return Pass(lo, hi, head_class, _beside(orders), passes[0].query_order, steps)
 
 
 def _beside(tables: Sequence[Rows]) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,6 +99,17 @@ class Pass:
         if self.key_order is None:
             return np.arange(keys)
         return self.key_order[batch_row % len(self.key_order)].astype(np.int64)
+
+
+def alike(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Classes of heads that are alike in every one of several passes.
+
+    Returns:
+        The class of each head, and for each pass which of its own classes each of them is.
+    """
+    each = list(zip(*(one.head_class for one in passes), strict=True))
+    classes = {own: index for index, own in enumerate(dict.fromkeys(each))}
+    return tuple(classes[own] for own in each), list(map(list, zip(*classes, strict=True)))
 
 
 def used_first(lo: Rows, hi: Rows) -> tuple[Rows, Rows]:

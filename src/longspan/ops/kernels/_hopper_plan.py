@@ -102,7 +102,12 @@ def most_tiles(ranges: KeyRanges) -> int:
     most = groups * count * -(-rows // TILE) * (-(-ranges.keys // TILE) + 1)
     if most <= MOST_TILES:
         return most
-    return int(_runs_of(ranges).count_GQ.sum(dtype=torch.int64))
+    return int(task_tiles(ranges).sum(dtype=torch.int64))
+
+
+def task_tiles(ranges: KeyRanges) -> Tensor:
+    """Tiles of keys of each task of a range group [G, Q]."""
+    return _runs_of(ranges).count_GQ
 
 
 def plan_of(
