@@ -150,7 +150,7 @@ def overlaps(passes, n, keys):
 @settings(max_examples=150, deadline=None)
 @given(any_passes())
 def test_the_same_pairs_of_any_passes(made):
-    passes, batch, _, keys = made
+    passes, batch, n, keys = made
     worth = few_rows._WORTH
     few_rows._WORTH = math.inf
     try:
