@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tests.ops.test_flex import gpu
 import longspan as ls
 from longspan.ops.apart import apart, join, split
 from longspan.ops.kernels.reference import reference
+from longspan.ops.lanes import Lanes
+from longspan.ops.placed import attend_placed
 
 apart_module = importlib.import_module("longspan.ops.apart")
 
@@ -118,8 +121,76 @@ def test_not_where_rows_or_heads_do_not_divide():
     assert apart(ls.plan(pattern, 512, 4, segments=documents).passes, q, k) is None
 
 
+class Halves:
+    """By the reference, into given tensors."""
+
+    def __init__(self, ranges):
+        self.ranges = ranges
+
+    def forward(self, q, k, v, out=None):
+        found, lse = reference(q, k, v, self.ranges, 0.3)
+        assert out is not None
+        assert out.shape == found.shape
+        return out.copy_(found), lse
+
+    def backward(self, q, k, v, out, lse, dout, dlse, into=()):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            found = reference(*inputs, self.ranges, 0.3)
+        for x, own in zip(found, (out, lse), strict=True):
+            torch.testing.assert_close(x, own.double(), rtol=1e-6, atol=1e-6)
+        given = [
+            (x, own.double())
+            for x, own in zip(found, (dout, dlse), strict=True)
+            if own is not None
+        ]
+        ends, slopes = zip(*given, strict=True)
+        grads = torch.autograd.grad(ends, inputs, slopes, allow_unused=True)
+        return tuple(
+            x if place is None or x is None else place.copy_(x)
+            for x, place in zip_longest(grads, into)
+        )
+
+
+@pytest.mark.parametrize("ends", ["both", "out", "lse"])
+@pytest.mark.parametrize(
+    ("text", "heads"),
+    [
+        *PATTERNS.items(),
+        # One key head for all, and values of another width.
+        ("dilated(64, [1, 2, 4, 8])", (4, 1)),
+    ],
+)
+def test_results_are_written_where_they_belong(text, heads, ends):
+    q, k, v = inputs_of(*heads, dtype=torch.float64)
+    v = v[..., :24].detach().requires_grad_()
+    plan = ls.plan(ls.parse(text), 512, heads[0])
+    calls = apart(plan.passes, q, k)
+    lanes = Lanes(calls, (q, k, v), "auto")
+    found = attend_placed(calls, [Halves(one.ranges) for one in calls], (q, k, v), lanes)
+    wanted = ls.attend(q, k, v, plan, impl="reference", scale=0.3, return_lse=True)
+    slopes = [torch.randn_like(x) for x in wanted]
+    which = {"both": slice(2), "out": slice(1), "lse": slice(1, 2)}[ends]
+    grads = [
+        torch.autograd.grad(
+            x[which],
+            (q, k, v),
+            [slope.to(own.dtype) for slope, own in zip(slopes[which], x[which], strict=True)],
+            allow_unused=True,
+        )
+        for x in (found, wanted)
+    ]
+    # float32 as on a GPU.
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-6, atol=1e-6)
+    for a, b in zip((found[0], *grads[0]), (wanted[0], *grads[1]), strict=True):
+        if b is None:
+            assert a is None or not a.any()
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @gpu
-@pytest.mark.parametrize("impl", ["flex", "auto"])
+@pytest.mark.parametrize("impl", ["flex", "hopper", "auto"])
 @pytest.mark.parametrize(("text", "heads"), PATTERNS.items(), ids=PATTERNS)
 def test_on_a_gpu(text, heads, impl):
     how = {"device": "cuda", "dtype": torch.bfloat16}

@@ -4,7 +4,8 @@ A pattern that differs from head to head (mixed dilations) has one order of rows
 another for others. Where no head needs two of them nothing has to be joined: the heads of each
 order are a slice of q, k and v, their residue order is a view of that slice (see ``views``), and
 what the kernel gives belongs to those heads alone. Rows are copied once on the way out, and once
-again for dQ; gradients of keys that several calls read are added up once.
+again for dQ, but for kernels that write where they belong (``placed``); gradients of keys that
+several calls read are added up once.
 
 Axes: B batch, H query heads, K key heads, N rows, D width, r remainders, n rows of a remainder.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.ops.empty import Index, index_of
 from longspan.ops.fused import add_rows, can_fuse
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.views import by_remainder, residue_order, row_after_row, views_of
@@ -42,6 +45,12 @@ class Own:
     key_heads: slice
     step: int
     ranges: KeyRanges
+
+    @cached_property
+    def empty(self) -> Index | None:
+        """The rows [r, H', n] that see no key; None if every one sees some."""
+        empty_GN = (self.ranges.lo_GNm >= self.ranges.hi_GNm).all(-1)
+        return index_of(empty_GN[self.ranges.group_BH])
 
     def __str__(self) -> str:
         own = range(self.heads.start, self.heads.stop, self.heads.step)
@@ -116,7 +125,7 @@ class _Split(torch.autograd.Function):
                 for one, grad in zip(ctx.calls, grads[i::3], strict=True)
                 if grad is not None
             ]
-            found.append(_sum(parts, shape) if parts else None)
+            found.append(add_up(parts, shape) if parts else None)
         return tuple(found)
 
 
@@ -167,24 +176,26 @@ def _is_wide(x: Tensor, size: int) -> bool:
     return all(step * x.element_size() % size == 0 for step in steps) and x.data_ptr() % size == 0
 
 
-def _sum(parts: Sequence[tuple[Own, slice, Tensor]], shape: torch.Size) -> Tensor:
+def add_up(parts: Sequence[tuple[Own, slice, Tensor]], shape: torch.Size) -> Tensor:
     """Gradients of the calls added up where several calls read the same heads."""
     first = parts[0][2]
-    heads = [set(range(shape[1])[own]) for _, own, _ in parts]
-    times = sum(len(own) for own in heads)
-    alone = len(set().union(*heads)) == times
-    if alone and times == shape[1]:
+    if each_alone([own for _, own, _ in parts], shape[1]):
         total = first.new_empty(shape)
         for one, own, grad in parts:
             _copy(one.of(total, own), grad)
         return total
     rows = [grad if one.step == 1 else row_after_row(grad) for one, _, grad in parts]
-    if all(len(own) == shape[1] for own in heads) and can_fuse(*rows):
+    if all(grad.shape[1] == shape[1] for _, _, grad in parts) and can_fuse(*rows):
         return add_rows([(x, None) for x in rows])
     total = first.new_zeros(shape, dtype=torch.promote_types(first.dtype, torch.float32))
     for (_, own, _), x in zip(parts, rows, strict=True):
         total[:, own] += x
     return total.to(first.dtype)
+
+
+def each_alone(owns: Sequence[slice], heads: int) -> bool:
+    """Whether every head is in one of these."""
+    return sorted(h for own in owns for h in range(heads)[own]) == list(range(heads))
 
 
 def _orders(one: Pass, keys: int) -> Iterator[tuple[int, list[int]]]:

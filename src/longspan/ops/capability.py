@@ -51,6 +51,33 @@ class Halves(Protocol):
         ...
 
 
+class PlacedHalves(Protocol):
+    """``Halves`` that write into given tensors, of any layout in which rows are dense.
+
+    Rows begin at a multiple of 16 bytes.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output, in memory of its own for want of a place, and log-sum-exp."""
+        ...
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        into: Sequence[Tensor | None] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v, those with a place in it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capability:
     """One kernel.
@@ -66,6 +93,7 @@ class Capability:
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
+        places: whether these halves are ``PlacedHalves``.
         takes_long_rows: whether a few queries that see far more keys than their neighbours may
             stay among them, at the cost of their own tiles.
         plain: whether it is made of torch's own operations alone, so that ``torch.func`` and
@@ -80,6 +108,7 @@ class Capability:
     shares_keys: bool = False
     reads_in_place: bool = False
     has_halves: bool = False
+    places: bool = False
     takes_long_rows: bool = False
     plain: bool = False
 
@@ -128,6 +157,11 @@ class Capability:
         module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
         return getattr(module, f"{self.name}_halves")
 
+    def load_placed(self) -> Callable[[Tensor, Tensor, Tensor, KeyRanges, float], PlacedHalves]:
+        """The same of one whose halves write into given tensors."""
+        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
+        return getattr(module, f"{self.name}_halves")
+
 
 # Passes without halves are joined by a merge with gradients of its own, a fifteenth of LongNet's
 # time: a kernel with halves is preferred from this share of the best rate on.
@@ -153,6 +187,7 @@ KERNELS = (
         devices=("cuda",),
         note="our own kernel for Hopper",
         has_halves=True,
+        places=True,
         takes_long_rows=True,
     ),
     Capability(

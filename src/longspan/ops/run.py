@@ -32,6 +32,7 @@ from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
 from longspan.ops.merge import Part
 from longspan.ops.own_keys import own_keys
+from longspan.ops.placed import attend_placed
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, views_of
@@ -202,6 +203,13 @@ def _compute_apart(
     use_lse: bool,
 ) -> Part:
     outs, lses = [], []
+    views = [(*one.inputs(q, k, v), one.ranges) for one in calls]
+    chosen = [choose(impl, *own, use_lse=use_lse) for own in views]
+    if all(kernel.places for kernel in chosen):
+        halves = [
+            kernel.load_placed()(*own, scale) for kernel, own in zip(chosen, views, strict=True)
+        ]
+        return Part(*attend_placed(calls, halves, (q, k, v), Lanes(calls, (q, k, v), impl)))
     inputs = split(calls, q, k, v)
     with Lanes(calls, (q, k, v), impl) as lanes:
         for index, (one, own) in enumerate(zip(calls, inputs, strict=True)):

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
-from longspan.ops.capability import Halves, needs_grad
+from longspan.ops.capability import PlacedHalves, needs_grad
 from longspan.ops.empty import harmless
 from longspan.ops.fused import tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
@@ -189,13 +191,14 @@ def hopper(
 
 def hopper_halves(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
-) -> Halves:
-    """The same, with gradients, as a forward and a backward of their own.
+) -> PlacedHalves:
+    """The same as a forward and, where gradients are wanted, a backward of their own.
 
     Raises:
         Refusal: ``reasons`` has one.
     """
-    return _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=True)
+    backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
+    return _ready(q_BHND, k_BKMD, v_BKMD, ranges, scale, backward=backward)
 
 
 def _ready(
@@ -255,12 +258,17 @@ class _Ready:
     back: HopperBackPlan | None
     scale: float
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp. What belongs to a view, as the rows of a remainder, is one."""
         q_BHND, k_BKMD, v_BKMD = self._queries(q), aligned(k), aligned(v)
         batch, heads, rows, width = q_BHND.shape
-        out_BHND = torch.empty_like(q_BHND)
-        if v.shape[3] != width:
+        if out is not None:
+            out_BHND = out
+        elif v.shape[3] == width:
+            out_BHND = torch.empty_like(q_BHND)
+        else:
             out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
         lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
         compiled = _compiled(width, v.shape[3])
@@ -303,8 +311,9 @@ class _Ready:
         lse: Tensor,
         dout: Tensor | None,
         dlse: Tensor | None,
+        into: Sequence[Tensor | None] = (),
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v, laid out in memory as these are.
+        """Gradients of q, k and v, laid out in memory as these are where there is no place.
 
         All numbers are finite; with ``out``, ``lse`` may be that of more keys.
         """
@@ -315,7 +324,10 @@ class _Ready:
         scale = abs(self.scale or 1.0)
         sharp = max(scale, _LEAST_SCALE)
         first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, sharp)
-        dk_BKMD, dv_BKMD = torch.empty_like(k_BKMD), torch.empty_like(v_BKMD)
+        dq_BHND, dk_BKMD, dv_BKMD = (
+            torch.empty_like(x) if place is None else place
+            for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
+        )
         compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T4)
         # Sums of dq by tiles of 64 rows, of dk and dv by tiles of 128 keys, and the number of
         # tasks that have been fetched.
@@ -355,7 +367,6 @@ class _Ready:
             device=q.device,
             alike=(q.dtype, compiled),
         )
-        dq_BHND = torch.empty_like(q_BHND)
         _turn(sums_BHX, dq_BHND, self.scale, compiled)
         if cut:
             for own_sums, found in zip(cut_sums, (dk_BKMD, dv_BKMD), strict=True):
