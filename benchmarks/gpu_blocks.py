@@ -154,7 +154,7 @@ def picked(ranges: KeyRanges, inputs: Sequence[Tensor]) -> dict[str, str]:
 
 def kernels(size: int) -> tuple[str, ...]:
     """Ours for a block size."""
-    found = ("cudnn", "cudnn_blocks") if size == SIZE else ("cudnn",)
+    found = ("cudnn", "hopper", *(("cudnn_blocks",) if size == SIZE else ()))
     return found if device_of_this_run() == "cuda" else (*found, "tiled")
 
 

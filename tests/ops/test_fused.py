@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from longspan.ops.fused import gather, merge_fused
 from longspan.ops.merge import Part, merge, merge_parts
 from longspan.ops.rows import Order, spread
+
+rows_module = importlib.import_module("longspan.ops.rows")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,6 +134,27 @@ def test_spread_adds_gradients_up():
         found = spread(given, orders)
         loss = sum((one**2).cumsum(2).sum() for one in found)
         results.append([*found, torch.autograd.grad(loss, given)[0]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b.cpu().double(), a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gradients_of_few_rows_are_added_to_those_of_all(groups, monkeypatch):
+    monkeypatch.setattr(rows_module, "add_rows", lambda *_: pytest.fail("all rows are read"))
+    make = np.random.default_rng(0)
+    tables = []
+    for batch, places in ((1, 30), (2, 17)):
+        table = [make.permutation(100)[:places] for _ in range(batch * groups)]
+        tables.append(np.stack(table).reshape(batch, groups, places))
+    tables[1][:, :, 5] = -1
+    x = torch.randn(2, 6, 100, 40, dtype=torch.float64, requires_grad=True)
+    y = x.detach().to("cuda", torch.float32).requires_grad_()
+    results = []
+    for given in (x, y):
+        orders = [None if t is None else Order.of(t, 100, given.device) for t in (None, *tables)]
+        found = spread(given, orders)
+        slopes = [(one.detach() * 3).sin() for one in found]
+        results.append([*found, *torch.autograd.grad(found, given, slopes)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b.cpu().double(), a, rtol=1e-5, atol=1e-5)
 

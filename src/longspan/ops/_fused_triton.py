@@ -91,6 +91,40 @@ def add_rows(
 
 
 @triton.jit
+def add_into(
+    total,
+    part,
+    row,
+    places,
+    heads,
+    total_batch,
+    total_head,
+    total_row,
+    part_batch,
+    part_head,
+    part_row,
+    batch_step,
+    share,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
+):
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
+    p = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    live = p < places
+    at = row + b * batch_step + (h // share) * places + p
+    r = tl.load(at, mask=live, other=-1).to(tl.int64)
+    inside = (live & (r >= 0))[:, None] & (d < width)
+    at_total = total + b * total_batch + h * total_head + r[:, None] * total_row + d
+    at_part = part + b * part_batch + h * part_head + p[:, None] * part_row + d
+    x = tl.load(at_total, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(at_part, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at_total, x.to(total.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def merge_rows(
     outs,
     lses,

@@ -99,6 +99,41 @@ def add_rows(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     return out
 
 
+def add_into(total_BHND: Tensor, part_BHPD: Tensor, row_BGP: Tensor) -> None:
+    """Add rows to some of those of ``total``, which are overwritten; without gradient.
+
+    Only these rows are read and written.
+
+    Args:
+        total_BHND: of any layout in which the numbers of a row lie side by side.
+        part_BHPD: of any layout.
+        row_BGP: the row of each place, int32 [B or 1, G, P], each once at most, -1 for none; G
+            divides H, and neighbouring heads share.
+    """
+    part_BHPD, row_BGP = rows_dense(part_BHPD), row_BGP.contiguous()
+    batch, heads, places, width = part_BHPD.shape
+    wide, tall = tile_of(width)
+    launch(
+        _kernels().add_into,
+        (-(-places // tall), batch * heads, 1),
+        (
+            total_BHND,
+            part_BHPD,
+            row_BGP,
+            places,
+            heads,
+            *total_BHND.stride()[:3],
+            *part_BHPD.stride()[:3],
+            row_BGP[0].numel() if len(row_BGP) > 1 else 0,
+            heads // row_BGP.shape[1],
+            width,
+            wide,
+            tall,
+        ),
+        device=total_BHND.device,
+    )
+
+
 def merge_fused(
     parts: Sequence[tuple[Tensor, Tensor]],
     tables: Sequence[tuple[Tensor, bool] | None] | None = None,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.ops.fused import add_rows, can_fuse, gather
+from longspan.ops.fused import add_into, add_rows, can_fuse, gather
 from longspan.ops.workers import can_share_threads, run_parts
 
 # A few rows may stand at more places than this; if many do, their gradients are scattered.
@@ -299,12 +299,32 @@ class _Spread(torch.autograd.Function):
         seen = [(g, o) for g, o in zip(grads, ctx.orders, strict=True) if g is not None]
         if not seen:
             return None, None
-        tables = [(g, None if o is None else o.back.row_cBGP) for g, o in seen]
-        found = add_rows(tables)
-        for grad, order in seen:
-            if order is not None:
-                order.add_rest(grad, found)
+        if (found := _added_to_one(seen)) is None:
+            found = add_rows([(g, None if o is None else o.back.row_cBGP) for g, o in seen])
+            for grad, order in seen:
+                if order is not None:
+                    order.add_rest(grad, found)
         return found, None
+
+
+def _added_to_one(parts: Sequence[tuple[Tensor, Order | None]]) -> Tensor | None:
+    """The sum of gradients where one is of all rows and the others of few, which are added to it.
+
+    None where that would be more to read and write than a new sum. What a kernel gave belongs to
+    nobody else.
+    """
+    whole = next((x for x, order in parts if order is None and x.stride(-1) == 1), None)
+    if whole is None:
+        return None
+    others = [(x, order) for x, order in parts if x is not whole]
+    once = all(o and o.rest is None and o.back and len(o.back.full) == 1 for _, o in others)
+    # Read and written on one side, read on the other.
+    if not once or 3 * sum(x.shape[2] for x, _ in others) > 2 * whole.shape[2]:
+        return None
+    for x, order in others:
+        assert order is not None
+        add_into(whole, x, order.table.row_cBGP[0])
+    return whole
 
 
 class _Add(torch.autograd.Function):
