@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from longspan.ops.fused import gather, merge_fused
+from longspan.ops.fused import gather, merge_fused, merge_stacked
 from longspan.ops.merge import Part, merge, merge_parts
 from longspan.ops.rows import Order, spread
 
@@ -60,6 +60,30 @@ def test_merge(parts):
     ]
     for a, b in zip((*found, *grads[1]), (*wanted, *grads[0]), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("parts", "rows", "width"), [(2, 300, 128), (5, 3, 96), (7, 77, 40), (32, 1, 64), (19, 9, 8)]
+)
+def test_merge_of_parts_that_lie_one_behind_another(parts, rows, width, dtype):
+    outs = torch.randn(parts, 2, 3, rows, width, device="cuda").to(dtype)
+    lses = 3 * torch.randn(parts, 2, 3, rows, device="cuda")
+    none = torch.rand(lses.shape, device="cuda") < 0.3
+    none[:, 0, 0, 0] = True
+    outs[none], lses[none] = 0.0, -torch.inf
+    wanted = merge([(out.double(), lse.double()) for out, lse in zip(outs, lses, strict=True)])
+    out = torch.empty(2, rows, 3, width, device="cuda", dtype=dtype).transpose(1, 2)
+    lse = merge_stacked(outs, lses.flatten(0, 1), out)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.double(), wanted[0], rtol=limit, atol=limit)
+    torch.testing.assert_close(lse.double(), wanted[1], rtol=1e-5, atol=1e-5)
+    assert (out[0, 0, 0] == 0).all()
+    assert lse[0, 0, 0] == -torch.inf
+    outs[0, 1, 1, 0], lses[0, 1, 1, 0] = torch.nan, torch.nan
+    lse = merge_stacked(outs, lses.flatten(0, 1), out)
+    assert out[1, 1, 0].isnan().all()
+    assert lse.isnan().nonzero().tolist() == [[1, 1, 0]]
 
 
 def test_parts_in_orders_of_their_own():

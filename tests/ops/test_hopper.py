@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, te
 import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability, kept
-from longspan.ops.kernels import _hopper_plan
+from longspan.ops.kernels import _hopper_parts, _hopper_plan
 from longspan.ops.kernels.reference import reference
+from longspan.ops.merge import merge
 from longspan.ops.ranges import KeyRanges
 
 module = importlib.import_module("longspan.ops.kernels.hopper")
@@ -78,14 +81,37 @@ PLANNED = {
 }
 
 
+def split_keys(monkeypatch, parts):
+    """Every task is split, as far as it has tiles."""
+    for name, value in (
+        ("PROGRAMS", 1 << 30),
+        ("MOST_PARTS", parts),
+        ("_LEAST", 1),
+        ("_ONCE", 0),
+        ("_JOINED", 0),
+        ("_WORTH", 1),
+    ):
+        monkeypatch.setattr(_hopper_parts, name, value)
+    forget_plans(monkeypatch)
+
+
+def forget_plans(monkeypatch):
+    monkeypatch.setattr(_hopper_plan.PLANS, "latest", [])
+    monkeypatch.setattr(_hopper_plan.PLANS, "by_ranges", WeakKeyDictionary())
+
+
 def plan(ranges, batch, heads, key_heads):
     return _hopper_plan.plan_of(ranges, batch, heads, key_heads, 512)
 
 
 def unpacked(made: _hopper_plan.HopperPlan):
-    """Tasks as (row, head, batch, edges, entries)."""
+    """Tasks as (row, head, batch row of the output, edges, entries)."""
     for row, head, batch, first, edges, count, key, about in made.tasks_T8.tolist():
         entries = made.entries_E2[first : first + count].tolist()
+        if made.parts > 1 and about == _hopper_parts._HIDDEN and entries[0] != [key, about]:
+            # A part without entries.
+            assert edges == count == 1
+            entries = [[key, about]]
         assert entries[0] == [key, about]
         assert 1 <= edges <= count
         yield row, head, batch, edges, entries
@@ -108,10 +134,14 @@ def seen(made: _hopper_plan.HopperPlan, row: int, key: int, about: int, *, whole
     return inside
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5, 32])
 @pytest.mark.parametrize("name", PLANNED)
-def test_every_pair_is_in_one_entry_and_full_ones_are_full(name):
+def test_every_pair_is_in_one_entry_and_full_ones_are_full(name, parts, monkeypatch):
+    if parts > 1:
+        split_keys(monkeypatch, parts)
     build, *shape = PLANNED[name]
-    check_plan(build(), *shape)
+    made = check_plan(build(), *shape)
+    assert made.parts <= parts
 
 
 def check_plan(ranges, batch, heads, key_heads):
@@ -123,20 +153,26 @@ def check_plan(ranges, batch, heads, key_heads):
     assert made.lo_PN.shape == made.hi_PN.shape == (ranges.lo_GNm[:, 0].numel(), n)
     counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
     tasks = set()
-    for row, head, b, edges, entries in unpacked(made):
-        tasks.add((row, head, b))
+    for row, head, out_b, edges, entries in unpacked(made):
+        tasks.add((row, head, out_b))
+        part, b = divmod(out_b, batch)
+        assert all(about & 15 for _, about in entries[1:edges])
         for at, (key, about) in enumerate(entries):
-            assert 0 <= key < keys
-            # All but the first one and the edges are whole, and the first one if any is.
-            assert about & 63 == 0 if at >= edges or (at == 0 < edges < len(entries)) else True
+            assert 0 <= key < keys + (made.parts > 1)
+            # All but the first one and the edges are whole, and the first one if any is; a part
+            # may begin with any edge.
+            leads = part == at == 0 < edges < len(entries)
+            assert about & 63 == 0 if at >= edges or leads else True
             assert about & 15 or 0 in (at, about & 63)
             inside = seen(made, row, key, about, whole=at == 0)
             counted[b, head, row : row + 128, key : key + 128] += inside
-    assert len(tasks) == len(made.tasks_T8) == batch * heads * -(-n // 128)
+    assert len(tasks) == len(made.tasks_T8) == made.parts * batch * heads * -(-n // 128)
+    assert {out_b for *_, out_b in tasks} == set(range(made.parts * batch))
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
     assert len(made.entries_E2) - 1 <= _hopper_plan.most_tiles(ranges)
+    return made
 
 
 # Around whole tiles and halves of them.
@@ -170,13 +206,18 @@ def count_of(most):
     return st.integers(1, most)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 32])
 @settings(max_examples=60, deadline=None)
 @given(any_ranges())
-def test_every_pair_of_any_ranges_is_in_one_entry(given):
-    check_plan(*given)
+def test_every_pair_of_any_ranges_is_in_one_entry(parts, given):
+    with pytest.MonkeyPatch.context() as patch:
+        if parts > 1:
+            split_keys(patch, parts)
+        check_plan(*given)
 
 
-def test_few_tiles_are_visited():
+def test_few_tiles_are_visited(monkeypatch):
+    monkeypatch.setattr(_hopper_parts, "PROGRAMS", 0)
     n = 4096
     for ranges, most in (
         # A tile of rows sees W + 127 keys.
@@ -256,16 +297,57 @@ def test_a_plan_of_a_million_rows():
     assert len(made.entries_E2) == 9 * (n // 128) - sum(range(1, 9)) + 1
 
 
+def test_few_tasks_of_many_tiles_are_split():
+    def sizes(ranges, batch, heads):
+        made = plan(ranges, batch, heads, 1)
+        return made.parts, made.tasks_T8[:, 5].tolist()
+
+    # Three global rows, and one query of a decoding step.
+    assert sizes(cases.dense(3, 32, 32768), 1, 32) == (4, 128 * [64])
+    assert sizes(window(1, 4000, keys=4000, heads=8), 2, 8) == (2, 32 * [16])
+    assert sizes(window(1, 40_000, keys=40_000, heads=1), 1, 1) == (19, [17] * 9 + [16] * 10)
+    assert sizes(cases.dense(1, 1, 1 << 20), 1, 1) == (32, 32 * [256])
+    # As many turns of all processors as there are, nearly full ones.
+    assert sizes(cases.dense(1, 48, 131_072), 1, 48)[0] == 11
+    # Few tiles, or nothing to gain.
+    assert sizes(window(1, 3900, keys=3900, heads=8), 2, 8) == (1, 16 * [31])
+    assert sizes(cases.dense(1, 120, 32768), 1, 120) == (1, 120 * [256])
+    assert sizes(cases.dense(1, 132, 32768), 1, 132) == (1, 132 * [256])
+    assert sizes(window(32768, 1024, heads=1), 1, 1)[0] == 1
+
+
+def test_short_tasks_have_fewer_parts_and_long_ones_come_first():
+    # Heads of 100, 50, 3 and no tiles.
+    seen = 128 * np.array([[100], [50], [3], [0]])
+    ranges = cases.key_ranges(0 * seen, seen, [[0, 1, 2, 3]], heads=4, keys=20_000)
+    made = plan(ranges, 1, 4, 1)
+    assert made.parts == 6
+    lengths = [tuple(sorted(len(e) for _, h, *_, e in unpacked(made) if h == x)) for x in range(4)]
+    assert lengths == [
+        (16, 16, 17, 17, 17, 17),
+        (1, 1, 1, 16, 17, 17),
+        (1, 1, 1, 1, 1, 3),
+        (1, 1, 1, 1, 1, 1),
+    ]
+    assert (made.tasks_T8[:, 5].diff() <= 0).all()
+
+
 # The kernel's way through a plan, one task after another.
 
 
 def executed(made, q, k, v, scale):
-    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], math.nan, dtype=q.dtype)
+    return merge(list(zip(*executed_parts(made, q, k, v, scale), strict=True)))
+
+
+def executed_parts(made, q, k, v, scale):
+    """Output and log-sum-exp of each part, the first axis."""
+    many = made.parts * len(q), *q.shape[1:3]
+    out = torch.full((*many, v.shape[3]), math.nan, dtype=q.dtype)
+    lse = torch.full(many, math.nan, dtype=q.dtype)
     share = q.shape[1] // k.shape[1]
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, 128)) for x in (k, v))
-    for row, head, b, _, entries in unpacked(made):
-        rows = slice(row, row + 128)
+    for row, head, out_b, _, entries in unpacked(made):
+        rows, b = slice(row, row + 128), out_b % len(q)
         own = q[b, head, rows]
         top, total = own.new_full((len(own),), -math.inf), own.new_zeros(len(own))
         acc = own.new_zeros(len(own), v.shape[3])
@@ -277,19 +359,75 @@ def executed(made, q, k, v, scale):
             p, shrink = (s - base[:, None]).exp(), (top - base).exp()
             top, total = new, total * shrink + p.sum(1)
             acc = acc * shrink[:, None] + p @ v[b, head // share, key : key + 128]
-        out[b, head, rows] = torch.where(total[:, None] == 0, 0.0, acc / total[:, None])
-        lse[b, head, rows] = torch.where(total == 0, -math.inf, top + total.log())
-    return out, lse
+        out[out_b, head, rows] = torch.where(total[:, None] == 0, 0.0, acc / total[:, None])
+        lse[out_b, head, rows] = torch.where(total == 0, -math.inf, top + total.log())
+    return out.unflatten(0, (made.parts, -1)), lse.unflatten(0, (made.parts, -1))
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
-def test_going_through_a_plan_equals_the_oracle(case):
-    q, k, v = cases.make_qkv(case)
-    ranges = case.ranges()
-    made = plan(ranges, case.B, case.H, case.K)
+def check_execution(q, k, v, ranges, batch, heads, key_heads):
+    made = plan(ranges, batch, heads, key_heads)
     expected = reference(q, k, v, ranges, 0.3)
     for found, value in zip(executed(made, q, k, v, 0.3), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_going_through_a_plan_equals_the_oracle(case, parts, monkeypatch):
+    if parts > 1:
+        split_keys(monkeypatch, parts)
+    check_execution(*cases.make_qkv(case), case.ranges(), case.B, case.H, case.K)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 32])
+@settings(max_examples=30, deadline=None)
+@given(any_ranges())
+def test_going_through_parts_of_any_ranges_equals_the_oracle(parts, given):
+    ranges, batch, heads, key_heads = given
+    shape = batch, heads, key_heads, ranges.queries, ranges.keys, 8, 8
+    with pytest.MonkeyPatch.context() as patch:
+        split_keys(patch, parts)
+        check_execution(*(x.double() for x in tensors(*shape)), *given)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeypatch):
+    if parts > 1:
+        split_keys(monkeypatch, parts)
+    ranges = scattered(290, 700, ranges=2, groups=3, batch=2, heads=4)
+    given = tensors(2, 4, 2, 290, 700, 8, 16)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in given)
+    made = plan(ranges, 2, 4, 2)
+    assert made.parts == parts
+    joined = []
+
+    def launched(_, grid, args, **__):
+        *rows, room, lse = args[:5]
+        assert grid == (min(132, len(made.tasks_T8)), 1, 1)
+        assert args[10] == len(made.tasks_T8)
+        for x, found in zip((room, lse), executed_parts(made, *rows, 0.3), strict=True):
+            x.copy_(found.flatten(0, 1))
+
+    def stacked(outs, lses, out):
+        assert outs.is_contiguous()
+        joined.append(len(outs))
+        found, lse = merge(list(zip(outs, lses.view(outs.shape[:4]), strict=True)))
+        out.copy_(found)
+        return lse
+
+    kernels = SimpleNamespace(forward=None, described=lambda x, *_: x)
+    monkeypatch.setattr(module, "_kernels", lambda: kernels)
+    monkeypatch.setattr(module, "launch", launched)
+    monkeypatch.setattr(module, "merge_stacked", stacked)
+    monkeypatch.setattr(module, "_programs", lambda _: 132)
+    ready = module._Ready(made, None, 0.3)
+    for value in (v, v[..., :8]):
+        out, lse = ready.forward(q, k, value)
+        expected = reference(q, k, value, ranges, 0.3)
+        torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
+    assert out.stride() == q.stride()
+    assert joined == ([] if parts == 1 else [parts, parts])
 
 
 # Refusals, and where ``auto`` takes it.
@@ -421,6 +559,14 @@ def compare(ranges, q, k, v, scale=0.125, **tolerance):
     return out, lse
 
 
+def few_queries() -> KeyRanges:
+    """Three rows over 5,000 keys, of which one batch row has padding and the other a segment that
+    one row sees nothing of."""
+    hi = np.array([[5000, 5000, 5000], [2700, 2700, 0]])
+    lo = np.array([[700, 700, 701], [13, 2500, 0]])
+    return cases.key_ranges(lo, hi, np.repeat([[0], [1]], 8, 1), heads=8, keys=5000)
+
+
 GPU_CASES = {
     "window": (lambda: window(512, 200, heads=4), (1, 4, 2, 512, 512, 64, 64)),
     "window of 128": (lambda: window(1024, 300, heads=4), (1, 4, 1, 1024, 1024, 128, 128)),
@@ -445,6 +591,16 @@ GPU_CASES = {
     "narrow": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 8, 24)),
     "few rows": (lambda: window(17, 60, keys=250, heads=4), (1, 4, 2, 17, 250, 64, 64)),
     "one query": (lambda: window(1, 900, keys=1000, heads=8), (2, 8, 2, 1, 1000, 128, 128)),
+    # Split by keys.
+    "one query, many keys": (
+        lambda: window(1, 4000, keys=4000, heads=8),
+        (1, 8, 2, 1, 4000, 128, 128),
+    ),
+    **{
+        f"few queries, {width}": (few_queries, (2, 8, 2, 3, 5000, width, width))
+        for width in (64, 96, 128)
+    },
+    "global rows": (lambda: cases.dense(130, 8, 9000), (1, 8, 2, 130, 9000, 128, 128)),
     "one key": (lambda: window(1, 1, heads=2), (1, 2, 1, 1, 1, 128, 128)),
     "all empty": (lambda: window(200, 0, heads=4), (1, 4, 2, 200, 200, 64, 64)),
     "gaps": (gaps, (1, 4, 2, 700, 700, 128, 128)),
@@ -472,6 +628,65 @@ def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     build, shape = GPU_CASES[name]
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(*shape))
     compare(to(build(), "cuda"), q, k, v)
+
+
+@gpu
+@pytest.mark.parametrize("parts", [2, 7, 32])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_parts_of_the_keys(name, parts, monkeypatch):
+    here()
+    build, shape = GPU_CASES[name]
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(*shape))
+    monkeypatch.setattr(_hopper_parts, "PROGRAMS", 0)
+    forget_plans(monkeypatch)
+    whole = compare(to(build(), "cuda"), q, k, v)
+    split_keys(monkeypatch, parts)
+    found = compare(to(build(), "cuda"), q, k, v)
+    assert relative(found[0], whole[0].double()) < 5e-3
+    seen = whole[1] > -math.inf
+    torch.testing.assert_close(found[1][seen], whole[1][seen], rtol=1e-5, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_one_query_of_a_decoding_step_is_split(width):
+    here()
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 1, 4000, width, width))
+    made = _hopper_plan.plan_of(to(cases.dense(1, 8, 4000), "cuda"), 2, 8, 2, 512)
+    assert made.parts == 2
+    for pattern in ("causal()", "window(3000) | sink(100)"):
+        found = ls.attend(q, k, v, pattern, impl="hopper", return_lse=True)
+        wide = (x.float() for x in (q, k, v))
+        expected = ls.attend(*wide, pattern, impl="reference", return_lse=True)
+        assert relative(found[0], expected[0]) < 1e-2
+        assert (found[1] - expected[1]).abs().max() < 2e-3
+
+
+@gpu
+def test_parts_are_bit_identical_and_can_be_captured():
+    here()
+    ranges = to(few_queries(), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 3, 5000, 128, 128))
+    assert _hopper_plan.plan_of(ranges, 2, 8, 2, 512).parts > 1
+    expected = module.hopper(q, k, v, ranges, 0.125)
+    for _ in range(20):
+        for a, b in zip(module.hopper(q, k, v, ranges, 0.125), expected, strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = module.hopper(q, k, v, ranges, 0.125)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+    # Rows of padding, NaN among keys that nobody sees, and one in a part of the seen ones.
+    k[1, :, 2700:], v[1, :, 2700:] = math.nan, math.nan
+    out, lse = module.hopper(q, k, v, ranges, 0.125)
+    assert torch.equal(out[1, :, 2], torch.zeros_like(out[1, :, 2]))
+    assert (lse[1, :, 2] == -math.inf).all()
+    k[0, :, 4000] = math.nan
+    out, lse = module.hopper(q, k, v, ranges, 0.125)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
 
 
 @gpu
@@ -526,8 +741,11 @@ LAID_OUT: tuple[tuple[str, dict[str, torch.Tensor]], ...] = (
 
 
 @gpu
-def test_passes_views_and_packed_documents():
+@pytest.mark.parametrize("parts", [1, 3])
+def test_passes_views_and_packed_documents(parts, monkeypatch):
     here()
+    if parts > 1:
+        split_keys(monkeypatch, parts)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 64, 64))
     for pattern, rows in LAID_OUT:
         found, expected = (

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative, scattered, tensors, to, window
-from tests.ops.test_hopper import GPU_CASES, LAID_OUT, PLANNED, any_ranges, here, plan
+from tests.ops.test_hopper import (
+    GPU_CASES,
+    LAID_OUT,
+    PLANNED,
+    any_ranges,
+    here,
+    plan,
+    split_keys,
+)
 
 import longspan as ls
 from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
@@ -315,6 +323,15 @@ def test_gradients_of_cut_keys(name, monkeypatch):
     equals_the_oracle(name, torch.bfloat16)
 
 
+@gpu
+@pytest.mark.parametrize("parts", [2, 7])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gradients_where_the_forward_goes_by_parts_of_the_keys(name, parts, monkeypatch):
+    here()
+    split_keys(monkeypatch, parts)
+    equals_the_oracle(name, torch.bfloat16)
+
+
 def equals_the_oracle(name, dtype):
     build, shape = GPU_CASES[name]
     ranges = to(build(), "cuda")
@@ -364,8 +381,11 @@ def test_any_layout_and_scales_of_any_sign():
 
 
 @gpu
-def test_passes_views_and_packed_documents():
+@pytest.mark.parametrize("parts", [1, 3])
+def test_passes_views_and_packed_documents(parts, monkeypatch):
     here()
+    if parts > 1:
+        split_keys(monkeypatch, parts)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 2048, 2048, 128, 128))
     dout = torch.randn_like(q)
     for pattern, rows in LAID_OUT:

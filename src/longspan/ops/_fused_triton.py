@@ -234,6 +234,51 @@ def merge_into(
 
 
 @triton.jit
+def merge_stacked(
+    outs,
+    lses,
+    out,
+    lse,
+    parts,
+    count,
+    rows,
+    heads,
+    out_batch,
+    out_head,
+    out_row,
+    width: tl.constexpr,
+    deep: tl.constexpr,
+    wide: tl.constexpr,
+    tall: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    s = tl.arange(0, deep)[:, None]
+    d = tl.arange(0, wide)[None, :]
+    live = r < count
+    there = live[None, :] & (s < parts)
+    at = s * count.to(tl.int64) + r[None, :]
+    own = tl.load(lses + at, mask=there, other=float("-inf"))
+    top = tl.max(own, axis=0)
+    # Rows that see nothing anywhere keep weights of 0.
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(own - top[None, :])
+    total = tl.sum(weight, axis=0)
+    inside = there[:, :, None] & (d < width)[None, :, :]
+    x = tl.load(outs + at[:, :, None] * width + d[None, :, :], mask=inside, other=0.0)
+    found = tl.sum(weight[:, :, None] * x.to(tl.float32), axis=0)
+    # NaN stays NaN.
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)
+    plane = r // rows
+    to = plane // heads * out_batch + plane % heads * out_head + r % rows * out_row
+    tl.store(
+        out + to[:, None] + d,
+        (found * share[:, None]).to(out.dtype.element_ty),
+        mask=live[:, None] & (d < width),
+    )
+    tl.store(lse + r, tl.where(total == 0.0, float("-inf"), top + tl.log(total)), mask=live)
+
+
+@triton.jit
 def merge_gradients(
     outs,
     lses,

@@ -203,6 +203,48 @@ def merge_into(
     )
 
 
+def merge_stacked(outs_SBHND: Tensor, lses: Tensor, out_BHND: Tensor) -> Tensor:
+    """Join parts that lie one behind another; without gradient.
+
+    All parts of a row are read at once, and what is compiled serves any number of them up to the
+    next power of two.
+
+    Args:
+        outs_SBHND: contiguous.
+        lses: float32 with as many rows [S, B, H, N], contiguous; -inf where nothing is joined.
+        out_BHND: where the joined output goes; of any layout in which the numbers of a row lie
+            side by side.
+
+    Returns:
+        The joined log-sum-exp [B, H, N].
+    """
+    parts, batch, heads, rows, width = outs_SBHND.shape
+    lse_BHN = lses.new_empty(batch, heads, rows)
+    deep, _ = tile_of(parts)
+    wide, tall = tile_of(width, numbers=2 * _NUMBERS // deep)
+    launch(
+        _kernels().merge_stacked,
+        (-(-lse_BHN.numel() // tall), 1, 1),
+        (
+            outs_SBHND,
+            lses,
+            out_BHND,
+            lse_BHN,
+            parts,
+            lse_BHN.numel(),
+            rows,
+            heads,
+            *out_BHND.stride()[:3],
+            width,
+            deep,
+            wide,
+            tall,
+        ),
+        device=out_BHND.device,
+    )
+    return lse_BHN
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(

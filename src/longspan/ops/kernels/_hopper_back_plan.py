@@ -31,16 +31,14 @@ from torch import Tensor
 
 from longspan.ops.empty import Index, index_of
 from longspan.ops.kept import Kept
+from longspan.ops.kernels._hopper_parts import PROGRAMS
 from longspan.ops.kernels._hopper_plan import MOST_TILES, cuts
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
-# Programs of an H100 or H200: what is a long task, and what are the last ones, need be no exact
-# count.
-_PROGRAMS = 132
 # The last tasks, which are sorted by length.
-_LAST = _PROGRAMS
+_LAST = PROGRAMS
 # Entries from which on a task is cut, and the queries of a stretch; less where that would be more
 # than two thirds of what a program has to do.
 _MOST, _LEAST = 192, 32
@@ -206,7 +204,7 @@ def _long(all_GJ: Tensor, group_BKS: Tensor) -> tuple[Tensor | None, int]:
     None where no tile has so many entries that it is worth it.
     """
     length_BKJ = torch.stack([all_GJ[one_BK] for one_BK in group_BKS.unbind(2)]).sum(0)
-    most = int(min(max(length_BKJ.sum() / (1.5 * _PROGRAMS), _LEAST), _MOST))
+    most = int(min(max(length_BKJ.sum() / (1.5 * PROGRAMS), _LEAST), _MOST))
     stretch = max(_SHORT, 1 << (_STRETCH * most // _MOST).bit_length() - 1)
     long_J = (length_BKJ > most).flatten(0, 1).any(0)
     return long_J if bool(long_J.any()) else None, stretch

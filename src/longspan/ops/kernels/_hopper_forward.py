@@ -18,11 +18,13 @@ rows are short, what happens once for a task decides, and that is where this one
   64 queries see, and compares keys with one bound.
 
 A task is int32 [8]: first query, query head, batch row, first entry, how many entries come before
-those that all queries see whole, the first one counted, entries, and the first entry itself. An
-entry is int32 [2]: the first of 128 keys, which may be any, and 64 times the row of ``lo`` and
-``hi`` that says which of them each query sees, with these bits: two for each group of warps (0 all
-keys, 1 masked, 2 only the first 64 keys, 3 only the last), 16 if only lower bounds cut, 32 if both
-do. The first entry is computed whole. 4 D flops for each pair of a tile or half a tile.
+those that all queries see whole, the first one counted, entries, and the first entry itself. The
+batch row is that of the output: several tasks may have the same queries and different keys, and
+batch rows of the queries are repeated for their outputs. An entry is int32 [2]: the first of 128
+keys, which may be any, and 64 times the row of ``lo`` and ``hi`` that says which of them each
+query sees, with these bits: two for each group of warps (0 all keys, 1 masked, 2 only the first 64
+keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first entry is computed
+whole. 4 D flops for each pair of a tile or half a tile.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit.
@@ -176,6 +178,9 @@ def _load(descs, queries, keys, values, told, work):
         at = tasks + t * 8
         row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
         tiles, key = gl.load(at + 5), gl.load(at + 6)
+        # That of the output says which part of the keys it is of, too. With a sign, the division
+        # takes more registers than this warp has.
+        batch = (batch.to(gl.uint32) % q_desc.shape[0].to(gl.uint32)).to(gl.int32)
         whole = gl.load(at + number)
         k_head = head // group
         mbarrier.wait(empty.index(q_place), q_phase ^ 1)

@@ -11,7 +11,8 @@ side alone.
 
 Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
 first, and what is as long in the order of key heads and rows, so that programs that run at the
-same time read the same keys.
+same time read the same keys. Where there are fewer tasks than processors, long ones are split by
+keys (see ``_hopper_parts``).
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.kept import Kept
+from longspan.ops.kernels._hopper_parts import parts_of, split
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 
@@ -55,13 +57,16 @@ class HopperPlan:
             bits that ``_hopper_forward`` describes.
         tasks_T8: int32, for each task its first query row, head, batch row, first entry, number
             of entries before those that are whole (the first one counts, and is whole if any
-            is), number of entries, and its first entry.
+            is), number of entries, and its first entry. Where tasks are split, part s of batch
+            row b has batch row ``s B + b``, and its first entry may need a mask in any case.
+        parts: into which each task is split by keys.
     """
 
     lo_PN: Tensor
     hi_PN: Tensor
     entries_E2: Tensor
     tasks_T8: Tensor
+    parts: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -132,11 +137,17 @@ def plan_of(
         runs = _runs_of(ranges)
         entries_E2 = _entries(ranges, runs)
         grid_BKQS8 = _tasks(runs, group_BH.expand(batch, heads), key_heads, entries_E2)
+        tasks_T8 = _in_order(grid_BKQS8, section)
+        parts = parts_of(tasks_T8[:, 5], len(entries_E2) - 1)
+        if parts > 1:
+            unseen = runs.tiles.last.amax().int()
+            tasks_T8 = split(tasks_T8, parts, batch, entries_E2, unseen)
         return HopperPlan(
             lo_GNm.mT.flatten(0, 1).contiguous(),
             hi_GNm.mT.flatten(0, 1).contiguous(),
             entries_E2,
-            _in_order(grid_BKQS8, section),
+            tasks_T8,
+            parts,
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)

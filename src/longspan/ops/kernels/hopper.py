@@ -3,11 +3,14 @@
 Of the FlashAttention-3 kind (Shah et al., arXiv 2407.08608), for short rows: persistent programs
 that load the next task while they write the last one (see ``_hopper_forward``), over tiles of keys
 that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width
-alone, so that a new pattern is a new plan of a few milliseconds.
+alone, so that a new pattern is a new plan of a few milliseconds. A few queries that see very many
+keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs are rounded to the
+dtype of the queries before they are joined.
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
 memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head,
-and 8 M D for each key head whose keys many queries see.
+and 8 M D for each key head whose keys many queries see. Where keys are split, an output and a
+log-sum-exp for each part, 32 at most and on fewer than 132 tiles of queries.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
 """
@@ -27,7 +30,7 @@ from torch import Tensor
 from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, needs_grad
 from longspan.ops.empty import harmless
-from longspan.ops.fused import tile_of
+from longspan.ops.fused import merge_stacked, tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
@@ -270,9 +273,10 @@ class _Ready:
             out_BHND = torch.empty_like(q_BHND)
         else:
             out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
-        lse_BHN = q_BHND.new_empty(batch, heads, rows, dtype=torch.float32)
         compiled = _compiled(width, v.shape[3])
-        tasks = len(self.plan.tasks_T8)
+        tasks, parts = len(self.plan.tasks_T8), self.plan.parts
+        lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
+        to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
         described = _kernels().described
         launch(
             _kernels().forward,
@@ -281,9 +285,9 @@ class _Ready:
                 described(q_BHND, 64, compiled),
                 described(k_BKMD, 128, compiled),
                 described(v_BKMD, 128, compiled),
-                described(out_BHND, 64, compiled),
-                lse_BHN,
-                lse_BHN.new_zeros(1, dtype=torch.int32),
+                described(to, 64, compiled),
+                lse,
+                lse.new_zeros(1, dtype=torch.int32),
                 self.plan.tasks_T8,
                 self.plan.entries_E2,
                 self.plan.lo_PN,
@@ -300,7 +304,9 @@ class _Ready:
             # Nothing else makes a difference to what is compiled.
             alike=(q.dtype, compiled),
         )
-        return out_BHND, lse_BHN
+        if parts > 1:
+            lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
+        return out_BHND, lse
 
     def backward(
         self,
