@@ -20,7 +20,6 @@ from tests.ops.test_flex import gpu, relative
 import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability, few_rows, run
-from longspan.ops.kernels import _hopper_plan
 from longspan.ops.ranges import KeyRanges
 from longspan.planning import Pass
 
@@ -193,7 +192,7 @@ def test_pairs_that_count_twice_stay_apart(monkeypatch):
 
 def tiles(one: Pass, keys: int, batch: int = 1) -> int:
     """As the kernel goes through them."""
-    made = _hopper_plan.plan_of(ranges_of(one, keys), batch, HEADS, KEY_HEADS, 512)
+    made = test_hopper.plan(ranges_of(one, keys), batch, HEADS, KEY_HEADS)
     return int(made.tasks_T8[:, 5].sum())
 
 

@@ -100,8 +100,17 @@ def forget_plans(monkeypatch):
     monkeypatch.setattr(_hopper_plan.PLANS, "by_ranges", WeakKeyDictionary())
 
 
-def plan(ranges, batch, heads, key_heads):
-    return _hopper_plan.plan_of(ranges, batch, heads, key_heads, 512)
+def plan(ranges, batch, heads, key_heads, *, shared=False):
+    own = 1 if shared else batch
+    return _hopper_plan.plan_of(ranges, (batch, heads), (own, key_heads), 512)
+
+
+def in_rows(ranges, batch, least=3):
+    """At least so many batch rows, which differ in what they see wherever heads do."""
+    batch = max(batch, least)
+    group_BH = ranges.group_BH[torch.arange(batch) % len(ranges.group_BH)]
+    turned = [row.roll(b) for b, row in enumerate(group_BH)]
+    return batch, KeyRanges(ranges.lo_GNm, ranges.hi_GNm, torch.stack(turned), ranges.keys)
 
 
 def unpacked(made: _hopper_plan.HopperPlan):
@@ -144,9 +153,9 @@ def test_every_pair_is_in_one_entry_and_full_ones_are_full(name, parts, monkeypa
     assert made.parts <= parts
 
 
-def check_plan(ranges, batch, heads, key_heads):
+def check_plan(ranges, batch, heads, key_heads, *, shared=False):
     n, keys = ranges.queries, ranges.keys
-    made = plan(ranges, batch, heads, key_heads)
+    made = plan(ranges, batch, heads, key_heads, shared=shared)
     for x in (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
@@ -208,12 +217,12 @@ def count_of(most):
 
 @pytest.mark.parametrize("parts", [1, 3, 32])
 @settings(max_examples=60, deadline=None)
-@given(any_ranges())
-def test_every_pair_of_any_ranges_is_in_one_entry(parts, given):
+@given(any_ranges(), st.booleans())
+def test_every_pair_of_any_ranges_is_in_one_entry(parts, given, shared):
     with pytest.MonkeyPatch.context() as patch:
         if parts > 1:
             split_keys(patch, parts)
-        check_plan(*given)
+        check_plan(*given, shared=shared)
 
 
 def test_few_tiles_are_visited(monkeypatch):
@@ -332,7 +341,24 @@ def test_short_tasks_have_fewer_parts_and_long_ones_come_first():
     assert (made.tasks_T8[:, 5].diff() <= 0).all()
 
 
+def test_batch_rows_that_share_keys_run_together(monkeypatch):
+    ranges = window(256, 1, heads=2)
+    monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 0)
+    for shared in (False, True):
+        tasks = plan(ranges, 2, 2, 2, shared=shared).tasks_T8[:, :3].tolist()
+        if shared:
+            order = [(row, head, b) for head in (0, 1) for row in (0, 128) for b in (0, 1)]
+        else:
+            order = [(row, head, b) for b in (0, 1) for head in (0, 1) for row in (0, 128)]
+        assert [tuple(task) for task in tasks] == order
+
+
 # The kernel's way through a plan, one task after another.
+
+
+def for_each_row(q, k, v, ranges, scale):
+    """The oracle; gradients of keys that batch rows share are summed over them."""
+    return reference(q, *(x.expand(len(q), -1, -1, -1) for x in (k, v)), ranges, scale)
 
 
 def executed(made, q, k, v, scale):
@@ -352,31 +378,39 @@ def executed_parts(made, q, k, v, scale):
         top, total = own.new_full((len(own),), -math.inf), own.new_zeros(len(own))
         acc = own.new_zeros(len(own), v.shape[3])
         for at, (key, about) in enumerate(entries):
-            s = own @ k[b, head // share, key : key + 128].mT * scale
+            key_head = b if len(k) > 1 else 0, head // share
+            s = own @ k[key_head][key : key + 128].mT * scale
             s = s.where(seen(made, row, key, about, whole=at == 0), -math.inf)
             new = torch.maximum(top, s.amax(1))
             base = new.where(new > -math.inf, 0.0)
             p, shrink = (s - base[:, None]).exp(), (top - base).exp()
             top, total = new, total * shrink + p.sum(1)
-            acc = acc * shrink[:, None] + p @ v[b, head // share, key : key + 128]
+            acc = acc * shrink[:, None] + p @ v[key_head][key : key + 128]
         out[out_b, head, rows] = torch.where(total[:, None] == 0, 0.0, acc / total[:, None])
         lse[out_b, head, rows] = torch.where(total == 0, -math.inf, top + total.log())
     return out.unflatten(0, (made.parts, -1)), lse.unflatten(0, (made.parts, -1))
 
 
-def check_execution(q, k, v, ranges, batch, heads, key_heads):
-    made = plan(ranges, batch, heads, key_heads)
-    expected = reference(q, k, v, ranges, 0.3)
+def check_execution(q, k, v, ranges, batch, heads, key_heads, *, shared=False):
+    made = plan(ranges, batch, heads, key_heads, shared=shared)
+    expected = for_each_row(q, k, v, ranges, 0.3)
     for found, value in zip(executed(made, q, k, v, 0.3), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("case", cases.CASES, ids=str)
-def test_going_through_a_plan_equals_the_oracle(case, parts, monkeypatch):
+def test_going_through_a_plan_equals_the_oracle(case, parts, shared, monkeypatch):
     if parts > 1:
         split_keys(monkeypatch, parts)
-    check_execution(*cases.make_qkv(case), case.ranges(), case.B, case.H, case.K)
+    q, k, v = cases.make_qkv(case)
+    batch, ranges = case.B, case.ranges()
+    if shared:
+        batch, ranges = in_rows(ranges, batch)
+        q = torch.cat([q, -q, q.flip(2)])[:batch]
+        k, v = k[:1], v[:1]
+    check_execution(q, k, v, ranges, batch, case.H, case.K, shared=shared)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 32])
@@ -459,7 +493,10 @@ def test_a_named_kernel_refuses_without_a_gpu():
         (On(1, 4, 500, 60), On(1, 2, 500, 64), "got 60"),
         (On(1, 4, 500, 64), On(1, 2, 500, 136), "values of 136"),
         (On(1, 4, 0, 64), On(1, 2, 500, 64), "at least one query and one key; got 0 and 500"),
-        (On(2, 4, 500, 64), On(1, 2, 500, 64), "as many batch rows as queries; got 1 for 2"),
+        (On(2, 4, 500, 64), On(1, 2, 500, 64), None),
+        (On(2, 4, 500, 64, grad=True), On(1, 2, 500, 64), None),
+        (On(2, 4, 500, 64), On(2, 2, 500, 64), "or both of one; got 1 and 2 for 2"),
+        (On(1, 4, 500, 64), On(2, 2, 500, 64), "or both of one; got 1 and 2 for 1"),
     ],
 )
 def test_reasons(on_hopper, q, v, word):
@@ -546,7 +583,7 @@ def here():
 def compare(ranges, q, k, v, scale=0.125, **tolerance):
     """Output and log-sum-exp against dense attention in float32."""
     out, lse = module.hopper(q, k, v, ranges, scale)
-    expected, expected_lse = reference(*(x.float() for x in (q, k, v)), ranges, scale)
+    expected, expected_lse = for_each_row(*(x.float() for x in (q, k, v)), ranges, scale)
     seen = expected_lse > -math.inf
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
@@ -567,7 +604,23 @@ def few_queries() -> KeyRanges:
     return cases.key_ranges(lo, hi, np.repeat([[0], [1]], 8, 1), heads=8, keys=5000)
 
 
+# Batch rows that share one row of keys.
+SHARED = {
+    **{
+        f"{batch} rows share, {width}": (
+            lambda b=batch: scattered(512, 640, ranges=2, groups=5, batch=b, heads=8, seed=b),
+            (batch, 8, 2, 512, 640, width, width),
+        )
+        for batch in (1, 2, 8)
+        for width in (64, 128)
+    },
+    "rows share, alike": (lambda: window(1001, 130, heads=4), (5, 4, 1, 1001, 1001, 128, 128)),
+    "rows share, odd": (lambda: cases.segments(333, 3, 6, 0), (3, 6, 2, 333, 333, 96, 80)),
+    "rows share, gaps": (gaps, (2, 4, 2, 700, 700, 64, 64)),
+    "rows share, few": (lambda: window(17, 60, keys=250, heads=4), (9, 4, 2, 17, 250, 128, 128)),
+}
 GPU_CASES = {
+    **SHARED,
     "window": (lambda: window(512, 200, heads=4), (1, 4, 2, 512, 512, 64, 64)),
     "window of 128": (lambda: window(1024, 300, heads=4), (1, 4, 1, 1024, 1024, 128, 128)),
     "odd, 96": (lambda: window(777, 200, heads=4), (2, 4, 2, 777, 777, 96, 96)),
@@ -609,14 +662,19 @@ GPU_CASES = {
 }
 
 
+def on_gpu(name, dtype):
+    """Ranges, queries, keys and values of a case."""
+    build, shape = GPU_CASES[name]
+    q, k, v = (x.to("cuda", dtype) for x in tensors(*shape))
+    return to(build(), "cuda"), q, *(x[:1] if name in SHARED else x for x in (k, v))
+
+
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_equals_the_oracle(name, dtype):
     here()
-    build, shape = GPU_CASES[name]
-    q, k, v = (x.to("cuda", dtype) for x in tensors(*shape))
-    compare(to(build(), "cuda"), q, k, v)
+    compare(*on_gpu(name, dtype))
 
 
 @gpu
@@ -625,9 +683,7 @@ def test_equals_the_oracle(name, dtype):
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
     monkeypatch.setattr(module, "_programs", lambda _: programs)
-    build, shape = GPU_CASES[name]
-    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(*shape))
-    compare(to(build(), "cuda"), q, k, v)
+    compare(*on_gpu(name, torch.bfloat16))
 
 
 @gpu
@@ -635,13 +691,12 @@ def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_parts_of_the_keys(name, parts, monkeypatch):
     here()
-    build, shape = GPU_CASES[name]
-    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(*shape))
+    given = on_gpu(name, torch.bfloat16)
     monkeypatch.setattr(_hopper_parts, "PROGRAMS", 0)
     forget_plans(monkeypatch)
-    whole = compare(to(build(), "cuda"), q, k, v)
+    whole = compare(*given)
     split_keys(monkeypatch, parts)
-    found = compare(to(build(), "cuda"), q, k, v)
+    found = compare(*given)
     assert relative(found[0], whole[0].double()) < 5e-3
     seen = whole[1] > -math.inf
     torch.testing.assert_close(found[1][seen], whole[1][seen], rtol=1e-5, atol=1e-4)
@@ -652,7 +707,7 @@ def test_parts_of_the_keys(name, parts, monkeypatch):
 def test_one_query_of_a_decoding_step_is_split(width):
     here()
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 1, 4000, width, width))
-    made = _hopper_plan.plan_of(to(cases.dense(1, 8, 4000), "cuda"), 2, 8, 2, 512)
+    made = _hopper_plan.plan_of(to(cases.dense(1, 8, 4000), "cuda"), (2, 8), (2, 2), 512)
     assert made.parts == 2
     for pattern in ("causal()", "window(3000) | sink(100)"):
         found = ls.attend(q, k, v, pattern, impl="hopper", return_lse=True)
@@ -667,7 +722,7 @@ def test_parts_are_bit_identical_and_can_be_captured():
     here()
     ranges = to(few_queries(), "cuda")
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 3, 5000, 128, 128))
-    assert _hopper_plan.plan_of(ranges, 2, 8, 2, 512).parts > 1
+    assert _hopper_plan.plan_of(ranges, (2, 8), (2, 2), 512).parts > 1
     expected = module.hopper(q, k, v, ranges, 0.125)
     for _ in range(20):
         for a, b in zip(module.hopper(q, k, v, ranges, 0.125), expected, strict=True):
@@ -731,6 +786,9 @@ LAID_OUT: tuple[tuple[str, dict[str, torch.Tensor]], ...] = (
     ("dilated(300, 8)", {}),
     ("dilated(300, [1, 2, 4, 8])", {}),
     ("ssa(256, 8)", {}),
+    # Queries are views, keys are shared by their remainders.
+    ("sda.neighborhood(1024, 8)", {}),
+    ("window(100) | sda.neighborhood(512, 4)", {}),
     ("longnet([256, 1024], [1, 4])", {}),
     ("longformer(200, tokens=[0, 100, 900])", {}),
     # A pass of three rows among all others.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative, scattered, tensors, to, window
@@ -19,7 +20,10 @@ from tests.ops.test_hopper import (
     LAID_OUT,
     PLANNED,
     any_ranges,
+    for_each_row,
     here,
+    in_rows,
+    on_gpu,
     plan,
     split_keys,
 )
@@ -28,6 +32,7 @@ import longspan as ls
 from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
+from longspan.ops.views import by_remainder, row_after_row
 
 module = importlib.import_module("longspan.ops.kernels.hopper")
 
@@ -41,8 +46,9 @@ def cut_finely(monkeypatch, least=2, short=64):
     monkeypatch.setattr(_hopper_back_plan.PLANS, "latest", [])
 
 
-def back_plan(ranges, batch, heads, key_heads):
-    return _hopper_back_plan.back_plan_of(ranges, batch, heads, key_heads)
+def back_plan(ranges, batch, heads, key_heads, *, shared=False):
+    own = 1 if shared else batch
+    return _hopper_back_plan.back_plan_of(ranges, (batch, heads), (own, key_heads))
 
 
 def seen(made, row, key, plane):
@@ -50,6 +56,16 @@ def seen(made, row, key, plane):
     key_S = torch.arange(key, key + 128)
     lo, hi = (x[plane, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
     return (key_S >= lo) & (key_S < hi)
+
+
+def tasks_of(back):
+    """Each task, and its parts."""
+    parts, end = back.parts_P5.tolist(), 0
+    for *task, first, count in back.tasks_T6.tolist():
+        assert first == end
+        end = first + count
+        yield task, parts[first:end]
+    assert end == len(parts)
 
 
 def executed(made, back, tensors, lse, dout, dlse, scale):
@@ -62,14 +78,14 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
         [torch.zeros_like(x[b, h, key : key + 128]) for key, h, b, _ in back.cut_C4.tolist()]
         for x in (k, v)
     )
-    for (key, key_head, b, cut), parts in zip(
-        back.tasks_T4.tolist(), back.parts_TS4.tolist(), strict=True
-    ):
+    for (key, key_head, b, cut), parts in tasks_of(back):
         own = b, key_head, slice(key, key + 128)
         dk_own, dv_own = torch.zeros_like(k[own]), torch.zeros_like(v[own])
-        for x, (first, masked, count, _) in enumerate(parts):
+        for first, masked, count, head, q_batch in parts:
+            assert head // share == key_head
+            assert b == (0 if len(k) == 1 else q_batch)
             for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
-                rows = b, key_head * share + x, slice(row, row + 64)
+                rows = q_batch, head, slice(row, row + 64)
                 p = (scale * q[rows] @ k[own].mT - lse[rows][:, None]).exp()
                 if at < masked:
                     p = p.where(seen(made, row, key, plane)[:, : p.shape[1]], 0.0)
@@ -92,27 +108,32 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
     return dq, dk, dv
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("fine", [False, True], ids=["", "cut"])
 @pytest.mark.parametrize("name", PLANNED)
-def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name, fine, monkeypatch):
+def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name, fine, shared, monkeypatch):
     if fine:
         cut_finely(monkeypatch)
     build, batch, heads, key_heads = PLANNED[name]
     ranges = build()
+    if shared:
+        batch, ranges = in_rows(ranges, batch)
     q, k, v = (
         x.double().requires_grad_()
         for x in tensors(batch, heads, key_heads, ranges.queries, ranges.keys, 8, 8)
     )
-    out, lse = reference(q, k, v, ranges, 0.3)
+    if shared:
+        k, v = (x[:1].detach().requires_grad_() for x in (k, v))
+    out, lse = for_each_row(q, k, v, ranges, 0.3)
     empty = lse == -math.inf
     lse = lse.masked_fill(empty, 0.0)
     dout = torch.randn_like(out).masked_fill(empty[..., None], 0.0)
     dlse = torch.randn_like(lse).masked_fill(empty, 0.0)
     expected = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
-    back = back_plan(ranges, batch, heads, key_heads)
+    back = back_plan(ranges, batch, heads, key_heads, shared=shared)
     assert (back.empty is not None) == bool(empty.any())
     with torch.no_grad():
-        made = plan(ranges, batch, heads, key_heads)
+        made = plan(ranges, batch, heads, key_heads, shared=shared)
         found = executed(made, back, (q, k, v, out), lse, dout, dlse, 0.3)
     for x, value in zip(found, expected, strict=True):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
@@ -120,32 +141,36 @@ def test_going_through_a_plan_gives_the_gradients_of_the_oracle(name, fine, monk
 
 @pytest.mark.parametrize("short", [0, 64, 128])
 @settings(max_examples=40, deadline=None)
-@given(any_ranges())
-def test_every_pair_of_any_ranges_is_in_one_entry(short, given):
+@given(any_ranges(), st.booleans())
+def test_every_pair_of_any_ranges_is_in_one_entry(short, given, shared):
     with pytest.MonkeyPatch.context() as patch:
         if short:
             cut_finely(patch, short=short)
-        check_back_plan(*given)
+        check_back_plan(*given, shared=shared)
 
 
-def check_back_plan(ranges, batch, heads, key_heads):
+def check_back_plan(ranges, batch, heads, key_heads, *, shared=False):
     n, keys = ranges.queries, ranges.keys
     given = ranges, batch, heads, key_heads
-    made, back = plan(*given), back_plan(*given)
+    made, back = plan(*given, shared=shared), back_plan(*given, shared=shared)
     counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
-    tasks = back.tasks_T4.tolist()
-    for (key, key_head, b, cut), parts in zip(tasks, back.parts_TS4.tolist(), strict=True):
+    tasks = []
+    for (key, key_head, b, cut), parts in tasks_of(back):
+        tasks.append((key, key_head, b, cut))
         if cut >= 0:
             assert back.cut_C4[cut].tolist() == [key, key_head, b, 0]
-        for x, (first, masked, count, _) in enumerate(parts):
-            own = counted[b, key_head * heads // key_heads + x, :, key : key + 128]
+        for first, masked, count, head, q_batch in parts:
+            assert count > 0
+            assert head * key_heads // heads == key_head
+            assert b == (0 if shared else q_batch)
+            own = counted[q_batch, head, :, key : key + 128]
             for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
                 assert row % 64 == 0
                 own[row : row + 64] += seen(made, row, key, plane) if at < masked else 1
-    written = {tuple(task) for task in tasks if task[3] < 0}
+    written = {task for task in tasks if task[3] < 0}
     assert len(written) == sum(task[3] < 0 for task in tasks)
-    assert len({tuple(task[:3]) for task in tasks}) == batch * key_heads * -(-keys // 128)
-    assert len(written) + len(back.cut_C4) == batch * key_heads * -(-keys // 128)
+    tiles = (1 if shared else batch) * key_heads * -(-keys // 128)
+    assert len({task[:3] for task in tasks}) == len(written) + len(back.cut_C4) == tiles
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
@@ -161,13 +186,13 @@ def test_few_tiles_are_visited(monkeypatch):
     monkeypatch.setattr(_hopper_back_plan, "_LEAST", 36)
     back = back_plan(window(n, 1024, heads=2), 1, 2, 1)
     # 1,151 queries see some of 128 keys; four of these tiles have a mask.
-    assert back.parts_TS4[..., 2].max() == 18
-    assert back.parts_TS4[..., 1].max() == 4
+    assert back.parts_P5[:, 2].max() == 18
+    assert back.parts_P5[:, 1].max() == 4
     # None is long, and the last ones, here all, come by length.
     assert len(back.cut_C4) == 0
-    assert (back.tasks_T4[:, 3] == -1).all()
-    assert back.tasks_T4[:, 0].tolist() == list(range(0, n, 128))
-    for x in (back.entries_E2, back.parts_TS4, back.tasks_T4, back.cut_C4):
+    assert (back.tasks_T6[:, 3] == -1).all()
+    assert back.tasks_T6[:, 0].tolist() == list(range(0, n, 128))
+    for x in (back.entries_E2, back.parts_P5, back.tasks_T6, back.cut_C4):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
 
@@ -177,15 +202,15 @@ def test_long_tasks_are_cut_by_stretches_of_queries(monkeypatch):
     monkeypatch.setattr(_hopper_back_plan, "_LAST", 1)
     back = back_plan(cases.causal(n, 4), 1, 4, 1)
     # More than 32 tiles of 64 queries, by 512 queries: the last ones first, then the first keys.
-    tasks = back.tasks_T4[:, 0].tolist()
+    tasks = back.tasks_T6[:, 0].tolist()
     assert tasks == [key for end in (2048, 1536, 1024, 512) for key in range(0, end, 128)]
-    assert back.parts_TS4[0, 0].tolist() == [0, 0, 8, 0]
+    assert back.parts_P5[0].tolist() == [0, 0, 8, 0, 0]
     # The last queries of whole tiles first.
     assert back.entries_E2[:8, 0].tolist() == list(range(n - 64, n - 513, -64))
     assert back.cut_C4[:, 0].tolist() == list(range(0, n - 512, 128))
-    assert back.tasks_T4[-1].tolist() == [384, 0, 0, 3]
+    assert back.tasks_T6[-1].tolist() == [384, 0, 0, 3, len(back.parts_P5) - 4, 4]
     # A tile that has a single stretch is complete.
-    assert (back.tasks_T4[:, 3] == -1).sum() == 4
+    assert (back.tasks_T6[:, 3] == -1).sum() == 4
 
 
 def test_reasons_where_gradients_are_asked_for(monkeypatch):
@@ -221,7 +246,7 @@ def test_memory_of_a_plan_counts_bounds_once_and_rows_without_keys(monkeypatch):
     given = ranges.lo_GNm.nbytes + ranges.hi_GNm.nbytes + ranges.group_BH.nbytes
     (one,), (other,) = _hopper_plan.PLANS.latest, _hopper_back_plan.PLANS.latest
     assert one.nbytes == given + made.entries_E2.nbytes + made.tasks_T8.nbytes
-    own = (back.entries_E2, back.parts_TS4, back.tasks_T4, back.cut_C4, *back.empty[::2])
+    own = (back.entries_E2, back.parts_P5, back.tasks_T6, back.cut_C4, *back.empty[::2])
     assert other.nbytes == given + sum(x.nbytes for x in own)
 
 
@@ -231,7 +256,7 @@ def test_plans_of_equal_bounds_and_other_numbers_of_keys():
     # No tile lies behind the last key that is seen, but gradients of all keys are written.
     for a, b in zip(plan(few, 1, 2, 1).tensors, plan(many, 1, 2, 1).tensors, strict=True):
         assert torch.equal(a, b)
-    assert [len(back_plan(x, 1, 2, 1).tasks_T4) for x in (few, many)] == [2, 8]
+    assert [len(back_plan(x, 1, 2, 1).tasks_T6) for x in (few, many)] == [2, 8]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -258,6 +283,20 @@ def test_gradients_from_the_output_and_log_sum_exp_of_more_keys(count):
         torch.testing.assert_close(x, value, rtol=1e-9, atol=1e-9)
 
 
+def test_keys_that_batch_rows_share_are_cut_by_as_many_queries(monkeypatch):
+    n, rows = 2048, 4
+    ranges = cases.dense(n, 2, 256)
+    for shared, stretches in ((False, 4), (True, 16)):
+        back = back_plan(ranges, rows, 2, 1, shared=shared)
+        assert len(back.tasks_T6) == 2 * stretches * (1 if shared else rows)
+        # Of two heads, 512 queries each: those of one batch row, or of four.
+        assert {sum(part[2] for part in parts) for _, parts in tasks_of(back)} == {16}
+        (_, parts), *_ = tasks_of(back)
+        assert [tuple(part[3:]) for part in parts] == [
+            (head, row) for row in range(rows if shared else 1) for head in (0, 1)
+        ]
+
+
 def test_only_keys_that_many_see_are_cut():
     n = 8192
     lo_GNm = torch.arange(n).sub(127).clamp(min=0)[None, :, None].repeat(1, 1, 2)
@@ -268,11 +307,11 @@ def test_only_keys_that_many_see_are_cut():
     ranges = KeyRanges(lo_GNm.int(), hi_GNm.int(), torch.zeros(1, 4, dtype=torch.long), n)
     back = back_plan(ranges, 1, 4, 2)
     assert back.cut_C4.tolist() == [[0, head, 0, 0] for head in range(2)]
-    long = back.tasks_T4[back.tasks_T4[:, 3] >= 0]
+    long = back.tasks_T6[back.tasks_T6[:, 3] >= 0]
     assert sorted(long[:, 3].tolist()) == [0] * 8 + [1] * 8
-    assert len(back.tasks_T4) == 2 * n // 128 + 14
+    assert len(back.tasks_T6) == 2 * n // 128 + 14
     # They come with the tasks that see the same queries; but the last ones are the shortest ones.
-    lengths = back.parts_TS4[..., 2].sum(1)
+    lengths = torch.tensor([sum(part[2] for part in parts) for _, parts in tasks_of(back)])
     assert (lengths[-132:].diff() <= 0).all()
 
 
@@ -333,11 +372,9 @@ def test_gradients_where_the_forward_goes_by_parts_of_the_keys(name, parts, monk
 
 
 def equals_the_oracle(name, dtype):
-    build, shape = GPU_CASES[name]
-    ranges = to(build(), "cuda")
-    qkv = [x.to("cuda", dtype) for x in tensors(*shape)]
+    ranges, *qkv = on_gpu(name, dtype)
     found = cases.run(module.hopper, qkv, ranges)
-    expected = cases.run(reference, [x.float() for x in qkv], ranges)
+    expected = cases.run(for_each_row, [x.float() for x in qkv], ranges)
     for values in (found, expected):
         values["lse"] = values["lse"].masked_fill(expected["lse"] == -math.inf, 0)
     for key, value in expected.items():
@@ -360,6 +397,31 @@ def gradients(attend, inputs, dout, dlse=None):
     if dlse is not None:
         ends, slopes = [out, lse], [*slopes, dlse]
     return torch.autograd.grad(ends, leaves, slopes)
+
+
+@gpu
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_gradients_lie_in_memory_as_queries_that_are_views(heads_first):
+    here()
+    n, step = 2048, 8
+    ranges = to(scattered(n // step, n, ranges=2, groups=5, batch=step, heads=4), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, n, n, 128, 128))
+    if not heads_first:
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    own = by_remainder(q, step).detach().requires_grad_()
+    out, _ = module.hopper(own, k, v, ranges, 0.1)
+    assert out.stride() == own.stride() == torch.autograd.grad(out.sum(), own)[0].stride()
+    dout = torch.randn(1, 4, n, 128, device="cuda")
+
+    def attend(kernel, *inputs):
+        out, lse = kernel(by_remainder(inputs[0], step), *inputs[1:], ranges, 0.1)
+        return row_after_row(out), lse
+
+    found = gradients(partial(attend, module.hopper), (q, k, v), dout)
+    expected = gradients(partial(attend, for_each_row), [x.float() for x in (q, k, v)], dout)
+    for a, b in zip(found, expected, strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b) < 1e-2
 
 
 @gpu

@@ -204,6 +204,7 @@ GPU_PATTERNS = [
     "sda(1024, 8)",
     "longmixed(256, 8)",
     "window(128) | dilated(256, 4)",
+    "window(128) | sda.neighborhood(1024, 8)",
     "heads(window(256), window(128) | dilated(256, 4))",
     "heads(window(256), longnet([256, 1024], [1, 4]))",
 ]

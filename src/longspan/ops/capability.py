@@ -89,7 +89,8 @@ class Capability:
         lse_gradient: whether gradients flow through its log-sum-exp.
         adds_key_tiles: where in its backward one program adds up the gradients of a key tile, so
             that keys which most queries see are worth copies: for which heads it does.
-        shares_keys: whether it takes keys with one batch row for queries with many.
+        shares_keys: where it takes keys with one batch row for queries with many: in calls
+            without gradients alone, or in all.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
@@ -105,7 +106,7 @@ class Capability:
     note: str
     lse_gradient: bool = True
     adds_key_tiles: Literal["of a key head", "of a query head"] | None = None
-    shares_keys: bool = False
+    shares_keys: Literal["without gradients", "always"] | None = None
     reads_in_place: bool = False
     has_halves: bool = False
     places: bool = False
@@ -131,11 +132,22 @@ class Capability:
                 "no gradient flows through its log-sum-exp, which joining passes and return_lse "
                 "need"
             ]
+        if q.shape[0] != k.shape[0] and not self.takes_shared_keys(q, k, v):
+            return [
+                "takes keys and values of as many batch rows as queries; got "
+                f"{k.shape[0]} for {q.shape[0]}"
+            ]
         if not self.plain and transforming():
             return ["has a backward of its own, through which torch.func does not go"]
         module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
         more = getattr(module, "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
+
+    def takes_shared_keys(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether it takes keys with one batch row for queries like these with many."""
+        if self.shares_keys == "without gradients":
+            return not needs_grad(q, k, v)
+        return self.shares_keys == "always"
 
     def worth(self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> bool:
         """Whether ``auto`` should take it for inputs that it can take."""
@@ -173,7 +185,8 @@ KERNELS = (
         devices=("cuda",),
         note="FlexAttention over captured ranges",
         adds_key_tiles="of a key head",
-        shares_keys=True,
+        # Those of keys would be computed for each batch row, and added up in its dtype.
+        shares_keys="without gradients",
     ),
     Capability(
         name="cudnn",
@@ -186,6 +199,7 @@ KERNELS = (
         name="hopper",
         devices=("cuda",),
         note="our own kernel for Hopper",
+        shares_keys="always",
         has_halves=True,
         places=True,
         takes_long_rows=True,

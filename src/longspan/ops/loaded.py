@@ -37,6 +37,11 @@ class Loaded:
     all_heads: int
 
     @property
+    def of_some_heads(self) -> bool:
+        """Whether query or key heads are left out."""
+        return self.heads is not None or self.kv_heads is not None
+
+    @property
     def orders(self) -> tuple[Order | None, Order | None, Order | None]:
         """Of queries, keys and values."""
         return self.queries, self.keys, self.keys

@@ -38,6 +38,9 @@ from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, views_of
 from longspan.planning import Pass
 
+# Queries of a remainder that fill a tile: of fewer, most of it would be computed for nothing.
+_LEAST_ROWS = 128
+
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
 _with_few: WeakKeyDictionary[Pass, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -227,7 +230,7 @@ def _suited(
 ) -> Loaded | Views:
     """The pass as the kernel that will compute it likes it best."""
     found = load(one, q, k)
-    if q.device.type != "cuda" or isinstance(found, Views) or found.heads is not None:
+    if isinstance(found, Views) or found.heads is not None:
         return found
     kernel = choose(impl, q, k, v, found.ranges, use_lse=use_lse)
     kept = _loaded[one]
@@ -237,12 +240,37 @@ def _suited(
         if name not in kept:
             kept[name] = _with_copies(one, found, k.shape[2], programs)
         return kept[name]
-    if kernel.shares_keys and len(q) == 1 and not needs_grad(q, k, v):
-        name = ("shared keys", q.device, k.shape[1:3])
+    if len(q) == 1 and found.keys is not None and kernel.takes_shared_keys(q, k, v):
+        grads = needs_grad(q, k, v)
+        name = ("shared keys", q.device, q.shape[1], k.shape[1:3], kernel.name, grads, use_lse)
         if name not in kept:
-            kept[name] = views_of(one, q.shape[2], k.shape[2], q.device, found.keys) or found
+            kept[name] = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
         return kept[name]
     return found
+
+
+def _with_shared_keys(
+    one: Pass,
+    found: Loaded,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Capability,
+    *,
+    use_lse: bool,
+) -> Loaded | Views:
+    """The pass over views of its queries; as it is where these are worse, or are refused."""
+    rows, keys = q.shape[2], k.shape[2]
+    if rows < _LEAST_ROWS * max(one.steps):
+        return found
+    views = views_of(one, rows, keys, q.device, found.keys)
+    if views is None:
+        return found
+    # Keys for their looks alone: none is gathered.
+    own_k, own_v = (x[:, :, :1].expand(-1, -1, views.ranges.keys, -1) for x in (k, v))
+    own_q = views.query_rows(q)
+    refused = kernel.reasons(own_q, own_k, own_v, views.ranges, use_lse=use_lse)
+    return found if refused else views
 
 
 def _with_copies(one: Pass, found: Loaded, keys: int, programs: int) -> Loaded:
@@ -262,16 +290,14 @@ def _together(
     """What the kernel gets in each pass, so that gradients are added up at once; None if apart."""
     if len(loaded) < 2 or not needs_grad(*tensors):
         return None
-    alike = [
-        one
-        for one in loaded
-        if isinstance(one, Loaded) and one.heads is None and one.kv_heads is None
-    ]
-    if len(alike) < len(loaded):
+    if any(isinstance(one, Loaded) and one.of_some_heads for one in loaded):
         return None
-    orders = zip(*(one.orders for one in alike), strict=True)
+    orders = zip(*(one.orders for one in loaded), strict=True)
     each = [spread(x, own) for x, own in zip(tensors, orders, strict=True)]
-    return list(zip(*each, strict=True))
+    return [
+        one.of_ordered(*own) if isinstance(one, Views) else own
+        for one, own in zip(loaded, zip(*each, strict=True), strict=True)
+    ]
 
 
 def _each(

@@ -4,12 +4,14 @@
 
 Where a query of remainder c sees keys of remainder c only (dilated windows and neighbourhoods,
 diagonals), one pass over a long row is the same pass over r short rows, and those are views: no
-key, query or gradient is copied. FlexAttention and cuDNN write their output in the layout of the
-queries, so that it is in place too; what other kernels write is put back with one copy.
+key, query or gradient is copied. FlexAttention, cuDNN and ``hopper`` write their output in the
+layout of the queries, so that it is in place too; what other kernels write is put back with one
+copy.
 
 Where a query sees keys of other remainders (SDA's neighbourhoods), queries and outputs are views
-all the same for a kernel that takes one batch row of keys for many of queries. Keys, of which
-grouped queries have few, are gathered.
+all the same for a kernel that takes one batch row of keys for many of queries, and so are their
+gradients if it does that with gradients too. Keys, of which grouped queries have few, are
+gathered.
 
 Axes: B batch, H heads, N rows, D width, r remainders, n rows of a remainder, G range groups, m
 ranges per query.
@@ -46,12 +48,23 @@ class Views:
     order: Order
     keys: Order | None = None
 
+    @property
+    def orders(self) -> tuple[Order | None, Order | None, Order | None]:
+        """Of queries, keys and values, where rows are moved."""
+        return None, self.keys, self.keys
+
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernel gets besides ``ranges``: [1, H, n r, D] as [r, H, n, D], views."""
-        own_q = self.query_rows(q)
         if self.keys is not None:
-            return own_q, self.keys.take(k), self.keys.take(v)
-        return own_q, by_remainder(k, self.step), by_remainder(v, self.step)
+            k, v = self.keys.take(k), self.keys.take(v)
+        return self.of_ordered(q, k, v)
+
+    def of_ordered(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from rows that lie in ``orders``."""
+        q, k, v = tensors
+        if self.keys is not None:
+            return self.query_rows(q), k, v
+        return self.query_rows(q), by_remainder(k, self.step), by_remainder(v, self.step)
 
     def query_rows(self, x_BHND: Tensor) -> Tensor:
         """What lies as the queries do, in the order of the pass: a view."""

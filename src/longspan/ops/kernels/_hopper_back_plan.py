@@ -1,10 +1,11 @@
 """Key ranges as what the programs of the backward of ``hopper`` go through.
 
-A task is 128 keys of one key head, with all query heads of it. For each of these heads it has a
-part: the tiles of 64 queries that see some of its keys, one entry for each range that does, since
-the ranges of a query are disjoint and every pair must count once. Entries with a mask come first;
-behind them whole ones, the last queries first: causal keys begin to be seen at different queries,
-but most are seen to the end, and programs that run at the same time then read the same queries.
+A task is 128 keys of one key head, with all query heads of it, in all batch rows that share these
+keys. For each of these heads that sees some of them it has a part: the tiles of 64 queries that
+do, one entry for each range, since the ranges of a query are disjoint and every pair must count
+once. Entries with a mask come first; behind them whole ones, the last queries first: causal keys
+begin to be seen at different queries, but most are seen to the end, and programs that run at the
+same time then read the same queries.
 
 Keys that many queries see (strided ones, sinks) are cut: they have a task for each stretch of the
 queries, and gradients of these tasks are added up in memory. No program is then kept busy when
@@ -16,9 +17,10 @@ longest first, so that programs end together.
 
 O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
-Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles of
-64 and in Y stretches, M key rows in J tiles of 128, G range groups, m ranges per query, T tasks, C
-tiles of keys that are cut, E entries, X = G Q m.
+Axes: B batch, H query heads, A batch rows of keys, K key heads, S query heads of a key head in all
+batch rows that share it, N query rows in Q tiles of 64 and in Y stretches, M key rows in J tiles
+of 128, G range groups, m ranges per query, T tasks, P parts, C tiles of keys that are cut, E
+entries, X = G Q m.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 from longspan.ops.empty import Index, index_of
 from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_parts import PROGRAMS
-from longspan.ops.kernels._hopper_plan import MOST_TILES, cuts
+from longspan.ops.kernels._hopper_plan import MOST_TILES, by_key_head, cuts, heads_of
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
@@ -52,16 +54,17 @@ class HopperBackPlan:
     Attributes:
         entries_E2: int32, the first query of each tile, and the row of its bounds. One more than
             there are.
-        parts_TS4: int32, for each task and query head its first entry, those with a mask, all.
-        tasks_T4: int32, the first key, key head and batch row of each task, and which of the C
-            its keys are, -1 for none.
+        parts_P5: int32, the first entry of each part, those with a mask, all, and its query head
+            and batch row.
+        tasks_T6: int32, the first key of each task, its key head, the batch row of its keys,
+            which of the C these are, -1 for none, its first part and the number of parts.
         cut_C4: int32, first key, key head and batch row of keys that have several tasks.
         empty: the rows [B, H, N] that see no key; None if every one sees some.
     """
 
     entries_E2: Tensor
-    parts_TS4: Tensor
-    tasks_T4: Tensor
+    parts_P5: Tensor
+    tasks_T6: Tensor
     cut_C4: Tensor
     empty: Index | None
 
@@ -69,7 +72,7 @@ class HopperBackPlan:
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
         rows = [x for x in self.empty or () if isinstance(x, Tensor)]
-        return self.entries_E2, self.parts_TS4, self.tasks_T4, self.cut_C4, *rows
+        return self.entries_E2, self.parts_P5, self.tasks_T6, self.cut_C4, *rows
 
 
 PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.tensors)
@@ -88,54 +91,71 @@ def most_entries(ranges: KeyRanges) -> int:
     return _counts[ranges]
 
 
-def back_plan_of(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> HopperBackPlan:
+def back_plan_of(
+    ranges: KeyRanges, heads: tuple[int, ...], key_heads: tuple[int, ...]
+) -> HopperBackPlan:
     """The plan of the given ranges, made once.
 
     Args:
         ranges: visible keys.
-        batch: batch rows.
-        heads: query heads.
-        key_heads: key heads.
+        heads: batch rows of the queries and query heads, (B, H).
+        key_heads: batch rows of the keys, which divide the others, and key heads, (A, K).
     """
-    kind = (batch, heads, key_heads, ranges.keys, ranges.lo_GNm.device)
+    kind = (heads, key_heads, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperBackPlan:
-        group_BKS = group_BH.expand(batch, heads).unflatten(1, (key_heads, -1))
-        entries_E2, about_GJY4 = _entries(ranges, group_BKS)
-        tasks_T4, parts_TS4, cut_C4 = _tasks(about_GJY4, group_BKS)
+        group_BH = group_BH.expand(heads)
+        group_AKS = by_key_head(group_BH, key_heads)
+        entries_E2, about_GJY4 = _entries(ranges, group_AKS, heads[0] // key_heads[0])
+        whose_AKS2 = torch.stack([by_key_head(x, key_heads) for x in heads_of(group_BH)], -1)
+        tasks_T6, parts_P5, cut_C4 = _tasks(about_GJY4, group_AKS, whose_AKS2)
         return HopperBackPlan(
             entries_E2,
-            parts_TS4,
-            tasks_T4,
+            parts_P5,
+            tasks_T6,
             cut_C4,
-            index_of(~(lo_GNm < hi_GNm).any(-1)[group_BH.expand(batch, heads)]),
+            index_of(~(lo_GNm < hi_GNm).any(-1)[group_BH]),
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
 
 
-def _tasks(about_GJY4: Tensor, group_BKS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tasks, their parts, and the keys that are cut."""
-    used_BKJY = torch.stack([about_GJY4[one_BK, ..., 2] > 0 for one_BK in group_BKS.unbind(2)])
-    used_BKJY = used_BKJY.any(0)
+def _tasks(
+    about_GJY4: Tensor, group_AKS: Tensor, whose_AKS2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tasks, their parts, and the keys that are cut.
+
+    Args:
+        about_GJY4: what ``_entries`` says about its entries.
+        group_AKS: range groups of the query heads.
+        whose_AKS2: their numbers, and their batch rows.
+    """
+    used_AKJY = torch.stack([about_GJY4[one_AK, ..., 2] > 0 for one_AK in group_AKS.unbind(2)])
+    used_AKJY = used_AKJY.any(0)
     # Keys that nobody sees have a gradient of 0.
-    used_BKJY[..., 0] |= ~used_BKJY.any(-1)
-    cut_BKJ = used_BKJY.sum(-1) > 1
-    slot_BKJ = (cut_BKJ.flatten().cumsum(0).view_as(cut_BKJ) - 1).where(cut_BKJ, -1)
-    batch_T, head_T, tile_T, stretch_T = used_BKJY.nonzero().unbind(1)
-    slot_T = slot_BKJ[batch_T, head_T, tile_T]
-    tasks_T4 = torch.stack([KEYS * tile_T, head_T, batch_T, slot_T], 1).int()
-    parts_TS4 = about_GJY4[group_BKS[batch_T, head_T], tile_T[:, None], stretch_T[:, None]]
-    last_T = parts_TS4[..., 3].amax(1)
-    parts_TS4[..., 3] = 0
-    head_BK = batch_T * group_BKS.shape[1] + head_T
-    order = _order(head_BK * (last_T.max() + 1) - last_T, parts_TS4[..., 2].sum(1))
-    batch_C, head_C, tile_C = cut_BKJ.nonzero().unbind(1)
-    cut_C4 = torch.stack([KEYS * tile_C, head_C, batch_C, torch.zeros_like(tile_C)], 1).int()
-    return tasks_T4[order], parts_TS4[order], cut_C4
+    used_AKJY[..., 0] |= ~used_AKJY.any(-1)
+    cut_AKJ = used_AKJY.sum(-1) > 1
+    slot_AKJ = (cut_AKJ.flatten().cumsum(0).view_as(cut_AKJ) - 1).where(cut_AKJ, -1)
+    batch_T, head_T, tile_T, stretch_T = used_AKJY.nonzero().unbind(1)
+    slot_T = slot_AKJ[batch_T, head_T, tile_T]
+    about_TS4 = about_GJY4[group_AKS[batch_T, head_T], tile_T[:, None], stretch_T[:, None]]
+    last_T = about_TS4[..., 3].amax(1)
+    head_AK = batch_T * group_AKS.shape[1] + head_T
+    order_T = _order(head_AK * (last_T.max() + 1) - last_T, about_TS4[..., 2].sum(1))
+    tasks_T4 = torch.stack([KEYS * tile_T, head_T, batch_T, slot_T], 1).int()[order_T]
+    about_TS4, whose_TS2 = about_TS4[order_T], whose_AKS2[batch_T, head_T][order_T]
+    used_TS = about_TS4[..., 2] > 0
+    count_T = used_TS.sum(1)
+    parts_T2 = torch.stack([count_T.cumsum(0) - count_T, count_T], 1).int()
+    batch_C, head_C, tile_C = cut_AKJ.nonzero().unbind(1)
+    return (
+        torch.cat([tasks_T4, parts_T2], 1),
+        torch.cat([about_TS4[..., :3], whose_TS2], 2)[used_TS],
+        torch.stack([KEYS * tile_C, head_C, batch_C, torch.zeros_like(tile_C)], 1).int(),
+    )
 
 
 def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:
@@ -152,11 +172,16 @@ def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
     return first_GQm, (-(-tiles.last // KEYS) - first_GQm).clamp(min=0)
 
 
-def _entries(ranges: KeyRanges, group_BKS: Tensor) -> tuple[Tensor, Tensor]:
+def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, Tensor]:
     """Entries by group, tile of keys and stretch of queries; and about each [G, J, Y, 4].
 
     These are the first of its entries, those with a mask, all, and the stretch of its last query,
     0 the first one.
+
+    Args:
+        ranges: visible keys.
+        group_AKS: range groups of the query heads of each key head.
+        share: batch rows that share keys.
     """
     # The last queries first: sorting keeps that order.
     tiles = RowTiles(*(x.flip(1) for x in row_tiles(ranges, ROWS)))
@@ -177,7 +202,7 @@ def _entries(ranges: KeyRanges, group_BKS: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.int32 if groups * columns < 1 << 30 else torch.int64
     whose_E = (group_X * columns).to(numbers).index_select(0, at_E) + tile_E
     all_GJ = torch.bincount(whose_E, minlength=groups * columns).view(groups, -1)
-    long_J, stretch = _long(all_GJ, group_BKS)
+    long_J, stretch = _long(all_GJ, group_AKS, share)
     last_X, stretches = row_X // stretch, 1
     if long_J is not None:
         # Stretches of cut keys, the last one first; others have a single one.
@@ -198,13 +223,14 @@ def _entries(ranges: KeyRanges, group_BKS: Tensor) -> tuple[Tensor, Tensor]:
     return entries_E2, about_P4.view(groups, columns, stretches, 4)
 
 
-def _long(all_GJ: Tensor, group_BKS: Tensor) -> tuple[Tensor | None, int]:
+def _long(all_GJ: Tensor, group_AKS: Tensor, share: int) -> tuple[Tensor | None, int]:
     """Tiles of keys that are cut, in all heads and batch rows, and the queries of a stretch.
 
     None where no tile has so many entries that it is worth it.
     """
-    length_BKJ = torch.stack([all_GJ[one_BK] for one_BK in group_BKS.unbind(2)]).sum(0)
-    most = int(min(max(length_BKJ.sum() / (1.5 * PROGRAMS), _LEAST), _MOST))
+    length_AKJ = torch.stack([all_GJ[one_AK] for one_AK in group_AKS.unbind(2)]).sum(0)
+    most = int(min(max(length_AKJ.sum() / (1.5 * PROGRAMS), _LEAST), _MOST))
     stretch = max(_SHORT, 1 << (_STRETCH * most // _MOST).bit_length() - 1)
-    long_J = (length_BKJ > most).flatten(0, 1).any(0)
-    return long_J if bool(long_J.any()) else None, stretch
+    long_J = (length_AKJ > most).flatten(0, 1).any(0)
+    # As many queries in all batch rows that share the keys.
+    return long_J if bool(long_J.any()) else None, max(ROWS, stretch // share)

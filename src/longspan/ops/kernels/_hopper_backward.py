@@ -8,19 +8,20 @@ FlashAttention-3 (Shah et al., arXiv 2407.08608): a program keeps a tile of 128 
 the tiles of 64 queries that see some of it, and sums dk and dv in registers; dq is added up in
 memory, in float32.
 
-What differs: a task has all query heads of its key head, so that dk and dv are complete and leave
-as they are, but for keys that are cut; programs persist, and fetch tasks as they finish; and four
-kinds of warps share the work. One warp loads. Two groups of four warps, each 64 of the keys,
-multiply all but dq, and leave dS in shared memory. A third group makes dq of it a step later, so
-that neither of the others waits for dS of the other, for dq, or for dq to leave.
+What differs: a task has all query heads of its key head, in all batch rows that share these keys,
+so that dk and dv are complete and leave as they are, but for keys that are cut; programs persist,
+and fetch tasks as they finish; and four kinds of warps share the work. One warp loads. Two groups
+of four warps, each 64 of the keys, multiply all but dq, and leave dS in shared memory. A third
+group makes dq of it a step later, so that neither of the others waits for dS of the other, for dq,
+or for dq to leave.
 
-A task is int32 [4]: first key, key head, batch row, and the tile of sums in memory, in float32,
-that its dk and dv are added to; -1 where it has all queries of its keys. A part is int32 [4] for
-each task and query head of its key head: first entry, entries with a mask (they come first),
-entries, nothing. An entry is int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi``
-that says which keys each of them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number
-are added in memory for each tile. Sums lie in the order of ``_by_thread``, and are turned at the
-end.
+A task is int32 [6]: first key, key head, batch row of the keys, the tile of sums in memory, in
+float32, that its dk and dv are added to (-1 where it has all queries of its keys), first part, and
+parts, one for each query head of a batch row that sees some of the keys. A part is int32 [5]:
+first entry, entries with a mask (they come first), entries, query head, batch row. An entry is
+int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi`` that says which keys each of
+them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number are added in memory for each
+tile. Sums lie in the order of ``_by_thread``, and are turned at the end.
 
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
 times that with P as it is.
@@ -70,7 +71,7 @@ _add_to = getattr(tma, "async_atomic_add", _add_through_builder)
 
 
 @gluon.jit(
-    do_not_specialize=["count", "rows", "group"],
+    do_not_specialize=["count", "rows"],
     do_not_specialize_on_alignment=[
         "fetched",
         "tasks",
@@ -98,7 +99,6 @@ def backward(
     hi,
     count,
     rows,
-    group,
     scale,
     scale_log2,
     width: gl.constexpr,
@@ -129,7 +129,7 @@ def backward(
     mbarrier.init(kv_empty, count=3)
     tiles = (q_room, dout_room, row_room, seen_room, any_room, full, empty)
     fixed = (k_room, v_room, task_room, kv_full, kv_empty)
-    work = (tasks, parts, entries, count, group)
+    work = (tasks, parts, entries, count)
     own = (dq_room, ds_room, ds_full, ds_empty)
     results = (dq_desc, dk_desc, dv_desc, cut_desc)
     scales = (scale, scale_log2)
@@ -161,12 +161,12 @@ def backward(
 @gluon.jit
 def _load(descs, tiles, fixed, work, bounds, fetched):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
-    tasks, parts, entries, count, group = work
+    tasks, parts, entries, count = work
     size: gl.constexpr = 128 * k_room.shape[4] * 2
     place, phase, kv_phase = 0, 0, 0
     t = gl.program_id(0)
     while t < count:
-        key, k_head, batch = _task(tasks, t)
+        key, k_head, batch, part, last = _task(tasks, t)
         mbarrier.wait(kv_empty, kv_phase ^ 1)
         _tell(task_room, t)
         mbarrier.expect(kv_full, 2 * size)
@@ -175,14 +175,14 @@ def _load(descs, tiles, fixed, work, bounds, fetched):
             tma.async_copy_global_to_shared(descs[1], at, kv_full, k_room.index(half))
             tma.async_copy_global_to_shared(descs[2], at, kv_full, v_room.index(half))
         kv_phase ^= 1
-        for x in range(group):
-            first, masked, length = _part(parts, t * group + x)
-            head = k_head * group + x
+        for x in range(part, last):
+            first, masked, length = _part(parts, x)
+            head, q_batch = _whose(parts, x)
             row, plane = entry(entries, first)
             for j in range(length):
                 # Read before it is needed.
                 row1, plane1 = entry(entries, first + j + 1)
-                where = (batch, head, row, plane, key)
+                where = (q_batch, head, row, plane, key)
                 place, phase = _bring(descs, tiles, bounds, where, place, phase, j < masked)
                 row, plane = row1, plane1
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
@@ -236,12 +236,22 @@ def _next(place, phase):
 
 @gluon.jit
 def _task(tasks, t):
-    return gl.load(tasks + 4 * t), gl.load(tasks + 4 * t + 1), gl.load(tasks + 4 * t + 2)
+    at = tasks + 6 * t
+    key, k_head, batch = gl.load(at), gl.load(at + 1), gl.load(at + 2)
+    part = gl.load(at + 4)
+    # With the end of its parts.
+    return key, k_head, batch, part, part + gl.load(at + 5)
 
 
 @gluon.jit
-def _part(parts, at):
-    return gl.load(parts + 4 * at), gl.load(parts + 4 * at + 1), gl.load(parts + 4 * at + 2)
+def _part(parts, part):
+    at = parts + 5 * part
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
+
+
+@gluon.jit
+def _whose(parts, part):
+    return gl.load(parts + 5 * part + 3), gl.load(parts + 5 * part + 4)
 
 
 # Two groups of warps multiply.
@@ -250,7 +260,7 @@ def _part(parts, at):
 @gluon.jit
 def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
-    tasks, parts, _entries, count, group = work
+    tasks, parts, _entries, count = work
     q_room, any_room, full, ds_empty = tiles[0], tiles[4], tiles[5], own[3]
     width: gl.constexpr = q_room.shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
@@ -259,12 +269,12 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     kv_phase = 1
     t = _told(task_room)
     while t < count:
-        key, k_head, batch = _task(tasks, t)
+        key, k_head, batch, part, last = _task(tasks, t)
         dk = gl.zeros([64, width], gl.float32, sums)
         dv = gl.zeros([64, width], gl.float32, sums)
         flow = place, phase, step, dk, dv
-        for x in range(group):
-            _first, masked, length = _part(parts, t * group + x)
+        for x in range(part, last):
+            _first, masked, length = _part(parts, x)
             for j in range(length):
                 mbarrier.wait(full.index(flow[0]), flow[1])
                 seen = 1
@@ -278,7 +288,7 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         place, phase, step, dk, dv = flow
         # Gradients leave through the places of their keys and values.
         dk = dk * scales[0]
-        cut = gl.load(tasks + 4 * t + 3)
+        cut = gl.load(tasks + 6 * t + 3)
         if cut < 0:
             at = [batch, k_head, key + 64 * half, 0]
             _put(results[2], at, dv, v_room.index(half))
@@ -429,16 +439,16 @@ def _halves(x):
 @gluon.jit
 def _add_up(fixed, own, work, dq_desc):
     k_room, _v_room, task_room, kv_full, kv_empty = fixed
-    tasks, parts, entries, count, group = work
+    tasks, parts, entries, count = work
     step = 0
     mbarrier.wait(kv_full, 0)
     kv_phase = 1
     t = _told(task_room)
     while t < count:
-        _key, k_head, batch = _task(tasks, t)
-        for x in range(group):
-            first, _masked, length = _part(parts, t * group + x)
-            head = k_head * group + x
+        _key, _k_head, _batch, part, last = _task(tasks, t)
+        for x in range(part, last):
+            first, _masked, length = _part(parts, x)
+            head, batch = _whose(parts, x)
             row = gl.load(entries + 2 * first)
             for j in range(length):
                 row1 = gl.load(entries + 2 * (first + j + 1))

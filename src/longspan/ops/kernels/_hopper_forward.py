@@ -27,7 +27,8 @@ keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first en
 whole. 4 D flops for each pair of a tile or half a tile.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
-are read and nothing is written. Offsets of rows are 64-bit.
+are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie at ``step`` times
+the batch row of the task, 0 where all batch rows share them.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _shaped(
 
 
 @gluon.jit(
-    do_not_specialize=["count", "rows", "heads", "group"],
+    do_not_specialize=["count", "rows", "heads", "group", "step"],
     do_not_specialize_on_alignment=["lse", "fetched", "tasks", "entries", "lo", "hi"],
 )
 def forward(
@@ -112,6 +113,7 @@ def forward(
     rows,
     heads,
     group,
+    step,
     scale,
     places: gl.constexpr,
     width: gl.constexpr,
@@ -134,7 +136,7 @@ def forward(
                     keys,
                     values,
                     told,
-                    (fetched, tasks, entries, count, group),
+                    (fetched, tasks, entries, count, group, step),
                 ),
             ),
         ],
@@ -169,7 +171,7 @@ def _next(ring, place, phase):
 @gluon.jit
 def _load(descs, queries, keys, values, told, work):
     q_desc, k_desc, v_desc = descs
-    fetched, tasks, entries, count, group = work
+    fetched, tasks, entries, count, group, step = work
     room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 8, _EIGHT)
@@ -182,7 +184,7 @@ def _load(descs, queries, keys, values, told, work):
         # takes more registers than this warp has.
         batch = (batch.to(gl.uint32) % q_desc.shape[0].to(gl.uint32)).to(gl.int32)
         whole = gl.load(at + number)
-        k_head = head // group
+        k_head, k_batch = head // group, batch * step
         mbarrier.wait(empty.index(q_place), q_phase ^ 1)
         told.index(q_place).store(whole)
         # All threads have written before one of them says so.
@@ -194,13 +196,13 @@ def _load(descs, queries, keys, values, told, work):
             tma.async_copy_global_to_shared(q_desc, from_row, full.index(q_place), to)
         q_place, q_phase = _next(queries, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
-        place, phase = _bring(k_desc, batch, k_head, key, keys, place, phase)
+        place, phase = _bring(k_desc, k_batch, k_head, key, keys, place, phase)
         for j in range(1, tiles):
             after = gl.load(entries + 2 * (first + j))
-            place, phase = _bring(k_desc, batch, k_head, after, keys, place, phase)
-            v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
+            place, phase = _bring(k_desc, k_batch, k_head, after, keys, place, phase)
+            v_place, v_phase = _bring(v_desc, k_batch, k_head, key, values, v_place, v_phase)
             key = after
-        v_place, v_phase = _bring(v_desc, batch, k_head, key, values, v_place, v_phase)
+        v_place, v_phase = _bring(v_desc, k_batch, k_head, key, values, v_place, v_phase)
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     mbarrier.wait(empty.index(q_place), q_phase ^ 1)
     told.index(q_place).store(gl.where(number == 0, _NO_ROW, 0))

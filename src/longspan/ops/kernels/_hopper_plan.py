@@ -11,14 +11,14 @@ side alone.
 
 Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
 first, and what is as long in the order of key heads and rows, so that programs that run at the
-same time read the same keys. Where there are fewer tasks than processors, long ones are split by
-keys (see ``_hopper_parts``).
+same time read the same keys. Batch rows that share keys count as more query heads of them. Where
+there are fewer tasks than processors, long ones are split by keys (see ``_hopper_parts``).
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
-Axes: B batch, H query heads, K key heads, S query heads of a key head, N query rows in Q tiles, G
-range groups, m ranges per query, P = G m rows of bounds, T tasks, E tiles, R runs of tiles, X = G
-Q m, s some of those, W halves of 64 rows.
+Axes: B batch, H query heads, A batch rows of keys, K key heads, S query heads of a key head in all
+batch rows that share it, N query rows in Q tiles, G range groups, m ranges per query, P = G m rows
+of bounds, T tasks, E tiles, R runs of tiles, X = G Q m, s some of those, W halves of 64 rows.
 """
 
 from __future__ import annotations
@@ -116,19 +116,18 @@ def task_tiles(ranges: KeyRanges) -> Tensor:
 
 
 def plan_of(
-    ranges: KeyRanges, batch: int, heads: int, key_heads: int, row_bytes: int
+    ranges: KeyRanges, heads: tuple[int, ...], key_heads: tuple[int, ...], row_bytes: int
 ) -> HopperPlan:
     """The plan of the given ranges, made once.
 
     Args:
         ranges: visible keys.
-        batch: batch rows.
-        heads: query heads.
-        key_heads: key heads.
+        heads: batch rows of the queries and query heads, (B, H).
+        key_heads: batch rows of the keys, which divide the others, and key heads, (A, K).
         row_bytes: bytes of a key and its value.
     """
     section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
-    kind = (batch, heads, key_heads, section, ranges.lo_GNm.device)
+    kind = (heads, key_heads, section, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
@@ -136,12 +135,12 @@ def plan_of(
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
         runs = _runs_of(ranges)
         entries_E2 = _entries(ranges, runs)
-        grid_BKQS8 = _tasks(runs, group_BH.expand(batch, heads), key_heads, entries_E2)
-        tasks_T8 = _in_order(grid_BKQS8, section)
+        grid_AKQS8 = _tasks(runs, group_BH.expand(heads), key_heads, entries_E2)
+        tasks_T8 = _in_order(grid_AKQS8, section)
         parts = parts_of(tasks_T8[:, 5], len(entries_E2) - 1)
         if parts > 1:
             unseen = runs.tiles.last.amax().int()
-            tasks_T8 = split(tasks_T8, parts, batch, entries_E2, unseen)
+            tasks_T8 = split(tasks_T8, parts, heads[0], entries_E2, unseen)
         return HopperPlan(
             lo_GNm.mT.flatten(0, 1).contiguous(),
             hi_GNm.mT.flatten(0, 1).contiguous(),
@@ -151,6 +150,25 @@ def plan_of(
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
+
+
+def by_key_head(x_BH: Tensor, key_heads: tuple[int, ...]) -> Tensor:
+    """What belongs to query heads as [A, K, S]: by key head, one batch row after another.
+
+    Args:
+        x_BH: anything.
+        key_heads: batch rows of the keys, and key heads.
+    """
+    batch, heads = key_heads
+    return x_BH.unflatten(1, (heads, -1)).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+
+
+def heads_of(group_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of each query head, and of its batch row [B, H], int32."""
+    row_B, head_H = (
+        torch.arange(count, dtype=torch.int32, device=group_BH.device) for count in group_BH.shape
+    )
+    return head_H.expand_as(group_BH), row_B[:, None].expand_as(group_BH)
 
 
 def _runs_of(ranges: KeyRanges) -> _Runs:
@@ -310,38 +328,38 @@ def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
     return paired(halves.first, 0), paired(halves.last, 0)
 
 
-def _tasks(runs: _Runs, group_BH: Tensor, key_heads: int, entries_E2: Tensor) -> Tensor:
-    """All tasks, int32 [B, K, Q, S, 8]."""
+def _tasks(
+    runs: _Runs, group_BH: Tensor, key_heads: tuple[int, ...], entries_E2: Tensor
+) -> Tensor:
+    """All tasks, int32 [A, K, Q, S, 8]."""
     count_GQ = runs.count_GQ
     end_GQ = count_GQ.flatten().cumsum(0, dtype=torch.int64).view_as(count_GQ)
     first_GQ = end_GQ - count_GQ
     about_GQc = torch.stack([first_GQ, runs.edges_GQ, count_GQ], -1).int()
     about_GQc = torch.cat([about_GQc, entries_E2[first_GQ]], -1)
-    group_BKS = group_BH.unflatten(1, (key_heads, -1))
-    batch, _, share = group_BKS.shape
+    group_AKS, head_AKS, row_AKS = (
+        by_key_head(x_BH, key_heads) for x_BH in (group_BH, *heads_of(group_BH))
+    )
     rows = count_GQ.shape[1]
-
-    def number(count: int, step: int = 1) -> Tensor:
-        return torch.arange(0, count * step, step, dtype=torch.int32, device=count_GQ.device)
-
-    grid = count_GQ.new_empty(batch, key_heads, rows, share, 8, dtype=torch.int32)
-    grid[..., 0] = number(rows, TILE)[:, None]
-    grid[..., 1] = number(key_heads * share).view(key_heads, 1, share)
-    grid[..., 2] = number(batch).view(batch, 1, 1, 1)
-    grid[..., 3:] = about_GQc[group_BKS].transpose(2, 3)
+    grid = about_GQc.new_empty(*group_AKS.shape[:2], rows, group_AKS.shape[2], 8)
+    first_Q = torch.arange(0, rows * TILE, TILE, dtype=torch.int32, device=grid.device)
+    grid[..., 0] = first_Q[:, None]
+    grid[..., 1] = head_AKS[:, :, None]
+    grid[..., 2] = row_AKS[:, :, None]
+    grid[..., 3:] = about_GQc[group_AKS].transpose(2, 3)
     return grid
 
 
-def _in_order(grid_BKQS8: Tensor, section: int) -> Tensor:
+def _in_order(grid_AKQS8: Tensor, section: int) -> Tensor:
     """The tasks one after another, [T, 8].
 
     Args:
-        grid_BKQS8: all of them.
+        grid_AKQS8: all of them.
         section: key heads that go together.
     """
-    batch, key_heads = grid_BKQS8.shape[:2]
-    count_BKQS = grid_BKQS8[..., 5].long()
-    most = count_BKQS.max()
-    part = torch.arange(batch * key_heads, device=grid_BKQS8.device) // section
-    rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_BKQS
-    return grid_BKQS8.flatten(0, 3)[rank.flatten().argsort(stable=True)]
+    batch, key_heads = grid_AKQS8.shape[:2]
+    count_AKQS = grid_AKQS8[..., 5].long()
+    most = count_AKQS.max()
+    part = torch.arange(batch * key_heads, device=grid_AKQS8.device) // section
+    rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_AKQS
+    return grid_AKQS8.flatten(0, 3)[rank.flatten().argsort(stable=True)]

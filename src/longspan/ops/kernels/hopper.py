@@ -104,10 +104,10 @@ def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor) -> list[str]:
         found.append(f"hopper takes fewer than 2**30 queries; got {q_BHND.shape[2]:,}")
     batch, *others = (x.shape[0] for x in (q_BHND, k_BKMD, v_BKMD))
     # Rows that are not there would be read as zeros.
-    for other in {*others} - {batch}:
+    if others not in ([batch, batch], [1, 1]):
         found.append(
-            f"hopper takes keys and values of as many batch rows as queries; got {other} for "
-            f"{batch}"
+            "hopper takes keys and values of as many batch rows as queries, or both of one; got "
+            f"{others[0]} and {others[1]} for {batch}"
         )
     return found
 
@@ -173,8 +173,8 @@ def hopper(
     Args:
         q_BHND: queries [B, H, N, D], bfloat16 or float16 on a Hopper GPU; D a multiple of 8 up to
             128.
-        k_BKMD: keys [B, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
-        v_BKMD: values [B, K, M, Dv], Dv as D.
+        k_BKMD: keys [B or 1, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
+        v_BKMD: values with as many batch rows [B or 1, K, M, Dv], Dv as D.
         ranges: visible keys, on the device of ``q``.
         scale: factor on the logits.
 
@@ -216,11 +216,10 @@ def _ready(
     """The plans for these ranges and tensors."""
     if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
-    batch, heads = q_BHND.shape[:2]
-    key_heads = k_BKMD.shape[1]
+    heads, key_heads = q_BHND.shape[:2], k_BKMD.shape[:2]
     row_bytes = k_BKMD.shape[3] * k_BKMD.element_size() + v_BKMD.shape[3] * v_BKMD.element_size()
-    plan = plan_of(ranges, batch, heads, key_heads, row_bytes)
-    back = back_plan_of(ranges, batch, heads, key_heads) if backward else None
+    plan = plan_of(ranges, heads, key_heads, row_bytes)
+    back = back_plan_of(ranges, heads, key_heads) if backward else None
     return _Ready(plan, back, scale)
 
 
@@ -296,6 +295,7 @@ class _Ready:
                 rows,
                 heads,
                 heads // k.shape[1],
+                int(len(k) > 1),
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
@@ -334,7 +334,7 @@ class _Ready:
             torch.empty_like(x) if place is None else place
             for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
         )
-        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T4)
+        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T6)
         # Sums of dq by tiles of 64 rows, of dk and dv by tiles of 128 keys, and the number of
         # tasks that have been fetched.
         cut = len(self.back.cut_C4)
@@ -358,14 +358,13 @@ class _Ready:
                 described(dv_BKMD, 64, compiled),
                 described(cut_sums, compiled // 4, 128, swizzle=0),
                 fetched.view(torch.int32),
-                self.back.tasks_T4,
-                self.back.parts_TS4,
+                self.back.tasks_T6,
+                self.back.parts_P5,
                 self.back.entries_E2,
                 self.plan.lo_PN,
                 self.plan.hi_PN,
                 tasks,
                 rows,
-                heads // k.shape[1],
                 scale,
                 sharp * _LOG2_E,
                 compiled,

@@ -1,0 +1,186 @@
+"""Queries as views where all of them share one row of keys: who takes that, and what comes out.
+
+On the CPU the kernel is a stand-in that goes through the plans of ``hopper``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.ops.cases import On
+from tests.ops.test_flex import gpu, relative, window
+from tests.ops.test_hopper import executed, here, module
+from tests.ops.test_hopper import on_hopper as on_hopper
+from tests.ops.test_hopper_backward import executed as executed_back
+
+import longspan as ls
+from longspan.ops import capability, run
+
+N, HEADS, KEY_HEADS = 1024, 4, 2
+PATTERNS = {
+    "one pass": "sda.neighborhood(128, 4)",
+    "wide": "sda.neighborhood(4096, 8)",
+    "with a sink": "sda.neighborhood(64, 8) | sink(3)",
+    "with a window": "window(50) | sda.neighborhood(128, 4)",
+    "orders side by side": "dilated(64, [1, 2, 4, 8])",
+}
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The stand-in; returns what its calls, and those of its backward, were given."""
+    on_any = [replace(x, devices=()) if x.name == "hopper" else x for x in capability.KERNELS]
+    monkeypatch.setattr(capability, "KERNELS", on_any)
+    monkeypatch.setattr(module, "reasons", lambda *_: [])
+    calls: dict[str, list] = {"forward": [], "backward": []}
+
+    def forward(self, q, k, v):
+        calls["forward"].append((q, k, v))
+        out, lse = executed(self.plan, q, k, v, self.scale)
+        return torch.empty_like(q).copy_(out), lse
+
+    def backward(self, q, k, v, out, lse, dout, dlse):
+        dout, dlse = (torch.zeros_like(x) if d is None else d for x, d in ((q, dout), (lse, dlse)))
+        found = executed_back(self.plan, self.back, (q, k, v, out), lse, dout, dlse, self.scale)
+        calls["backward"].append(found)
+        return found
+
+    monkeypatch.setattr(module._Ready, "forward", forward)
+    monkeypatch.setattr(module._Ready, "backward", backward)
+    return calls
+
+
+def made(batch=1, n=N):
+    make = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, heads, n, 8, generator=make, dtype=torch.float64, requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def both(inputs, pattern, impl, *, return_lse):
+    """Output, gradients, and if it is asked for the log-sum-exp."""
+    out, *lse = (
+        ls.attend(*inputs, pattern, impl=impl, return_lse=True)
+        if return_lse
+        else (ls.attend(*inputs, pattern, impl=impl),)
+    )
+    loss = out.sin().sum() + sum(x.cos().sum() for x in lse)
+    return out, *torch.autograd.grad(loss, inputs), *lse
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+def test_attention_and_gradients(text, return_lse, library):
+    inputs = made()
+    found = both(inputs, text, "hopper", return_lse=return_lse)
+    wanted = both(inputs, text, "reference", return_lse=return_lse)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    rows = [(len(q), len(k), len(v)) for q, k, v in library["forward"]]
+    assert any(q > 1 == k == v for q, k, v in rows)
+    with torch.no_grad():
+        alone = ls.attend(*inputs, text, impl="hopper")
+    torch.testing.assert_close(alone, wanted[0], rtol=1e-9, atol=1e-9)
+
+
+def test_queries_outputs_and_gradients_are_never_copied(library):
+    inputs = made()
+    out, dq, *_ = both(inputs, PATTERNS["one pass"], "hopper", return_lse=False)
+    ((own_q, own_k, _),) = library["forward"]
+    (grads,) = library["backward"]
+    assert own_q.shape == (4, HEADS, N // 4, 8)
+    assert own_k.shape == (1, KEY_HEADS, N, 8)
+    for one, other in ((own_q, inputs[0]), (grads[0], dq)):
+        assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    assert out.is_contiguous()
+
+
+def test_gradients_of_passes_are_added_up_at_once(library, monkeypatch):
+    seen = []
+    spread = run.spread
+    monkeypatch.setattr(run, "spread", lambda x, orders: seen.append(orders) or spread(x, orders))
+    both(made(), PATTERNS["with a window"], "hopper", return_lse=False)
+    queries, keys, values = seen
+    assert queries == (None, None)
+    assert keys[0] is None is not keys[1]
+    assert values == keys
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "n"),
+    [
+        # Two batch rows, remainders of less than a tile, a length that the step does not divide.
+        ("sda.neighborhood(64, 4)", 2, N),
+        ("sda.neighborhood(64, 16)", 1, N),
+        ("sda.neighborhood(64, 4)", 1, N - 1),
+    ],
+)
+def test_where_rows_stay_in_order(text, batch, n, library):
+    inputs = made(batch, n)
+    found = both(inputs, text, "hopper", return_lse=False)
+    for a, b in zip(found, both(inputs, text, "reference", return_lse=False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert [(len(q), len(k)) for q, k, _ in library["forward"]] == [(batch, batch)]
+
+
+def test_views_that_the_kernel_refuses(library, monkeypatch):
+    def reasons(q, k, v, ranges):
+        return ["no"] if len(k) != len(q) else []
+
+    monkeypatch.setattr(module, "reasons", reasons)
+    # Views are kept with a plan.
+    plan, inputs = ls.plan(ls.parse(PATTERNS["one pass"]), N, HEADS), made()
+    found, wanted = (
+        both(inputs, plan, impl, return_lse=False) for impl in ("hopper", "reference")
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert [(len(q), len(k)) for q, k, _ in library["forward"]] == [(1, 1)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_who_takes_shared_keys(grad, monkeypatch):
+    for kernel in capability.KERNELS:
+        q = On(8, HEADS, 4096, 128, grad=grad)
+        k = On(1, KEY_HEADS, 4096, 128)
+        takes = kernel.takes_shared_keys(q, k, k)
+        assert takes == (kernel.name == "hopper" or (kernel.name == "flex" and not grad))
+        if not takes and (not kernel.devices or "cuda" in kernel.devices):
+            (found,) = kernel.reasons(q, k, k, window(4096, 100), use_lse=False)
+            assert "as many batch rows as queries; got 1 for 8" in found
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_auto_stays_with_it(grad, on_hopper):
+    q, k = On(8, HEADS, 4096, 128, grad=grad), On(1, KEY_HEADS, 4096, 128)
+    ranges = window(4096, 1024, heads=HEADS)
+    assert capability.choose("auto", q, k, k, ranges).name == "hopper"
+
+
+@gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+def test_on_a_gpu(text, width):
+    here()
+    make = torch.Generator("cuda").manual_seed(0)
+    n = 4096
+    given = [
+        torch.randn(1, heads, n, width, generator=make, device="cuda").bfloat16()
+        for heads in (8, 2, 2)
+    ]
+    results = []
+    # Alone at first, then passes on streams side by side.
+    for impl in ("hopper", "hopper", "reference"):
+        inputs = [(x if impl == "hopper" else x.float()).requires_grad_() for x in given]
+        out, lse = ls.attend(*inputs, text, impl=impl, return_lse=True)
+        loss = out.float().sin().sum() + lse.cos().sum()
+        with torch.no_grad():
+            alone = ls.attend(*inputs, text, impl=impl)
+        results.append((alone, out, *torch.autograd.grad(loss, inputs)))
+    for found in results[:2]:
+        for a, b in zip(found, results[2], strict=True):
+            assert a.isfinite().all()
+            assert relative(a, b) < 1e-2
