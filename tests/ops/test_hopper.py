@@ -361,12 +361,15 @@ def for_each_row(q, k, v, ranges, scale):
     return reference(q, *(x.expand(len(q), -1, -1, -1) for x in (k, v)), ranges, scale)
 
 
-def executed(made, q, k, v, scale):
-    return merge(list(zip(*executed_parts(made, q, k, v, scale), strict=True)))
+def executed(made, q, k, v, scale, length=None):
+    return merge(list(zip(*executed_parts(made, q, k, v, scale, length), strict=True)))
 
 
-def executed_parts(made, q, k, v, scale):
-    """Output and log-sum-exp of each part, the first axis."""
+def executed_parts(made, q, k, v, scale, length=None):
+    """Output and log-sum-exp of each part, the first axis.
+
+    With a length, keys are those of all batch rows in turn.
+    """
     many = made.parts * len(q), *q.shape[1:3]
     out = torch.full((*many, v.shape[3]), math.nan, dtype=q.dtype)
     lse = torch.full(many, math.nan, dtype=q.dtype)
@@ -378,14 +381,15 @@ def executed_parts(made, q, k, v, scale):
         top, total = own.new_full((len(own),), -math.inf), own.new_zeros(len(own))
         acc = own.new_zeros(len(own), v.shape[3])
         for at, (key, about) in enumerate(entries):
-            key_head = b if len(k) > 1 else 0, head // share
-            s = own @ k[key_head][key : key + 128].mT * scale
+            key_b, at_key = divmod(key, length) if length else (b if len(k) > 1 else 0, key)
+            own_k, own_v = (x[key_b, head // share, at_key : at_key + 128] for x in (k, v))
+            s = own @ own_k.mT * scale
             s = s.where(seen(made, row, key, about, whole=at == 0), -math.inf)
             new = torch.maximum(top, s.amax(1))
             base = new.where(new > -math.inf, 0.0)
             p, shrink = (s - base[:, None]).exp(), (top - base).exp()
             top, total = new, total * shrink + p.sum(1)
-            acc = acc * shrink[:, None] + p @ v[key_head][key : key + 128]
+            acc = acc * shrink[:, None] + p @ own_v
         out[out_b, head, rows] = torch.where(total[:, None] == 0, 0.0, acc / total[:, None])
         lse[out_b, head, rows] = torch.where(total == 0, -math.inf, top + total.log())
     return out.unflatten(0, (made.parts, -1)), lse.unflatten(0, (made.parts, -1))

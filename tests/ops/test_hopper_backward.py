@@ -61,14 +61,14 @@ def seen(made, row, key, plane):
 def tasks_of(back):
     """Each task, and its parts."""
     parts, end = back.parts_P5.tolist(), 0
-    for *task, first, count in back.tasks_T6.tolist():
+    for *task, first, count, bound in back.tasks_T7.tolist():
         assert first == end
         end = first + count
-        yield task, parts[first:end]
+        yield [*task, bound], parts[first:end]
     assert end == len(parts)
 
 
-def executed(made, back, tensors, lse, dout, dlse, scale):
+def executed(made, back, tensors, lse, dout, dlse, scale, length=None):
     """Gradients, one task after another."""
     q, k, v, out = tensors
     share = q.shape[1] // k.shape[1]
@@ -78,17 +78,21 @@ def executed(made, back, tensors, lse, dout, dlse, scale):
         [torch.zeros_like(x[b, h, key : key + 128]) for key, h, b, _ in back.cut_C4.tolist()]
         for x in (k, v)
     )
-    for (key, key_head, b, cut), parts in tasks_of(back):
+    for (key, key_head, b, cut, bound), parts in tasks_of(back):
         own = b, key_head, slice(key, key + 128)
         dk_own, dv_own = torch.zeros_like(k[own]), torch.zeros_like(v[own])
         for first, masked, count, head, q_batch in parts:
             assert head // share == key_head
-            assert b == (0 if len(k) == 1 else q_batch)
+            if length:
+                assert divmod(bound, length) == (b, key)
+            else:
+                assert bound == key
+                assert b == (0 if len(k) == 1 else q_batch)
             for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
                 rows = q_batch, head, slice(row, row + 64)
                 p = (scale * q[rows] @ k[own].mT - lse[rows][:, None]).exp()
                 if at < masked:
-                    p = p.where(seen(made, row, key, plane)[:, : p.shape[1]], 0.0)
+                    p = p.where(seen(made, row, bound, plane)[:, : p.shape[1]], 0.0)
                 ds = p * (dout[rows] @ v[own].mT - delta[rows][:, None])
                 dv_own += p.mT @ dout[rows]
                 dk_own += scale * ds.mT @ q[rows]
@@ -155,7 +159,8 @@ def check_back_plan(ranges, batch, heads, key_heads, *, shared=False):
     made, back = plan(*given, shared=shared), back_plan(*given, shared=shared)
     counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
     tasks = []
-    for (key, key_head, b, cut), parts in tasks_of(back):
+    for (key, key_head, b, cut, bound), parts in tasks_of(back):
+        assert bound == key
         tasks.append((key, key_head, b, cut))
         if cut >= 0:
             assert back.cut_C4[cut].tolist() == [key, key_head, b, 0]
@@ -190,9 +195,9 @@ def test_few_tiles_are_visited(monkeypatch):
     assert back.parts_P5[:, 1].max() == 4
     # None is long, and the last ones, here all, come by length.
     assert len(back.cut_C4) == 0
-    assert (back.tasks_T6[:, 3] == -1).all()
-    assert back.tasks_T6[:, 0].tolist() == list(range(0, n, 128))
-    for x in (back.entries_E2, back.parts_P5, back.tasks_T6, back.cut_C4):
+    assert (back.tasks_T7[:, 3] == -1).all()
+    assert back.tasks_T7[:, 0].tolist() == list(range(0, n, 128))
+    for x in (back.entries_E2, back.parts_P5, back.tasks_T7, back.cut_C4):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
 
@@ -202,15 +207,15 @@ def test_long_tasks_are_cut_by_stretches_of_queries(monkeypatch):
     monkeypatch.setattr(_hopper_back_plan, "_LAST", 1)
     back = back_plan(cases.causal(n, 4), 1, 4, 1)
     # More than 32 tiles of 64 queries, by 512 queries: the last ones first, then the first keys.
-    tasks = back.tasks_T6[:, 0].tolist()
+    tasks = back.tasks_T7[:, 0].tolist()
     assert tasks == [key for end in (2048, 1536, 1024, 512) for key in range(0, end, 128)]
     assert back.parts_P5[0].tolist() == [0, 0, 8, 0, 0]
     # The last queries of whole tiles first.
     assert back.entries_E2[:8, 0].tolist() == list(range(n - 64, n - 513, -64))
     assert back.cut_C4[:, 0].tolist() == list(range(0, n - 512, 128))
-    assert back.tasks_T6[-1].tolist() == [384, 0, 0, 3, len(back.parts_P5) - 4, 4]
+    assert back.tasks_T7[-1].tolist() == [384, 0, 0, 3, len(back.parts_P5) - 4, 4, 384]
     # A tile that has a single stretch is complete.
-    assert (back.tasks_T6[:, 3] == -1).sum() == 4
+    assert (back.tasks_T7[:, 3] == -1).sum() == 4
 
 
 def test_reasons_where_gradients_are_asked_for(monkeypatch):
@@ -246,7 +251,7 @@ def test_memory_of_a_plan_counts_bounds_once_and_rows_without_keys(monkeypatch):
     given = ranges.lo_GNm.nbytes + ranges.hi_GNm.nbytes + ranges.group_BH.nbytes
     (one,), (other,) = _hopper_plan.PLANS.latest, _hopper_back_plan.PLANS.latest
     assert one.nbytes == given + made.entries_E2.nbytes + made.tasks_T8.nbytes
-    own = (back.entries_E2, back.parts_P5, back.tasks_T6, back.cut_C4, *back.empty[::2])
+    own = (back.entries_E2, back.parts_P5, back.tasks_T7, back.cut_C4, *back.empty[::2])
     assert other.nbytes == given + sum(x.nbytes for x in own)
 
 
@@ -256,7 +261,7 @@ def test_plans_of_equal_bounds_and_other_numbers_of_keys():
     # No tile lies behind the last key that is seen, but gradients of all keys are written.
     for a, b in zip(plan(few, 1, 2, 1).tensors, plan(many, 1, 2, 1).tensors, strict=True):
         assert torch.equal(a, b)
-    assert [len(back_plan(x, 1, 2, 1).tasks_T6) for x in (few, many)] == [2, 8]
+    assert [len(back_plan(x, 1, 2, 1).tasks_T7) for x in (few, many)] == [2, 8]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -288,7 +293,7 @@ def test_keys_that_batch_rows_share_are_cut_by_as_many_queries(monkeypatch):
     ranges = cases.dense(n, 2, 256)
     for shared, stretches in ((False, 4), (True, 16)):
         back = back_plan(ranges, rows, 2, 1, shared=shared)
-        assert len(back.tasks_T6) == 2 * stretches * (1 if shared else rows)
+        assert len(back.tasks_T7) == 2 * stretches * (1 if shared else rows)
         # Of two heads, 512 queries each: those of one batch row, or of four.
         assert {sum(part[2] for part in parts) for _, parts in tasks_of(back)} == {16}
         (_, parts), *_ = tasks_of(back)
@@ -307,9 +312,9 @@ def test_only_keys_that_many_see_are_cut():
     ranges = KeyRanges(lo_GNm.int(), hi_GNm.int(), torch.zeros(1, 4, dtype=torch.long), n)
     back = back_plan(ranges, 1, 4, 2)
     assert back.cut_C4.tolist() == [[0, head, 0, 0] for head in range(2)]
-    long = back.tasks_T6[back.tasks_T6[:, 3] >= 0]
+    long = back.tasks_T7[back.tasks_T7[:, 3] >= 0]
     assert sorted(long[:, 3].tolist()) == [0] * 8 + [1] * 8
-    assert len(back.tasks_T6) == 2 * n // 128 + 14
+    assert len(back.tasks_T7) == 2 * n // 128 + 14
     # They come with the tasks that see the same queries; but the last ones are the shortest ones.
     lengths = torch.tensor([sum(part[2] for part in parts) for _, parts in tasks_of(back)])
     assert (lengths[-132:].diff() <= 0).all()

@@ -1,4 +1,5 @@
-"""Queries as views where all of them share one row of keys: who takes that, and what comes out.
+"""Queries as views where all of them share one row of keys, and keys as views, those of one
+remainder after another: who takes that, and what comes out.
 
 On the CPU the kernel is a stand-in that goes through the plans of ``hopper``.
 """
@@ -6,6 +7,7 @@ On the CPU the kernel is a stand-in that goes through the plans of ``hopper``.
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -30,20 +32,37 @@ PATTERNS = {
 
 @pytest.fixture
 def library(monkeypatch):
-    """The stand-in; returns what its calls, and those of its backward, were given."""
-    on_any = [replace(x, devices=()) if x.name == "hopper" else x for x in capability.KERNELS]
+    """The stand-in, which takes no keys in turn; returns what its calls were given."""
+    return stand_in(monkeypatch, takes_keys_in_turn=False)
+
+
+@pytest.fixture
+def turning(monkeypatch):
+    """The same, which does."""
+    # As on a GPU, where heads share an order of keys.
+    monkeypatch.setattr(run, "own_keys", lambda *_: None)
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch, **more):
+    on_any = [
+        replace(x, devices=(), **more) if x.name == "hopper" else x for x in capability.KERNELS
+    ]
     monkeypatch.setattr(capability, "KERNELS", on_any)
+    # Plans are kept, and what was loaded with them.
+    monkeypatch.setattr(run, "_loaded", WeakKeyDictionary())
     monkeypatch.setattr(module, "reasons", lambda *_: [])
     calls: dict[str, list] = {"forward": [], "backward": []}
 
     def forward(self, q, k, v):
         calls["forward"].append((q, k, v))
-        out, lse = executed(self.plan, q, k, v, self.scale)
+        out, lse = executed(self.plan, q, k, v, self.scale, self.length)
         return torch.empty_like(q).copy_(out), lse
 
     def backward(self, q, k, v, out, lse, dout, dlse):
         dout, dlse = (torch.zeros_like(x) if d is None else d for x, d in ((q, dout), (lse, dlse)))
-        found = executed_back(self.plan, self.back, (q, k, v, out), lse, dout, dlse, self.scale)
+        given = (q, k, v, out), lse, dout, dlse, self.scale, self.length
+        found = executed_back(self.plan, self.back, *given)
         calls["backward"].append(found)
         return found
 
@@ -141,6 +160,64 @@ def test_views_that_the_kernel_refuses(library, monkeypatch):
     assert [(len(q), len(k)) for q, k, _ in library["forward"]] == [(1, 1)]
 
 
+IN_TURN = {
+    "strided": ("strided(8)", [(1, 8)]),
+    "heads by remainder": ("sda(512, 8)", [(1, 8)]),
+    "queries by remainder": ("sda.neighborhood(128, 4)", [(4, 4)]),
+    "branches": ("longnet([128, 512, 1024], [1, 4, 8])", [(1, 1), (1, 4), (1, 8)]),
+    # Ranges go on from one remainder to the next, and remainders that end within a tile.
+    "all": ("sda.neighborhood(4096, 8)", [(8, 8)]),
+    "ragged": ("strided(16)", [(1, 1)]),
+}
+
+
+@pytest.mark.parametrize(("text", "rows"), IN_TURN.values(), ids=IN_TURN)
+def test_keys_in_turn(text, rows, turning):
+    inputs = made()
+    # Twice, as passes run side by side the second time.
+    found = [both(inputs, text, "hopper", return_lse=True) for _ in range(2)]
+    wanted = both(inputs, text, "reference", return_lse=True)
+    for one in found:
+        for a, b in zip(one, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert [(len(q), len(k)) for q, k, _ in turning["forward"]] == 2 * rows
+    with torch.no_grad():
+        alone = ls.attend(*inputs, text, impl="hopper")
+    torch.testing.assert_close(alone, wanted[0], rtol=1e-9, atol=1e-9)
+
+
+def test_keys_in_turn_and_their_gradients_are_never_copied(turning):
+    inputs = made()
+    _, _, dk, dv = both(inputs, "strided(8)", "hopper", return_lse=False)
+    ((_, own_k, own_v),) = turning["forward"]
+    (grads,) = turning["backward"]
+    for one, other in (
+        (own_k, inputs[1]),
+        (own_v, inputs[2]),
+        (grads[1], dk),
+        (grads[2], dv),
+    ):
+        assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def test_two_batch_rows_have_their_keys_gathered(turning):
+    inputs = made(batch=2)
+    found = both(inputs, "strided(8)", "hopper", return_lse=False)
+    for a, b in zip(found, both(inputs, "strided(8)", "reference", return_lse=False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert [(len(q), len(k)) for q, k, _ in turning["forward"]] == [(2, 2)]
+
+
+def test_who_takes_keys_in_turn():
+    ranges = window(4096, 100)
+    for kernel in capability.KERNELS:
+        q, k = On(1, HEADS, 4096, 128), On(8, KEY_HEADS, 512, 128)
+        assert kernel.takes_keys_in_turn == (kernel.name == "hopper")
+        if kernel.name != "hopper" and (not kernel.devices or "cuda" in kernel.devices):
+            (found,) = kernel.reasons(q, k, k, ranges, use_lse=False)
+            assert "not of several in turn" in found
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_who_takes_shared_keys(grad, monkeypatch):
     for kernel in capability.KERNELS:
@@ -162,7 +239,7 @@ def test_auto_stays_with_it(grad, on_hopper):
 
 @gpu
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("text", [*PATTERNS.values(), *(text for text, _ in IN_TURN.values())])
 def test_on_a_gpu(text, width):
     here()
     make = torch.Generator("cuda").manual_seed(0)

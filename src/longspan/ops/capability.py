@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.measured import Rates, rates, rates_together
-from longspan.ops.ranges import KeyRanges
+from longspan.ops.ranges import KeyRanges, in_turn
 
 Kernel = Callable[[Tensor, Tensor, Tensor, KeyRanges, float], tuple[Tensor, Tensor]]
 
@@ -91,6 +91,7 @@ class Capability:
             that keys which most queries see are worth copies: for which heads it does.
         shares_keys: where it takes keys with one batch row for queries with many: in calls
             without gradients alone, or in all.
+        takes_keys_in_turn: whether keys may be counted through all batch rows (``in_turn``).
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
@@ -107,6 +108,7 @@ class Capability:
     lse_gradient: bool = True
     adds_key_tiles: Literal["of a key head", "of a query head"] | None = None
     shares_keys: Literal["without gradients", "always"] | None = None
+    takes_keys_in_turn: bool = False
     reads_in_place: bool = False
     has_halves: bool = False
     places: bool = False
@@ -132,7 +134,10 @@ class Capability:
                 "no gradient flows through its log-sum-exp, which joining passes and return_lse "
                 "need"
             ]
-        if q.shape[0] != k.shape[0] and not self.takes_shared_keys(q, k, v):
+        if in_turn(k, ranges):
+            if not self.takes_keys_in_turn:
+                return ["takes the keys of one batch row at a time, not of several in turn"]
+        elif q.shape[0] != k.shape[0] and not self.takes_shared_keys(q, k, v):
             return [
                 "takes keys and values of as many batch rows as queries; got "
                 f"{k.shape[0]} for {q.shape[0]}"
@@ -200,6 +205,7 @@ KERNELS = (
         devices=("cuda",),
         note="our own kernel for Hopper",
         shares_keys="always",
+        takes_keys_in_turn=True,
         has_halves=True,
         places=True,
         takes_long_rows=True,

@@ -14,6 +14,7 @@ from longspan.ops.merge import Part
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
+from longspan.ops.views import by_remainder
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class Loaded:
         heads: query heads that take part; None for all.
         kv_heads: their key heads; None for all.
         all_heads: number of query heads, whether they take part or not.
+        key_step: number of remainders that keys are given in, as views, one after another; they
+            stay where they are then.
     """
 
     ranges: KeyRanges
@@ -35,6 +38,7 @@ class Loaded:
     heads: Tensor | None
     kv_heads: Tensor | None
     all_heads: int
+    key_step: int = 1
 
     @property
     def of_some_heads(self) -> bool:
@@ -52,7 +56,14 @@ class Loaded:
         each = [x if self.kv_heads is None else x.index_select(1, self.kv_heads) for x in others]
         if self.keys is not None:
             each = [self.keys.take(x) for x in each]
-        return self.query_rows(q), *each
+        return self.of_ordered(self.query_rows(q), *each)
+
+    def of_ordered(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same from rows that lie in ``orders``."""
+        if self.key_step == 1:
+            return tensors
+        q, k, v = tensors
+        return q, by_remainder(k, self.key_step), by_remainder(v, self.key_step)
 
     def query_rows(self, x_BHND: Tensor) -> Tensor:
         """What lies as the queries do, for the heads that take part in the order of the pass."""

@@ -48,3 +48,11 @@ class KeyRanges:
         key_M = torch.arange(self.keys, device=self.lo_GNm.device)
         inside = (self.lo_GNm[..., None] <= key_M) & (key_M < self.hi_GNm[..., None])
         return inside.any(dim=2)
+
+
+def in_turn(k_BKMD: Tensor, ranges: KeyRanges) -> bool:
+    """Whether keys are counted through all batch rows, one after another, for every query.
+
+    As the rows of a remainder are, which are views of rows in their own order.
+    """
+    return k_BKMD.shape[0] > 1 and ranges.keys == k_BKMD.shape[0] * k_BKMD.shape[2]

@@ -35,7 +35,7 @@ from longspan.ops.own_keys import own_keys
 from longspan.ops.placed import attend_placed
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order, spread
-from longspan.ops.views import Views, views_of
+from longspan.ops.views import Views, keys_in_turn, views_of
 from longspan.planning import Pass
 
 # Queries of a remainder that fill a tile: of fewer, most of it would be computed for nothing.
@@ -240,11 +240,19 @@ def _suited(
         if name not in kept:
             kept[name] = _with_copies(one, found, k.shape[2], programs)
         return kept[name]
-    if len(q) == 1 and found.keys is not None and kernel.takes_shared_keys(q, k, v):
+    shares = kernel.takes_shared_keys(q, k, v)
+    if len(q) == 1 and found.keys is not None and (shares or kernel.takes_keys_in_turn):
         grads = needs_grad(q, k, v)
         name = ("shared keys", q.device, q.shape[1], k.shape[1:3], kernel.name, grads, use_lse)
         if name not in kept:
-            kept[name] = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
+            best = found
+            if shares:
+                best = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
+            if kernel.takes_keys_in_turn and (step := keys_in_turn(one, k.shape[2])):
+                more = {} if isinstance(best, Views) else {"key_step": step}
+                ranges = replace(best.ranges, keys=k.shape[2])
+                best = replace(best, ranges=ranges, keys=None, **more)
+            kept[name] = best
         return kept[name]
     return found
 
@@ -294,10 +302,7 @@ def _together(
         return None
     orders = zip(*(one.orders for one in loaded), strict=True)
     each = [spread(x, own) for x, own in zip(tensors, orders, strict=True)]
-    return [
-        one.of_ordered(*own) if isinstance(one, Views) else own
-        for one, own in zip(loaded, zip(*each, strict=True), strict=True)
-    ]
+    return [one.of_ordered(*own) for one, own in zip(loaded, zip(*each, strict=True), strict=True)]
 
 
 def _each(

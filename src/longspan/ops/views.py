@@ -11,7 +11,7 @@ copy.
 Where a query sees keys of other remainders (SDA's neighbourhoods), queries and outputs are views
 all the same for a kernel that takes one batch row of keys for many of queries, and so are their
 gradients if it does that with gradients too. Keys, of which grouped queries have few, are
-gathered.
+gathered, but for a kernel that takes the keys of all remainders in turn, as they are.
 
 Axes: B batch, H heads, N rows, D width, r remainders, n rows of a remainder, G range groups, m
 ranges per query.
@@ -31,6 +31,9 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
 from longspan.planning import Pass
 
+# Keys of a tile: none has keys of two remainders.
+_TILE = 128
+
 
 @dataclass(frozen=True, eq=False)
 class Views:
@@ -40,7 +43,8 @@ class Views:
         step: number of remainders r.
         ranges: key ranges for r batch rows.
         order: the order of the queries that the pass asks for.
-        keys: order of keys that all batch rows share; None if each has its own, as views.
+        keys: order of keys that all batch rows share; None if each has its own, as views, or
+            takes all of these views in turn.
     """
 
     step: int
@@ -125,6 +129,22 @@ def views_of(
     )
     assert one.query_order is not None
     return Views(step, ranges, Order.of(one.query_order, queries, device), shared)
+
+
+def keys_in_turn(one: Pass, keys: int) -> int | None:
+    """The remainders whose keys a kernel can take in turn (``ranges.in_turn``); None if it cannot.
+
+    The last remainders may be missing in the order of the pass: nobody sees their keys.
+
+    Args:
+        one: the pass.
+        keys: rows.
+    """
+    order, step = one.key_order, max(one.steps)
+    if len(one.steps) > 1 or step < 2 or keys % (step * _TILE) or order is None or len(order) > 1:
+        return None
+    places = order.shape[-1]
+    return step if (order.ravel() == residue_order(keys, step)[:places]).all() else None
 
 
 def _is_residue(order: NDArray[np.int32] | None, rows: int, step: int) -> bool:

@@ -56,15 +56,17 @@ class HopperBackPlan:
             there are.
         parts_P5: int32, the first entry of each part, those with a mask, all, and its query head
             and batch row.
-        tasks_T6: int32, the first key of each task, its key head, the batch row of its keys,
-            which of the C these are, -1 for none, its first part and the number of parts.
-        cut_C4: int32, first key, key head and batch row of keys that have several tasks.
+        tasks_T7: int32, the row of the first key of each task, its key head, the batch row of its
+            keys, which of the C these are, -1 for none, its first part, the number of parts, and
+            its first key as the bounds count it.
+        cut_C4: int32, row of the first key, key head and batch row of keys that have several
+            tasks.
         empty: the rows [B, H, N] that see no key; None if every one sees some.
     """
 
     entries_E2: Tensor
     parts_P5: Tensor
-    tasks_T6: Tensor
+    tasks_T7: Tensor
     cut_C4: Tensor
     empty: Index | None
 
@@ -72,7 +74,7 @@ class HopperBackPlan:
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
         rows = [x for x in self.empty or () if isinstance(x, Tensor)]
-        return self.entries_E2, self.parts_P5, self.tasks_T6, self.cut_C4, *rows
+        return self.entries_E2, self.parts_P5, self.tasks_T7, self.cut_C4, *rows
 
 
 PLANS: Kept[HopperBackPlan] = Kept(lambda plan: plan.tensors)
@@ -92,7 +94,10 @@ def most_entries(ranges: KeyRanges) -> int:
 
 
 def back_plan_of(
-    ranges: KeyRanges, heads: tuple[int, ...], key_heads: tuple[int, ...]
+    ranges: KeyRanges,
+    heads: tuple[int, ...],
+    key_heads: tuple[int, ...],
+    length: int | None = None,
 ) -> HopperBackPlan:
     """The plan of the given ranges, made once.
 
@@ -100,8 +105,10 @@ def back_plan_of(
         ranges: visible keys.
         heads: batch rows of the queries and query heads, (B, H).
         key_heads: batch rows of the keys, which divide the others, and key heads, (A, K).
+        length: None, or the keys in one batch row of several whose keys all queries share, one
+            after another: a multiple of 128; A is 1 then.
     """
-    kind = (heads, key_heads, ranges.keys, ranges.lo_GNm.device)
+    kind = (heads, key_heads, length, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
@@ -111,11 +118,13 @@ def back_plan_of(
         group_AKS = by_key_head(group_BH, key_heads)
         entries_E2, about_GJY4 = _entries(ranges, group_AKS, heads[0] // key_heads[0])
         whose_AKS2 = torch.stack([by_key_head(x, key_heads) for x in heads_of(group_BH)], -1)
-        tasks_T6, parts_P5, cut_C4 = _tasks(about_GJY4, group_AKS, whose_AKS2)
+        tasks_T7, parts_P5, cut_C4 = _tasks(
+            about_GJY4, group_AKS, whose_AKS2, length or ranges.keys
+        )
         return HopperBackPlan(
             entries_E2,
             parts_P5,
-            tasks_T6,
+            tasks_T7,
             cut_C4,
             index_of(~(lo_GNm < hi_GNm).any(-1)[group_BH]),
         )
@@ -124,7 +133,7 @@ def back_plan_of(
 
 
 def _tasks(
-    about_GJY4: Tensor, group_AKS: Tensor, whose_AKS2: Tensor
+    about_GJY4: Tensor, group_AKS: Tensor, whose_AKS2: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tasks, their parts, and the keys that are cut.
 
@@ -132,6 +141,7 @@ def _tasks(
         about_GJY4: what ``_entries`` says about its entries.
         group_AKS: range groups of the query heads.
         whose_AKS2: their numbers, and their batch rows.
+        length: keys of a batch row.
     """
     used_AKJY = torch.stack([about_GJY4[one_AK, ..., 2] > 0 for one_AK in group_AKS.unbind(2)])
     used_AKJY = used_AKJY.any(0)
@@ -145,17 +155,24 @@ def _tasks(
     last_T = about_TS4[..., 3].amax(1)
     head_AK = batch_T * group_AKS.shape[1] + head_T
     order_T = _order(head_AK * (last_T.max() + 1) - last_T, about_TS4[..., 2].sum(1))
-    tasks_T4 = torch.stack([KEYS * tile_T, head_T, batch_T, slot_T], 1).int()[order_T]
+    tasks_T4 = torch.stack([*_where(batch_T, head_T, tile_T, length), slot_T], 1)[order_T]
     about_TS4, whose_TS2 = about_TS4[order_T], whose_AKS2[batch_T, head_T][order_T]
     used_TS = about_TS4[..., 2] > 0
     count_T = used_TS.sum(1)
-    parts_T2 = torch.stack([count_T.cumsum(0) - count_T, count_T], 1).int()
+    more_T3 = torch.stack([count_T.cumsum(0) - count_T, count_T, KEYS * tile_T[order_T]], 1)
     batch_C, head_C, tile_C = cut_AKJ.nonzero().unbind(1)
+    cut_C = [*_where(batch_C, head_C, tile_C, length), torch.zeros_like(tile_C)]
     return (
-        torch.cat([tasks_T4, parts_T2], 1),
+        torch.cat([tasks_T4, more_T3], 1).int(),
         torch.cat([about_TS4[..., :3], whose_TS2], 2)[used_TS],
-        torch.stack([KEYS * tile_C, head_C, batch_C, torch.zeros_like(tile_C)], 1).int(),
+        torch.stack(cut_C, 1).int(),
     )
+
+
+def _where(batch: Tensor, head: Tensor, tile: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Row, key head and batch row of tiles of keys."""
+    key = KEYS * tile
+    return key % length, head, batch + key // length
 
 
 def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ of four warps, each 64 of the keys, multiply all but dq, and leave dS in shared 
 group makes dq of it a step later, so that neither of the others waits for dS of the other, for dq,
 or for dq to leave.
 
-A task is int32 [6]: first key, key head, batch row of the keys, the tile of sums in memory, in
-float32, that its dk and dv are added to (-1 where it has all queries of its keys), first part, and
-parts, one for each query head of a batch row that sees some of the keys. A part is int32 [5]:
+A task is int32 [7]: the row of its first key, key head, batch row of the keys, the tile of sums in
+memory, in float32, that its dk and dv are added to (-1 where it has all queries of its keys),
+first part, parts, one for each query head of a batch row that sees some of the keys, and the first
+key as bounds count it. A part is int32 [5]:
 first entry, entries with a mask (they come first), entries, query head, batch row. An entry is
 int32 [2]: the first of 64 queries, and the row of ``lo`` and ``hi`` that says which keys each of
 them sees. 10 D flops for each pair of a tile; of dq, 4 bytes a number are added in memory for each
@@ -175,6 +176,7 @@ def _load(descs, tiles, fixed, work, bounds, fetched):
             tma.async_copy_global_to_shared(descs[1], at, kv_full, k_room.index(half))
             tma.async_copy_global_to_shared(descs[2], at, kv_full, v_room.index(half))
         kv_phase ^= 1
+        bound = gl.load(tasks + 7 * t + 6)
         for x in range(part, last):
             first, masked, length = _part(parts, x)
             head, q_batch = _whose(parts, x)
@@ -182,7 +184,7 @@ def _load(descs, tiles, fixed, work, bounds, fetched):
             for j in range(length):
                 # Read before it is needed.
                 row1, plane1 = entry(entries, first + j + 1)
-                where = (q_batch, head, row, plane, key)
+                where = (q_batch, head, row, plane, bound)
                 place, phase = _bring(descs, tiles, bounds, where, place, phase, j < masked)
                 row, plane = row1, plane1
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
@@ -236,7 +238,7 @@ def _next(place, phase):
 
 @gluon.jit
 def _task(tasks, t):
-    at = tasks + 6 * t
+    at = tasks + 7 * t
     key, k_head, batch = gl.load(at), gl.load(at + 1), gl.load(at + 2)
     part = gl.load(at + 4)
     # With the end of its parts.
@@ -288,7 +290,7 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         place, phase, step, dk, dv = flow
         # Gradients leave through the places of their keys and values.
         dk = dk * scales[0]
-        cut = gl.load(tasks + 6 * t + 3)
+        cut = gl.load(tasks + 7 * t + 3)
         if cut < 0:
             at = [batch, k_head, key + 64 * half, 0]
             _put(results[2], at, dv, v_room.index(half))

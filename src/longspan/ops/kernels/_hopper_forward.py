@@ -28,7 +28,8 @@ whole. 4 D flops for each pair of a tile or half a tile.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie at ``step`` times
-the batch row of the task, 0 where all batch rows share them.
+the batch row of the task, 0 where all batch rows share them. With more than ``length`` of them,
+these are the keys of the first batch row, then those of the next one.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _shaped(
 
 
 @gluon.jit(
-    do_not_specialize=["count", "rows", "heads", "group", "step"],
+    do_not_specialize=["count", "rows", "heads", "group", "step", "length"],
     do_not_specialize_on_alignment=["lse", "fetched", "tasks", "entries", "lo", "hi"],
 )
 def forward(
@@ -114,6 +115,7 @@ def forward(
     heads,
     group,
     step,
+    length,
     scale,
     places: gl.constexpr,
     width: gl.constexpr,
@@ -136,7 +138,7 @@ def forward(
                     keys,
                     values,
                     told,
-                    (fetched, tasks, entries, count, group, step),
+                    (fetched, tasks, entries, count, group, step, length),
                 ),
             ),
         ],
@@ -171,7 +173,7 @@ def _next(ring, place, phase):
 @gluon.jit
 def _load(descs, queries, keys, values, told, work):
     q_desc, k_desc, v_desc = descs
-    fetched, tasks, entries, count, group, step = work
+    fetched, tasks, entries, count, group, step, length = work
     room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 8, _EIGHT)
@@ -196,18 +198,27 @@ def _load(descs, queries, keys, values, told, work):
             tma.async_copy_global_to_shared(q_desc, from_row, full.index(q_place), to)
         q_place, q_phase = _next(queries, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
-        place, phase = _bring(k_desc, k_batch, k_head, key, keys, place, phase)
+        whose, key = _lies(key, k_batch, length)
+        place, phase = _bring(k_desc, whose, k_head, key, keys, place, phase)
         for j in range(1, tiles):
             after = gl.load(entries + 2 * (first + j))
-            place, phase = _bring(k_desc, k_batch, k_head, after, keys, place, phase)
-            v_place, v_phase = _bring(v_desc, k_batch, k_head, key, values, v_place, v_phase)
-            key = after
-        v_place, v_phase = _bring(v_desc, k_batch, k_head, key, values, v_place, v_phase)
+            whose_after, after = _lies(after, k_batch, length)
+            place, phase = _bring(k_desc, whose_after, k_head, after, keys, place, phase)
+            v_place, v_phase = _bring(v_desc, whose, k_head, key, values, v_place, v_phase)
+            whose, key = whose_after, after
+        v_place, v_phase = _bring(v_desc, whose, k_head, key, values, v_place, v_phase)
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     mbarrier.wait(empty.index(q_place), q_phase ^ 1)
     told.index(q_place).store(gl.where(number == 0, _NO_ROW, 0))
     meet()
     mbarrier.arrive(full.index(q_place), count=1)
+
+
+@gluon.jit
+def _lies(key, batch, length):
+    """The batch row of a key, and its row there."""
+    more = (key.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
+    return batch + more, key - more * length
 
 
 @gluon.jit

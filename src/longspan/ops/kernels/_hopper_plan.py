@@ -75,7 +75,7 @@ class HopperPlan:
 
 
 PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.tensors)
-_runs: WeakKeyDictionary[KeyRanges, _Runs] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[KeyRanges, dict[int | None, _Runs]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,11 @@ def task_tiles(ranges: KeyRanges) -> Tensor:
 
 
 def plan_of(
-    ranges: KeyRanges, heads: tuple[int, ...], key_heads: tuple[int, ...], row_bytes: int
+    ranges: KeyRanges,
+    heads: tuple[int, ...],
+    key_heads: tuple[int, ...],
+    row_bytes: int,
+    length: int | None = None,
 ) -> HopperPlan:
     """The plan of the given ranges, made once.
 
@@ -125,15 +129,17 @@ def plan_of(
         heads: batch rows of the queries and query heads, (B, H).
         key_heads: batch rows of the keys, which divide the others, and key heads, (A, K).
         row_bytes: bytes of a key and its value.
+        length: None, or the keys in one batch row of several whose keys all queries share, one
+            after another: a multiple of 128; A is 1 then.
     """
     section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
-    kind = (heads, key_heads, section, ranges.lo_GNm.device)
+    kind = (heads, key_heads, section, length, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
-        runs = _runs_of(ranges)
+        runs = _runs_of(ranges, length)
         entries_E2 = _entries(ranges, runs)
         grid_AKQS8 = _tasks(runs, group_BH.expand(heads), key_heads, entries_E2)
         tasks_T8 = _in_order(grid_AKQS8, section)
@@ -171,14 +177,19 @@ def heads_of(group_BH: Tensor) -> tuple[Tensor, Tensor]:
     return head_H.expand_as(group_BH), row_B[:, None].expand_as(group_BH)
 
 
-def _runs_of(ranges: KeyRanges) -> _Runs:
-    if ranges not in _runs:
-        _runs[ranges] = _find_runs(ranges)
-    return _runs[ranges]
+def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
+    kept = _runs.setdefault(ranges, {})
+    if length not in kept:
+        kept[length] = _find_runs(ranges, length)
+    return kept[length]
 
 
-def _find_runs(ranges: KeyRanges) -> _Runs:
+def _find_runs(ranges: KeyRanges, in_row: int | None) -> _Runs:
     tiles = row_tiles(ranges, TILE)
+    if in_row is not None:
+        # No tile reads keys of two batch rows.
+        across = tiles.first // in_row != (tiles.last - 1) // in_row
+        tiles.first.sub_((tiles.first % TILE).masked_fill(~across, 0))
     groups, rows, count = tiles.first.shape
     # A task without keys reads a tile that it does not see.
     none_GQ = (tiles.last == 0).all(-1)

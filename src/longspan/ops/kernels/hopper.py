@@ -44,7 +44,7 @@ from longspan.ops.kernels._hopper_plan import (
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
-from longspan.ops.ranges import KeyRanges
+from longspan.ops.ranges import KeyRanges, in_turn
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -74,7 +74,8 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         )
     if q_BHND.dtype not in DTYPES:
         found.append(f"hopper computes bfloat16 and float16, got {q_BHND.dtype}")
-    found += _shape_reasons(q_BHND, k_BKMD, v_BKMD)
+    turns = in_turn(k_BKMD, ranges) and v_BKMD.shape[:3] == k_BKMD.shape[:3]
+    found += _shape_reasons(q_BHND, k_BKMD, v_BKMD, turns=turns)
     backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
     if backward and torch.are_deterministic_algorithms_enabled():
         found.append(
@@ -87,7 +88,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
     return found or _range_reasons(q_BHND, k_BKMD, ranges, backward=backward)
 
 
-def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor) -> list[str]:
+def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, *, turns: bool) -> list[str]:
     found = []
     widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
     if any(width % 8 or not 0 < width <= 128 for width in widths):
@@ -104,7 +105,7 @@ def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor) -> list[str]:
         found.append(f"hopper takes fewer than 2**30 queries; got {q_BHND.shape[2]:,}")
     batch, *others = (x.shape[0] for x in (q_BHND, k_BKMD, v_BKMD))
     # Rows that are not there would be read as zeros.
-    if others not in ([batch, batch], [1, 1]):
+    if others not in ([batch, batch], [1, 1]) and not turns:
         found.append(
             "hopper takes keys and values of as many batch rows as queries, or both of one; got "
             f"{others[0]} and {others[1]} for {batch}"
@@ -116,7 +117,7 @@ def _range_reasons(
     q_BHND: Tensor, k_BKMD: Tensor, ranges: KeyRanges, *, backward: bool
 ) -> list[str]:
     batch, heads, rows, _ = q_BHND.shape
-    longest = max(rows, k_BKMD.shape[2]) if backward else rows
+    longest = max(rows, ranges.keys) if backward else rows
     if batch * heads * -(-longest // TILE) > MOST_TASKS:
         return [
             f"heads of all batch rows times rows of a head, here {batch * heads:,} times "
@@ -174,6 +175,7 @@ def hopper(
         q_BHND: queries [B, H, N, D], bfloat16 or float16 on a Hopper GPU; D a multiple of 8 up to
             128.
         k_BKMD: keys [B or 1, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
+            Or [r, K, M / r, D], M / r a multiple of 128, where ``in_turn`` holds.
         v_BKMD: values with as many batch rows [B or 1, K, M, Dv], Dv as D.
         ranges: visible keys, on the device of ``q``.
         scale: factor on the logits.
@@ -217,10 +219,13 @@ def _ready(
     if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
     heads, key_heads = q_BHND.shape[:2], k_BKMD.shape[:2]
+    length = k_BKMD.shape[2] if in_turn(k_BKMD, ranges) else None
+    if length:
+        key_heads = 1, key_heads[1]
     row_bytes = k_BKMD.shape[3] * k_BKMD.element_size() + v_BKMD.shape[3] * v_BKMD.element_size()
-    plan = plan_of(ranges, heads, key_heads, row_bytes)
-    back = back_plan_of(ranges, heads, key_heads) if backward else None
-    return _Ready(plan, back, scale)
+    plan = plan_of(ranges, heads, key_heads, row_bytes, length)
+    back = back_plan_of(ranges, heads, key_heads, length) if backward else None
+    return _Ready(plan, back, scale, length)
 
 
 class _Attend(torch.autograd.Function):
@@ -254,11 +259,13 @@ class _Ready:
         plan: of the forward.
         back: of the backward, if there will be one.
         scale: factor on the logits.
+        length: keys in one of several batch rows that all queries share; None if there are none.
     """
 
     plan: HopperPlan
     back: HopperBackPlan | None
     scale: float
+    length: int | None = None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
@@ -295,7 +302,8 @@ class _Ready:
                 rows,
                 heads,
                 heads // k.shape[1],
-                int(len(k) > 1),
+                int(self.length is None and len(k) > 1),
+                self.length or MOST_ROWS,
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
@@ -334,7 +342,7 @@ class _Ready:
             torch.empty_like(x) if place is None else place
             for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
         )
-        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T6)
+        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T7)
         # Sums of dq by tiles of 64 rows, of dk and dv by tiles of 128 keys, and the number of
         # tasks that have been fetched.
         cut = len(self.back.cut_C4)
@@ -358,7 +366,7 @@ class _Ready:
                 described(dv_BKMD, 64, compiled),
                 described(cut_sums, compiled // 4, 128, swizzle=0),
                 fetched.view(torch.int32),
-                self.back.tasks_T6,
+                self.back.tasks_T7,
                 self.back.parts_P5,
                 self.back.entries_E2,
                 self.plan.lo_PN,
