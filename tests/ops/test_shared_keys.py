@@ -208,8 +208,31 @@ def test_two_batch_rows_have_their_keys_gathered(turning):
     assert [(len(q), len(k)) for q, k, _ in turning["forward"]] == [(2, 2)]
 
 
+@pytest.mark.parametrize("keys", [2, 3])
+def test_keys_are_in_turn_only_where_ranges_say_so(keys, library):
+    # As many keys in the order of the pass as in both batch rows: those of two remainders.
+    inputs = made(batch=keys, n=256)
+    for text in ("ssa(32, 8)", "longmixed(32, 8)", "sda.neighborhood(64, 2)"):
+        for impl in ("auto", "hopper"):
+            found = both(inputs, text, impl, return_lse=False)
+            wanted = both(inputs, text, "reference", return_lse=False)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_reasons_of_keys_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "missing_gluon", lambda: None)
+    ranges = replace(window(1024, 100, heads=4), key_rows=8)
+    q = On(1, 4, 1024, 64)
+    assert module.reasons(q, On(8, 2, 128, 64), On(8, 2, 128, 64), ranges) == []
+    for k, v in ((On(4, 2, 256, 64), On(4, 2, 256, 64)), (On(8, 2, 128, 64), On(1, 2, 128, 64))):
+        (why,) = module.reasons(q, k, v, ranges)
+        assert "keys and values of 8 batch rows in turn" in why
+
+
 def test_who_takes_keys_in_turn():
-    ranges = window(4096, 100)
+    ranges = replace(window(4096, 100), key_rows=8)
     for kernel in capability.KERNELS:
         q, k = On(1, HEADS, 4096, 128), On(8, KEY_HEADS, 512, 128)
         assert kernel.takes_keys_in_turn == (kernel.name == "hopper")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.measured import Rates, rates, rates_together
-from longspan.ops.ranges import KeyRanges, in_turn
+from longspan.ops.ranges import KeyRanges
 
 Kernel = Callable[[Tensor, Tensor, Tensor, KeyRanges, float], tuple[Tensor, Tensor]]
 
@@ -91,7 +91,7 @@ class Capability:
             that keys which most queries see are worth copies: for which heads it does.
         shares_keys: where it takes keys with one batch row for queries with many: in calls
             without gradients alone, or in all.
-        takes_keys_in_turn: whether keys may be counted through all batch rows (``in_turn``).
+        takes_keys_in_turn: whether keys may be counted through several batch rows.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
@@ -134,7 +134,7 @@ class Capability:
                 "no gradient flows through its log-sum-exp, which joining passes and return_lse "
                 "need"
             ]
-        if in_turn(k, ranges):
+        if ranges.key_rows > 1:
             if not self.takes_keys_in_turn:
                 return ["takes the keys of one batch row at a time, not of several in turn"]
         elif q.shape[0] != k.shape[0] and not self.takes_shared_keys(q, k, v):

@@ -26,12 +26,16 @@ class KeyRanges:
         group_BH: int64 [B or 1, H], the group of each head; a leading 1 means every batch row
             alike.
         keys: number of key rows M.
+        key_rows: number of batch rows that keys are counted through, one after another: keys are
+            then given as [key_rows, K, M / key_rows, D], whatever the batch of the queries, as
+            the rows of remainders are, which are views of rows in their own order.
     """
 
     lo_GNm: Tensor
     hi_GNm: Tensor
     group_BH: Tensor
     keys: int
+    key_rows: int = 1
 
     @property
     def queries(self) -> int:
@@ -48,11 +52,3 @@ class KeyRanges:
         key_M = torch.arange(self.keys, device=self.lo_GNm.device)
         inside = (self.lo_GNm[..., None] <= key_M) & (key_M < self.hi_GNm[..., None])
         return inside.any(dim=2)
-
-
-def in_turn(k_BKMD: Tensor, ranges: KeyRanges) -> bool:
-    """Whether keys are counted through all batch rows, one after another, for every query.
-
-    As the rows of a remainder are, which are views of rows in their own order.
-    """
-    return k_BKMD.shape[0] > 1 and ranges.keys == k_BKMD.shape[0] * k_BKMD.shape[2]

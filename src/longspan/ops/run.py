@@ -250,7 +250,7 @@ def _suited(
                 best = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
             if kernel.takes_keys_in_turn and (step := keys_in_turn(one, k.shape[2])):
                 more = {} if isinstance(best, Views) else {"key_step": step}
-                ranges = replace(best.ranges, keys=k.shape[2])
+                ranges = replace(best.ranges, keys=k.shape[2], key_rows=step)
                 best = replace(best, ranges=ranges, keys=None, **more)
             kept[name] = best
         return kept[name]

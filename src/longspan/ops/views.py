@@ -132,7 +132,7 @@ def views_of(
 
 
 def keys_in_turn(one: Pass, keys: int) -> int | None:
-    """The remainders whose keys a kernel can take in turn (``ranges.in_turn``); None if it cannot.
+    """The remainders whose keys a kernel can take in turn (``key_rows``); None if it cannot.
 
     The last remainders may be missing in the order of the pass: nobody sees their keys.
 

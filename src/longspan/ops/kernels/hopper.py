@@ -44,7 +44,7 @@ from longspan.ops.kernels._hopper_plan import (
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
-from longspan.ops.ranges import KeyRanges, in_turn
+from longspan.ops.ranges import KeyRanges
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -74,8 +74,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         )
     if q_BHND.dtype not in DTYPES:
         found.append(f"hopper computes bfloat16 and float16, got {q_BHND.dtype}")
-    turns = in_turn(k_BKMD, ranges) and v_BKMD.shape[:3] == k_BKMD.shape[:3]
-    found += _shape_reasons(q_BHND, k_BKMD, v_BKMD, turns=turns)
+    found += _shape_reasons(q_BHND, k_BKMD, v_BKMD, ranges.key_rows)
     backward = needs_grad(q_BHND, k_BKMD, v_BKMD)
     if backward and torch.are_deterministic_algorithms_enabled():
         found.append(
@@ -88,7 +87,7 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
     return found or _range_reasons(q_BHND, k_BKMD, ranges, backward=backward)
 
 
-def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, *, turns: bool) -> list[str]:
+def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, key_rows: int) -> list[str]:
     found = []
     widths = (q_BHND.shape[-1], v_BKMD.shape[-1])
     if any(width % 8 or not 0 < width <= 128 for width in widths):
@@ -105,7 +104,13 @@ def _shape_reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, *, turns: boo
         found.append(f"hopper takes fewer than 2**30 queries; got {q_BHND.shape[2]:,}")
     batch, *others = (x.shape[0] for x in (q_BHND, k_BKMD, v_BKMD))
     # Rows that are not there would be read as zeros.
-    if others not in ([batch, batch], [1, 1]) and not turns:
+    if key_rows > 1:
+        if others != [key_rows, key_rows] or k_BKMD.shape[2] % TILE:
+            found.append(
+                f"hopper takes keys and values of {key_rows} batch rows in turn, with a multiple "
+                f"of {TILE} keys in each; got {others[0]} and {others[1]} with {k_BKMD.shape[2]}"
+            )
+    elif others not in ([batch, batch], [1, 1]):
         found.append(
             "hopper takes keys and values of as many batch rows as queries, or both of one; got "
             f"{others[0]} and {others[1]} for {batch}"
@@ -175,7 +180,7 @@ def hopper(
         q_BHND: queries [B, H, N, D], bfloat16 or float16 on a Hopper GPU; D a multiple of 8 up to
             128.
         k_BKMD: keys [B or 1, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
-            Or [r, K, M / r, D], M / r a multiple of 128, where ``in_turn`` holds.
+            Or [r, K, M / r, D], M / r a multiple of 128, where ranges have ``key_rows`` r.
         v_BKMD: values with as many batch rows [B or 1, K, M, Dv], Dv as D.
         ranges: visible keys, on the device of ``q``.
         scale: factor on the logits.
@@ -219,7 +224,7 @@ def _ready(
     if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
     heads, key_heads = q_BHND.shape[:2], k_BKMD.shape[:2]
-    length = k_BKMD.shape[2] if in_turn(k_BKMD, ranges) else None
+    length = k_BKMD.shape[2] if ranges.key_rows > 1 else None
     if length:
         key_heads = 1, key_heads[1]
     row_bytes = k_BKMD.shape[3] * k_BKMD.element_size() + v_BKMD.shape[3] * v_BKMD.element_size()
