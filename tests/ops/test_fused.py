@@ -162,6 +162,18 @@ def test_spread_adds_gradients_up():
         torch.testing.assert_close(b.cpu().double(), a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 16])
+def test_merge_of_parts_of_one_row(heads):
+    # Triton takes a number that is 1 as a constant.
+    outs = torch.randn(8, 1, heads, 1, 64, device="cuda")
+    lses = torch.randn(8, 1, heads, 1, device="cuda")
+    out = torch.empty_like(outs[0])
+    lse = merge_stacked(outs, lses, out)
+    wanted = merge(list(zip(outs, lses, strict=True)))
+    torch.testing.assert_close(out, wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, wanted[1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_gradients_of_few_rows_are_added_to_those_of_all(groups, monkeypatch):
     monkeypatch.setattr(rows_module, "add_rows", lambda *_: pytest.fail("all rows are read"))

@@ -256,7 +256,8 @@ def merge_stacked(
     d = tl.arange(0, wide)[None, :]
     live = r < count
     there = live[None, :] & (s < parts)
-    at = s * count.to(tl.int64) + r[None, :]
+    # A number that is 1 has no type: it is a constant.
+    at = s.to(tl.int64) * count + r[None, :]
     own = tl.load(lses + at, mask=there, other=float("-inf"))
     top = tl.max(own, axis=0)
     # Rows that see nothing anywhere keep weights of 0.
