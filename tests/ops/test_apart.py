@@ -10,10 +10,12 @@ import torch
 from tests.ops.test_flex import gpu
 
 import longspan as ls
-from longspan.ops.apart import apart, join, split
+from longspan.ops.apart import Own, apart, join, split
+from longspan.ops.empty import harmless
 from longspan.ops.kernels.reference import reference
 from longspan.ops.lanes import Lanes
 from longspan.ops.placed import attend_placed
+from longspan.ops.ranges import KeyRanges
 
 apart_module = importlib.import_module("longspan.ops.apart")
 
@@ -134,6 +136,10 @@ class Halves:
         return out.copy_(found), lse
 
     def backward(self, q, k, v, out, lse, dout, dlse, into=()):
+        for place in into:
+            # Rows that a kernel can write.
+            assert place is None or place.stride(-1) == 1
+            assert place is None or all(x % 2 == 0 for x in place.stride()[:-1])
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             found = reference(*inputs, self.ranges, 0.3)
@@ -187,6 +193,69 @@ def test_results_are_written_where_they_belong(text, heads, ends):
             assert a is None or not a.any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def odd(x):
+    """The same numbers, with rows that are dense and an odd step between batch rows."""
+    return x.clone().as_strided(x.shape, (x.numel() + 1, *x.stride()[1:]))
+
+
+@pytest.mark.parametrize("lies", [lambda x: x.mT.contiguous().mT, odd], ids=["columns", "odd"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_gradients_of_inputs_of_any_layout(lies, times):
+    inputs = inputs_of(8, 4, dtype=torch.float64)
+    q, k, v = (lies(x.detach()).requires_grad_() for x in inputs)
+    plan = ls.plan(ls.parse("dilated(64, [1, 2, 4, 8])"), 512, 8)
+    calls = apart(plan.passes, q, k)
+    lanes = Lanes(calls, (q, k, v), "auto")
+    out, _ = attend_placed(calls, [Halves(one.ranges) for one in calls], (q, k, v), lanes)
+    wanted = ls.attend(*inputs, plan, impl="reference", scale=0.3)
+    slope = torch.randn_like(wanted)
+    for _ in range(times):
+        found = torch.autograd.grad(out, (q, k, v), slope, retain_graph=True)
+    exact = torch.autograd.grad(wanted, inputs, slope)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("ask", ["grad", "backward"])
+def test_gradients_of_some_inputs(which, ask):
+    inputs = [x.detach().requires_grad_(i in which) for i, x in enumerate(inputs_of(8, 4))]
+    inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    plan = ls.plan(ls.parse("dilated(64, [1, 2, 4, 8])"), 512, 8)
+    calls = apart(plan.passes, *inputs[:2])
+    lanes = Lanes(calls, inputs, "auto")
+    halves = [Halves(one.ranges) for one in calls]
+    results = []
+    for out in (
+        attend_placed(calls, halves, tuple(inputs), lanes)[0],
+        ls.attend(*inputs, plan, impl="reference", scale=0.3),
+    ):
+        asked = [inputs[i] for i in which]
+        if ask == "grad":
+            results.append(torch.autograd.grad(out.sin().sum(), asked))
+            continue
+        for x in inputs:
+            x.grad = None
+        out.sin().sum().backward()
+        assert [i for i, x in enumerate(inputs) if x.grad is not None] == list(which)
+        results.append([x.grad for x in asked])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_keys_in_every_remainder():
+    # Two heads of a group for all four remainders, whose last rows see nothing.
+    lo = torch.zeros(2, 5, 1, dtype=torch.int32)
+    hi = lo.clone()
+    hi[0, :4], hi[1, :3] = 2, 5
+    one = Own(slice(0, 2), slice(0, 2), 4, KeyRanges(lo, hi, torch.tensor([[0, 1]]), 5))
+    given = torch.full((4, 2, 5), -torch.inf), torch.ones(4, 2, 5, 3)
+    lse, dout, _ = harmless(one.empty, *given, None)
+    unseen = (lo >= hi)[None, ..., 0].expand(4, -1, -1)
+    assert torch.equal(lse == 0, unseen)
+    assert torch.equal((dout == 0).all(-1), unseen)
 
 
 @gpu

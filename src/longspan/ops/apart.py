@@ -50,7 +50,8 @@ class Own:
     def empty(self) -> Index | None:
         """The rows [r, H', n] that see no key; None if every one sees some."""
         empty_GN = (self.ranges.lo_GNm >= self.ranges.hi_GNm).all(-1)
-        return index_of(empty_GN[self.ranges.group_BH])
+        # Remainders that are alike share a group.
+        return index_of(empty_GN[self.ranges.group_BH.expand(self.step, -1)])
 
     def __str__(self) -> str:
         own = range(self.heads.start, self.heads.stop, self.heads.step)

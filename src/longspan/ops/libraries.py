@@ -13,12 +13,25 @@ from torch import Tensor
 
 def aligned(x: Tensor, step: int = 0) -> Tensor:
     """The tensor as the kernels load it: 16 bytes at a time, 128 where rows are widest."""
+    return x if _fits(x, step) else x.clone(memory_format=torch.contiguous_format)
+
+
+def room_for(x: Tensor) -> Tensor:
+    """A new tensor like another one, in its layout if that is as the kernels write it."""
+    found = torch.empty_like(x)
+    if _fits(found):
+        return found
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fits(x: Tensor, step: int = 0) -> bool:
     step = step or (128 if x.shape[-1] == 256 else 16)
     units = step // x.element_size()
-    fits = x.stride(-1) == 1 and x.data_ptr() % step == 0
-    if fits and all(stride and stride % units == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % step == 0
+        and all(stride and stride % units == 0 for stride in x.stride()[:-1])
+    )
 
 
 # What FlashAttention-4 computes; widths whose gradients are checked on a GPU.

@@ -19,6 +19,7 @@ from longspan.ops.apart import Own, add_up, each_alone
 from longspan.ops.capability import PlacedHalves
 from longspan.ops.empty import harmless
 from longspan.ops.lanes import Lanes
+from longspan.ops.libraries import room_for
 from longspan.ops.once import once
 
 
@@ -74,7 +75,7 @@ class _Placed(torch.autograd.Function):
         # Without a gradient of the output, values have none.
         whole = [q, k] if dout_BHND is None else [q, k, v]
         alone = each_alone([one.key_heads for one in ctx.calls], k.shape[1])
-        room = [torch.empty_like(x) if x is q or alone else None for x in whole]
+        room = [room_for(x) if x is q or alone else None for x in whole]
         found = []
         with ctx.lanes as lanes:
             for index, (one, half) in enumerate(zip(ctx.calls, ctx.halves, strict=True)):
