@@ -6,6 +6,7 @@ On the CPU the kernel is a stand-in that goes through the plans of ``hopper``.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from tests.ops.test_hopper_backward import executed as executed_back
 
 import longspan as ls
 from longspan.ops import capability, run
+from longspan.ops.kernels.reference import reference
 
 N, HEADS, KEY_HEADS = 1024, 4, 2
 PATTERNS = {
@@ -158,6 +160,35 @@ def test_views_that_the_kernel_refuses(library, monkeypatch):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert [(len(q), len(k)) for q, k, _ in library["forward"]] == [(1, 1)]
+
+
+def test_explain_says_who_computes_the_views(monkeypatch):
+    """Another kernel may come first for views than for the pass in its order."""
+    stand_in(monkeypatch, takes_keys_in_turn=False)
+    (mine,) = (x for x in capability.KERNELS if x.name == "hopper")
+    other = replace(mine, name="tiled", note="for views alone")
+    monkeypatch.setattr(capability, "KERNELS", [other, mine])
+    tiled = importlib.import_module("longspan.ops.kernels.tiled")
+
+    def reasons(q, k, *_):
+        return [] if len(k) < len(q) else ["no"]
+
+    monkeypatch.setattr(tiled, "reasons", reasons, raising=False)
+    seen = []
+
+    def load(self):
+        seen.append(self.name)
+        return lambda q, *kv: reference(
+            q, *(x.expand(len(q), -1, -1, -1) for x in kv[:2]), *kv[2:]
+        )
+
+    monkeypatch.setattr(capability.Capability, "load", load)
+    inputs = [x.detach() for x in made()]
+    ls.attend(*inputs, PATTERNS["one pass"])
+    said = ls.explain(*inputs, PATTERNS["one pass"])
+    assert seen == ["tiled"]
+    assert "pass 0: kernel tiled: for views alone" in said
+    assert "not hopper: possible" in said
 
 
 IN_TURN = {

@@ -36,7 +36,7 @@ from longspan.ops.inputs import (
 )
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import as_computed, calls_apart, compute, load
+from longspan.ops.run import as_computed, calls_apart, compute, load, suited
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
 from longspan.planning.layout import table
@@ -136,16 +136,18 @@ def explain(
     use_lse = return_lse or len(laid.passes) > 1
     lines = [str(laid)]
     calls = calls_apart(laid.passes, q, k) or ()
-    named = [(f"{one}", one) for one in calls] or [
-        (_numbered(which), load(one, q, k))
+    # As every kernel may have them, and as the one that computes them does.
+    named = [(f"{one}", one, one) for one in calls] or [
+        (_numbered(which), load(one, q, k), suited(one, q, k, v, impl, use_lse=use_lse))
         for which, one in as_computed(laid.passes, q, k, v, impl, use_lse=use_lse)
     ]
-    given = []
-    for _, one in named:
-        own_q, own_k, own_v = one.inputs(q, k, v)
-        given.append((own_q, own_k, own_v, one.ranges))
-    if len(given) > 1 and not calls and needs_grad(q, k, v):
-        picked, together = choose_together(impl, given)
+    given, best = [], []
+    for _, *both in named:
+        for found, one in zip((given, best), both, strict=True):
+            own_q, own_k, own_v = one.inputs(q, k, v)
+            found.append((own_q, own_k, own_v, one.ranges))
+    if len(best) > 1 and not calls and needs_grad(q, k, v):
+        picked, together = choose_together(impl, best)
         if together is not None:
             said = ", ".join(f"{name} {rate:.0f}" for name, rate in together.tflops.items())
             lines.append(
@@ -153,8 +155,8 @@ def explain(
                 f"TFLOP/s: {said}"
             )
     else:
-        picked = [choose(impl, *own, use_lse=use_lse) for own in given]
-    for (name, _), own, chosen in zip(named, given, picked, strict=True):
+        picked = [choose(impl, *own, use_lse=use_lse) for own in best]
+    for (name, *_), own, chosen in zip(named, given, picked, strict=True):
         kernels, measured = in_order(*own)
         lines.append(f"{name}: kernel {chosen.name}: {chosen.note}")
         if measured is not None:

@@ -105,8 +105,8 @@ def compute(
             return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
     if calls := calls_apart(passes, q, k):
         return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
-    suited = as_computed(passes, q, k, v, impl, use_lse=use_lse)
-    loaded = [_suited(one, q, k, v, impl, use_lse=use_lse) for _, one in suited]
+    asked = as_computed(passes, q, k, v, impl, use_lse=use_lse)
+    loaded = [suited(one, q, k, v, impl, use_lse=use_lse) for _, one in asked]
     together = _together(loaded, q, k, v)
     parts = []
     with Lanes(loaded, (q, k, v), impl) as lanes:
@@ -225,7 +225,7 @@ def _compute_apart(
     return Part(*join(calls, outs, lses, q.shape[1]))
 
 
-def _suited(
+def suited(
     one: Pass, q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
 ) -> Loaded | Views:
     """The pass as the kernel that will compute it likes it best."""
