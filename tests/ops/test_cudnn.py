@@ -475,6 +475,17 @@ def test_auto_follows_the_measurements_of_this_gpu(hopper, monkeypatch):
     assert measured.rates(training, window(4096, 500, heads=4), True).tflops == {"flex": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("batch", "n", "goes"),
+    [(1, 2048, True), (1, 2047, False), (8, 256, True), (7, 256, False), (64, 127, False)],
+)
+def test_rows_of_all_batch_rows_count(batch, n, goes, hopper, monkeypatch):
+    # Rows of a remainder, or short sequences: as much to do as in one long row.
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": TABLE}})
+    q = On(batch, 4, n, 128)
+    assert (measured.rates(q, window(n, 100, heads=4), False) is not None) == goes
+
+
 def test_kernels_that_a_case_lacks_count_with_the_nearest_one_that_has_them(hopper, monkeypatch):
     near, far = {**TABLE[0], "keys": 2000}, {**TABLE[0], "keys": 9000}
     q = On(1, 4, 8192, 128)

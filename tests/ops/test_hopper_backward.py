@@ -29,6 +29,7 @@ from tests.ops.test_hopper import (
 )
 
 import longspan as ls
+from longspan.errors import Refusal
 from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
@@ -300,6 +301,13 @@ def test_keys_that_batch_rows_share_are_cut_by_as_many_queries(monkeypatch):
         assert [tuple(part[3:]) for part in parts] == [
             (head, row) for row in range(rows if shared else 1) for head in (0, 1)
         ]
+
+
+def test_more_parts_than_can_be_counted_are_refused(monkeypatch):
+    monkeypatch.setattr(_hopper_back_plan, "MOST_PARTS", 31)
+    assert len(back_plan(window(1024, 100, heads=2), 1, 2, 2).parts_P5) <= 31
+    with pytest.raises(Refusal, match=r"31 parts of tasks at most.*got 32"):
+        back_plan(window(1024, 100, heads=4), 1, 4, 2)
 
 
 def test_only_keys_that_many_see_are_cut():

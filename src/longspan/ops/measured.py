@@ -28,8 +28,9 @@ from torch import Tensor
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.whole_blocks import fill
 
-# Query rows from which the table holds; below it the host, not the GPU, sets the time.
-LEAST_QUERIES = 2048
+# Query rows of all batch rows from which the table holds; below it the host, not the GPU, sets the
+# time. And those of one, which fill a tile.
+LEAST_QUERIES, _LEAST_OF_ONE = 2048, 128
 # A case is near where, all else alike, its queries have up to four times as many keys or as few.
 _NEAR = 2.0
 # What was measured on the nearest case comes before what was not, unless it is much slower.
@@ -100,7 +101,9 @@ def _cases(q_BHND: Tensor, ranges: KeyRanges) -> tuple[str, Sequence[Mapping[str
     """The GPU to go by, in words, and all of its cases; none for sizes that were not measured."""
     device = q_BHND.device
     half = q_BHND.dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cuda" or ranges.queries < LEAST_QUERIES or not half:
+    rows = q_BHND.shape[0] * ranges.queries
+    few = rows < LEAST_QUERIES or ranges.queries < _LEAST_OF_ONE
+    if device.type != "cuda" or few or not half:
         return "", ()
     gpu = torch.cuda.get_device_name(device)
     if gpu in table():

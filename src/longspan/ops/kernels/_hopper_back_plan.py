@@ -31,6 +31,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from longspan.errors import Refusal
 from longspan.ops.empty import Index, index_of
 from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_parts import PROGRAMS
@@ -45,6 +46,8 @@ _LAST = PROGRAMS
 # than two thirds of what a program has to do.
 _MOST, _LEAST = 192, 32
 _STRETCH, _SHORT = 4096, 512
+# Five numbers each, which are counted in int32.
+MOST_PARTS = (1 << 31) // 5 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,12 @@ def _tasks(
     about_TS4, whose_TS2 = about_TS4[order_T], whose_AKS2[batch_T, head_T][order_T]
     used_TS = about_TS4[..., 2] > 0
     count_T = used_TS.sum(1)
+    if int(count_T.sum()) > MOST_PARTS:
+        raise Refusal(
+            f"the backward of hopper takes {MOST_PARTS:,} parts of tasks at most, one for each "
+            f"query head and {KEYS} keys that some of up to {_STRETCH:,} queries see; got "
+            f"{int(count_T.sum()):,}"
+        )
     more_T3 = torch.stack([count_T.cumsum(0) - count_T, count_T, KEYS * tile_T[order_T]], 1)
     batch_C, head_C, tile_C = cut_AKJ.nonzero().unbind(1)
     cut_C = [*_where(batch_C, head_C, tile_C, length), torch.zeros_like(tile_C)]
