@@ -256,3 +256,8 @@ def test_shortest_sequences(n, heads):
     found = ls.coverage(ls.SCCA.flow(4), n, heads=heads)
     assert found.reach[0].share == 1.0
     assert found.never == 0
+
+
+def test_layers_that_nobody_could_wait_for():
+    with pytest.raises(PlanError, match="layers must be at most 100,000, got 1,000,000,000"):
+        ls.coverage("window(64)", 4096, layers=10**9)

@@ -25,6 +25,10 @@ from longspan.pattern.text import parse
 from longspan.planning import Plan, plan
 
 
+# Shares of all queries and layers are kept; no model is deeper.
+_MOST_LAYERS = 100_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reach:
     """What is reached after some layers.
@@ -159,6 +163,11 @@ def coverage(
         number = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not number or value < least:
             raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if layers > _MOST_LAYERS:
+        raise PlanError(
+            f"layers must be at most {_MOST_LAYERS:,}, got {layers:,}: what is reached after each of "
+            "them is kept"
+        )
     if not isinstance(pattern, Pattern):
         pattern = parse(pattern)
     plans = _plans(pattern, n, heads, layers)
