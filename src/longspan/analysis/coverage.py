@@ -24,7 +24,6 @@ from longspan.pattern.local import Dense
 from longspan.pattern.text import parse
 from longspan.planning import Plan, plan
 
-
 # Shares of all queries and layers are kept; no model is deeper.
 _MOST_LAYERS = 100_000
 
@@ -165,8 +164,8 @@ def coverage(
             raise PlanError(f"{name} must be a whole number of at least {least}, got {value!r}")
     if layers > _MOST_LAYERS:
         raise PlanError(
-            f"layers must be at most {_MOST_LAYERS:,}, got {layers:,}: what is reached after each of "
-            "them is kept"
+            f"layers must be at most {_MOST_LAYERS:,}, got {layers:,}: what is reached after each "
+            "of them is kept"
         )
     if not isinstance(pattern, Pattern):
         pattern = parse(pattern)
