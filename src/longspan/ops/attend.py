@@ -142,10 +142,11 @@ def explain(
         for which, one in as_computed(laid.passes, q, k, v, impl, use_lse=use_lse)
     ]
     given, best = [], []
-    for _, *both in named:
-        for found, one in zip((given, best), both, strict=True):
-            own_q, own_k, own_v = one.inputs(q, k, v)
-            found.append((own_q, own_k, own_v, one.ranges))
+    for _, plain, suited_one in named:
+        given.append((*plain.inputs(q, k, v), plain.ranges))
+        # Rows are gathered once where both are the same.
+        same = suited_one is plain
+        best.append(given[-1] if same else (*suited_one.inputs(q, k, v), suited_one.ranges))
     if len(best) > 1 and not calls and needs_grad(q, k, v):
         picked, together = choose_together(impl, best)
         if together is not None:

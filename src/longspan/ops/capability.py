@@ -51,7 +51,7 @@ class Halves(Protocol):
         ...
 
 
-class PlacedHalves(Protocol):
+class PlacedHalves(Halves, Protocol):
     """``Halves`` that write into given tensors, of any layout in which rows are dense.
 
     Rows begin at a multiple of 16 bytes.
@@ -127,7 +127,7 @@ class Capability:
             ranges: what would be computed.
             use_lse: whether the result will depend on the log-sum-exp.
         """
-        if self.devices and q.device.type not in self.devices:
+        if not self.runs_on(q.device):
             return [f"runs on {' or '.join(self.devices)}, the tensors are on {q.device.type}"]
         if use_lse and not self.lse_gradient and needs_grad(q, k, v):
             return [
@@ -144,8 +144,7 @@ class Capability:
             ]
         if not self.plain and transforming():
             return ["has a backward of its own, through which torch.func does not go"]
-        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
-        more = getattr(module, "reasons", None)
+        more = getattr(self._module(), "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
 
     def takes_shared_keys(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -156,28 +155,32 @@ class Capability:
 
     def worth(self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> bool:
         """Whether ``auto`` should take it for inputs that it can take."""
-        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
-        own = getattr(module, "worth", None)
+        own = getattr(self._module(), "worth", None)
         return own is None or own(q, k, v, ranges)
 
     def load(self) -> Kernel:
         """The kernel function."""
-        return getattr(importlib.import_module(f"longspan.ops.kernels.{self.name}"), self.name)
+        return getattr(self._module(), self.name)
 
     def load_passes(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Of one that reads rows where they lie, the function over several passes."""
-        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
-        return getattr(module, f"{self.name}_passes")
+        return getattr(self._module(), f"{self.name}_passes")
 
     def load_halves(self) -> Callable[[Tensor, Tensor, Tensor, KeyRanges, float], Halves]:
         """Of one that has them, what makes its halves for given tensors, ranges and scale."""
-        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
-        return getattr(module, f"{self.name}_halves")
+        return getattr(self._module(), f"{self.name}_halves")
 
     def load_placed(self) -> Callable[[Tensor, Tensor, Tensor, KeyRanges, float], PlacedHalves]:
         """The same of one whose halves write into given tensors."""
-        module = importlib.import_module(f"longspan.ops.kernels.{self.name}")
-        return getattr(module, f"{self.name}_halves")
+        found: Any = self.load_halves()
+        return found
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it is for such devices."""
+        return not self.devices or device.type in self.devices
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"longspan.ops.kernels.{self.name}")
 
 
 # Passes without halves are joined by a merge with gradients of its own, a fifteenth of LongNet's
@@ -270,9 +273,7 @@ def with_long_rows(impl: str, device: torch.device) -> list[Capability]:
     return [
         kernel
         for kernel in KERNELS
-        if kernel.takes_long_rows
-        and impl in ("auto", kernel.name)
-        and (not kernel.devices or device.type in kernel.devices)
+        if kernel.takes_long_rows and impl in ("auto", kernel.name) and kernel.runs_on(device)
     ]
 
 

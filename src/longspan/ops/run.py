@@ -175,14 +175,15 @@ def _with_few_rows(
     few = next((x for x in passes if x.query_order is not None and x.key_order is None), None)
     if few is None or not (kernels := with_long_rows(impl, q.device)):
         return None
-    # A pass of few rows is quickly loaded: where no kernel comes into question, nothing is joined.
-    small = load(few, q, k).ranges
-    if all(kernel.reasons(q, k, v, small, use_lse=use_lse) for kernel in kernels):
-        return None
     first, *rest = passes
     kept = _with_few.setdefault(first, {})
     name = tuple(map(id, rest))
     if name not in kept:
+        # A pass of few rows is quickly loaded: where no kernel comes into question, nothing is
+        # joined.
+        small = load(few, q, k).ranges
+        if all(kernel.reasons(q, k, v, small, use_lse=use_lse) for kernel in kernels):
+            return None
         # With what the name speaks of, which has to live as long.
         kept[name] = few_rows(passes), rest
     found = kept[name][0]
@@ -205,7 +206,6 @@ def _compute_apart(
     *,
     use_lse: bool,
 ) -> Part:
-    outs, lses = [], []
     views = [(*one.inputs(q, k, v), one.ranges) for one in calls]
     chosen = [choose(impl, *own, use_lse=use_lse) for own in views]
     if all(kernel.places for kernel in chosen):
@@ -213,12 +213,12 @@ def _compute_apart(
             kernel.load_placed()(*own, scale) for kernel, own in zip(chosen, views, strict=True)
         ]
         return Part(*attend_placed(calls, halves, (q, k, v), Lanes(calls, (q, k, v), impl)))
+    outs, lses = [], []
     inputs = split(calls, q, k, v)
     with Lanes(calls, (q, k, v), impl) as lanes:
-        for index, (one, own) in enumerate(zip(calls, inputs, strict=True)):
+        for index, (one, own, kernel) in enumerate(zip(calls, inputs, chosen, strict=True)):
             with lanes.lane(index) as lane:
-                kernel = choose(impl, *own, one.ranges, use_lse=use_lse).load()
-                out, lse = kernel(*own, one.ranges, scale)
+                out, lse = kernel.load()(*own, one.ranges, scale)
                 lanes.keep(lane, own, (out, lse))
             outs.append(out)
             lses.append(lse)
@@ -248,10 +248,8 @@ def suited(
             best = found
             if shares:
                 best = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
-            if kernel.takes_keys_in_turn and (step := keys_in_turn(one, k.shape[2])):
-                more = {} if isinstance(best, Views) else {"key_step": step}
-                ranges = replace(best.ranges, keys=k.shape[2], key_rows=step)
-                best = replace(best, ranges=ranges, keys=None, **more)
+            if kernel.takes_keys_in_turn:
+                best = _with_keys_in_turn(one, best, k.shape[2])
             kept[name] = best
         return kept[name]
     return found
@@ -279,6 +277,17 @@ def _with_shared_keys(
     own_q = views.query_rows(q)
     refused = kernel.reasons(own_q, own_k, own_v, views.ranges, use_lse=use_lse)
     return found if refused else views
+
+
+def _with_keys_in_turn(one: Pass, found: Loaded | Views, keys: int) -> Loaded | Views:
+    """The pass with keys as views, one remainder after another; as it is where they are none."""
+    step = keys_in_turn(one, keys)
+    if step is None:
+        return found
+    ranges = replace(found.ranges, keys=keys, key_rows=step)
+    if isinstance(found, Views):
+        return replace(found, ranges=ranges, keys=None)
+    return replace(found, ranges=ranges, keys=None, key_step=step)
 
 
 def _with_copies(one: Pass, found: Loaded, keys: int, programs: int) -> Loaded:

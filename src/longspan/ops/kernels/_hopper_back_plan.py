@@ -162,18 +162,19 @@ def _tasks(
     about_TS4, whose_TS2 = about_TS4[order_T], whose_AKS2[batch_T, head_T][order_T]
     used_TS = about_TS4[..., 2] > 0
     count_T = used_TS.sum(1)
-    if int(count_T.sum()) > MOST_PARTS:
+    parts_P5 = torch.cat([about_TS4[..., :3], whose_TS2], 2)[used_TS]
+    if len(parts_P5) > MOST_PARTS:
         raise Refusal(
             f"the backward of hopper takes {MOST_PARTS:,} parts of tasks at most, one for each "
             f"query head and {KEYS} keys that some of up to {_STRETCH:,} queries see; got "
-            f"{int(count_T.sum()):,}"
+            f"{len(parts_P5):,}"
         )
     more_T3 = torch.stack([count_T.cumsum(0) - count_T, count_T, KEYS * tile_T[order_T]], 1)
     batch_C, head_C, tile_C = cut_AKJ.nonzero().unbind(1)
     cut_C = [*_where(batch_C, head_C, tile_C, length), torch.zeros_like(tile_C)]
     return (
         torch.cat([tasks_T4, more_T3], 1).int(),
-        torch.cat([about_TS4[..., :3], whose_TS2], 2)[used_TS],
+        parts_P5,
         torch.stack(cut_C, 1).int(),
     )
 
