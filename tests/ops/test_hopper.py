@@ -443,6 +443,8 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
         *rows, room, lse = args[:5]
         assert grid == (min(132, len(made.tasks_T8)), 1, 1)
         assert args[10] == len(made.tasks_T8)
+        # Every key that int32 can count lies in the batch row of the queries.
+        assert args[14:16] == (1, torch.iinfo(torch.int32).max)
         for x, found in zip((room, lse), executed_parts(made, *rows, 0.3), strict=True):
             x.copy_(found.flatten(0, 1))
 
@@ -721,12 +723,7 @@ def test_one_query_of_a_decoding_step_is_split(width):
         assert (found[1] - expected[1]).abs().max() < 2e-3
 
 
-@gpu
-def test_parts_are_bit_identical_and_can_be_captured():
-    here()
-    ranges = to(few_queries(), "cuda")
-    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 3, 5000, 128, 128))
-    assert _hopper_plan.plan_of(ranges, (2, 8), (2, 2), 512).parts > 1
+def bit_identical_also_when_captured(q, k, v, ranges):
     expected = module.hopper(q, k, v, ranges, 0.125)
     for _ in range(20):
         for a, b in zip(module.hopper(q, k, v, ranges, 0.125), expected, strict=True):
@@ -737,6 +734,15 @@ def test_parts_are_bit_identical_and_can_be_captured():
     graph.replay()
     for a, b in zip(captured, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@gpu
+def test_parts_are_bit_identical_and_can_be_captured():
+    here()
+    ranges = to(few_queries(), "cuda")
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 3, 5000, 128, 128))
+    assert _hopper_plan.plan_of(ranges, (2, 8), (2, 2), 512).parts > 1
+    bit_identical_also_when_captured(q, k, v, ranges)
     # Rows of padding, NaN among keys that nobody sees, and one in a part of the seen ones.
     k[1, :, 2700:], v[1, :, 2700:] = math.nan, math.nan
     out, lse = module.hopper(q, k, v, ranges, 0.125)
@@ -860,16 +866,7 @@ def test_runs_are_bit_identical_and_can_be_captured():
     here()
     ranges = to(window(4000, 500, heads=8), "cuda")
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 8, 2, 4000, 4000, 128, 128))
-    expected = module.hopper(q, k, v, ranges, 0.125)
-    for _ in range(20):
-        for a, b in zip(module.hopper(q, k, v, ranges, 0.125), expected, strict=True):
-            assert torch.equal(a, b)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = module.hopper(q, k, v, ranges, 0.125)
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+    bit_identical_also_when_captured(q, k, v, ranges)
 
 
 @gpu

@@ -50,6 +50,8 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 # The first row of the task that says that there are no more.
 MOST_ROWS = 1 << 30
+# Keys of a batch row where those of another one never follow: no range counts further.
+_ENDLESS = (1 << 31) - 1
 # Below it, logits differ by nothing that a weight would show, and a log-sum-exp over the scale
 # could be beyond float32.
 _LEAST_SCALE = 1e-30
@@ -308,7 +310,7 @@ class _Ready:
                 heads,
                 heads // k.shape[1],
                 int(self.length is None and len(k) > 1),
-                self.length or MOST_ROWS,
+                self.length or _ENDLESS,
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
