@@ -20,6 +20,7 @@ from tests.ops.test_flex import gpu, relative
 import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability, few_rows, run
+from longspan.ops.kernels import _hopper_plan
 from longspan.ops.ranges import KeyRanges
 from longspan.planning import Pass
 
@@ -192,8 +193,9 @@ def test_pairs_that_count_twice_stay_apart(monkeypatch):
 
 def tiles(one: Pass, keys: int, batch: int = 1) -> int:
     """As the kernel goes through them."""
-    made = test_hopper.plan(ranges_of(one, keys), batch, HEADS, KEY_HEADS)
-    return int(made.tasks_T8[:, 5].sum())
+    ranges = ranges_of(one, keys)
+    per_head = _hopper_plan.task_tiles(ranges).sum(1)
+    return int(per_head[ranges.group_BH.expand(batch, HEADS)].sum())
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ def in_rows(ranges, batch, least=3):
 
 def unpacked(made: _hopper_plan.HopperPlan):
     """Tasks as (row, head, batch row of the output, edges, entries)."""
-    for row, head, batch, first, edges, count, key, about in made.tasks_T8.tolist():
-        entries = made.entries_E2[first : first + count].tolist()
+    for row, head, batch, first, edges, count, key, about in made.tasks.tolist():
+        entries = made.entries[first : first + count].tolist()
         if made.parts > 1 and about == _hopper_parts._HIDDEN and entries[0] != [key, about]:
             # A part without entries.
             assert edges == count == 1
@@ -156,7 +156,7 @@ def test_every_pair_is_in_one_entry_and_full_ones_are_full(name, parts, monkeypa
 def check_plan(ranges, batch, heads, key_heads, *, shared=False):
     n, keys = ranges.queries, ranges.keys
     made = plan(ranges, batch, heads, key_heads, shared=shared)
-    for x in (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8):
+    for x in (made.lo_PN, made.hi_PN, made.entries, made.tasks):
         assert x.dtype == torch.int32
         assert x.is_contiguous()
     assert made.lo_PN.shape == made.hi_PN.shape == (ranges.lo_GNm[:, 0].numel(), n)
@@ -175,12 +175,12 @@ def check_plan(ranges, batch, heads, key_heads, *, shared=False):
             assert about & 15 or 0 in (at, about & 63)
             inside = seen(made, row, key, about, whole=at == 0)
             counted[b, head, row : row + 128, key : key + 128] += inside
-    assert len(tasks) == len(made.tasks_T8) == made.parts * batch * heads * -(-n // 128)
+    assert len(tasks) == len(made.tasks) == made.parts * batch * heads * -(-n // 128)
     assert {out_b for *_, out_b in tasks} == set(range(made.parts * batch))
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
-    assert len(made.entries_E2) - 1 <= _hopper_plan.most_tiles(ranges)
+    assert len(made.entries) - 1 <= _hopper_plan.most_tiles(ranges)
     return made
 
 
@@ -238,7 +238,7 @@ def test_few_tiles_are_visited(monkeypatch):
         (alternating(n, n, 7, 2), 14),
     ):
         made = plan(ranges, 1, 2, 1)
-        assert made.tasks_T8[:, 5].max() == most
+        assert made.tasks[:, 5].max() == most
     # All but the first and the last tile of a window, and the diagonal, need no mask; each half of
     # the rows sees half of one of them, and one bound cuts.
     first_half, last_half, begins = 1 + (3 << 2), 2 + (1 << 2), 16
@@ -249,28 +249,28 @@ def test_few_tiles_are_visited(monkeypatch):
         made = plan(ranges, 1, 2, 1)
         (entries,) = (e for row, head, _, _, e in unpacked(made) if (row, head) == (2048, 0))
         assert [about & 63 for _, about in entries[: len(bits) + 1]] == [*bits, 0]
-        assert made.tasks_T8[:, 4].max() == len(bits)
+        assert made.tasks[:, 4].max() == len(bits)
 
 
 def test_gaps_between_the_rows_of_a_tile_hold_no_tiles():
     lo = np.r_[np.zeros(64), np.full(64, 100_000)]
     ranges = cases.key_ranges(lo, lo + 130, heads=1, keys=200_000)
     made = plan(ranges, 1, 1, 1)
-    assert made.entries_E2[:-1, 0].tolist() == [128 * at for at in (0, 1, 781, 782)]
+    assert made.entries[:-1, 0].tolist() == [128 * at for at in (0, 1, 781, 782)]
 
 
 def test_long_tasks_first_in_sections_of_key_heads(monkeypatch):
     ranges = cases.causal(512, 4)
     monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 512 * 512)
-    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    tasks = plan(ranges, 1, 4, 2).tasks[:, :2].tolist()
     half = [[row, head] for row in (384, 256, 128, 0) for head in (0, 1)]
     assert tasks == [*half, *([row, head + 2] for row, head in half)]
     monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 2 * 512 * 512)
-    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    tasks = plan(ranges, 1, 4, 2).tasks[:, :2].tolist()
     assert tasks == [[row, head] for row in (384, 256, 128, 0) for head in range(4)]
     # As long: in the order of key heads, rows, and heads of a key head.
     ranges = window(512, 1, heads=4)
-    tasks = plan(ranges, 1, 4, 2).tasks_T8[:, :2].tolist()
+    tasks = plan(ranges, 1, 4, 2).tasks[:, :2].tolist()
     assert tasks == [
         [row, head] for pair in ((0, 1), (2, 3)) for row in (0, 128, 256, 384) for head in pair
     ]
@@ -294,22 +294,22 @@ def test_what_is_made_in_inference_mode_serves_training():
     ranges = scattered(300, 200, ranges=2, groups=3, batch=2, heads=4)
     with torch.inference_mode():
         made = plan(ranges, 2, 4, 2)
-    tables = (made.lo_PN, made.hi_PN, made.entries_E2, made.tasks_T8)
+    tables = (made.lo_PN, made.hi_PN, made.entries, made.tasks)
     assert not any(x.is_inference() for x in tables)
 
 
 def test_a_plan_of_a_million_rows():
     n = 1 << 20
     made = plan(window(n, 1024, heads=8), 1, 8, 2)
-    assert len(made.tasks_T8) == 8 * n // 128
-    assert made.tasks_T8[:, 0].max() == n - 128
-    assert len(made.entries_E2) == 9 * (n // 128) - sum(range(1, 9)) + 1
+    assert len(made.tasks) == 8 * n // 128
+    assert made.tasks[:, 0].max() == n - 128
+    assert len(made.entries) == 9 * (n // 128) - sum(range(1, 9)) + 1
 
 
 def test_few_tasks_of_many_tiles_are_split():
     def sizes(ranges, batch, heads):
         made = plan(ranges, batch, heads, 1)
-        return made.parts, made.tasks_T8[:, 5].tolist()
+        return made.parts, made.tasks[:, 5].tolist()
 
     # Three global rows, and one query of a decoding step.
     assert sizes(cases.dense(3, 32, 32768), 1, 32) == (4, 128 * [64])
@@ -338,14 +338,14 @@ def test_short_tasks_have_fewer_parts_and_long_ones_come_first():
         (1, 1, 1, 1, 1, 3),
         (1, 1, 1, 1, 1, 1),
     ]
-    assert (made.tasks_T8[:, 5].diff() <= 0).all()
+    assert (made.tasks[:, 5].diff() <= 0).all()
 
 
 def test_batch_rows_that_share_keys_run_together(monkeypatch):
     ranges = window(256, 1, heads=2)
     monkeypatch.setattr(_hopper_plan, "_SECTION_BYTES", 0)
     for shared in (False, True):
-        tasks = plan(ranges, 2, 2, 2, shared=shared).tasks_T8[:, :3].tolist()
+        tasks = plan(ranges, 2, 2, 2, shared=shared).tasks[:, :3].tolist()
         if shared:
             order = [(row, head, b) for head in (0, 1) for row in (0, 128) for b in (0, 1)]
         else:
@@ -441,8 +441,8 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
 
     def launched(_, grid, args, **__):
         *rows, room, lse = args[:5]
-        assert grid == (min(132, len(made.tasks_T8)), 1, 1)
-        assert args[10] == len(made.tasks_T8)
+        assert grid == (min(132, len(made.tasks)), 1, 1)
+        assert args[10] == len(made.tasks)
         # Every key that int32 can count lies in the batch row of the queries.
         assert args[14:16] == (1, torch.iinfo(torch.int32).max)
         for x, found in zip((room, lse), executed_parts(made, *rows, 0.3), strict=True):
@@ -645,6 +645,8 @@ GPU_CASES = {
         for m in (1, 3, 5)
     },
     "blocks of 64": (lambda: alternating(1000, 4096, 9, 4), (1, 4, 2, 1000, 4096, 128, 128)),
+    "blocks of 64, few": (lambda: alternating(1400, 1024, 9, 4), (1, 4, 1, 1400, 1024, 64, 64)),
+    "blocks of 64, many": (lambda: alternating(900, 2048, 20, 8), (2, 8, 2, 900, 2048, 128, 128)),
     "wider keys": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 96, 80)),
     "wider values": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 64, 128)),
     "narrow": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 8, 24)),

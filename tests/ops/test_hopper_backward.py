@@ -52,11 +52,18 @@ def back_plan(ranges, batch, heads, key_heads, *, shared=False):
     return _hopper_back_plan.back_plan_of(ranges, (batch, heads), (own, key_heads))
 
 
-def seen(made, row, key, plane):
-    """bool [64, 128]: what the kernel takes of a tile with a mask."""
+def seen(made, row, key, about, masked):
+    """bool [64, 128]: what the kernel takes of a tile."""
     key_S = torch.arange(key, key + 128)
-    lo, hi = (x[plane, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
-    return (key_S >= lo) & (key_S < hi)
+    lo, hi = (x[about >> 4, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
+    found = (key_S >= lo) & (key_S < hi)
+    kinds = about & 3, (about >> 2) & 3
+    assert any(kinds)
+    assert masked == (kinds != (2, 2))
+    for half, kind in zip(found.split(64, dim=1), kinds, strict=True):
+        if kind != 1:
+            half[:] = kind == 2
+    return found
 
 
 def tasks_of(back):
@@ -89,11 +96,10 @@ def executed(made, back, tensors, lse, dout, dlse, scale, length=None):
             else:
                 assert bound == key
                 assert b == (0 if len(k) == 1 else q_batch)
-            for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
+            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
                 rows = q_batch, head, slice(row, row + 64)
                 p = (scale * q[rows] @ k[own].mT - lse[rows][:, None]).exp()
-                if at < masked:
-                    p = p.where(seen(made, row, bound, plane)[:, : p.shape[1]], 0.0)
+                p = p.where(seen(made, row, bound, about, at < masked)[:, : p.shape[1]], 0.0)
                 ds = p * (dout[rows] @ v[own].mT - delta[rows][:, None])
                 dv_own += p.mT @ dout[rows]
                 dk_own += scale * ds.mT @ q[rows]
@@ -170,9 +176,9 @@ def check_back_plan(ranges, batch, heads, key_heads, *, shared=False):
             assert head * key_heads // heads == key_head
             assert b == (0 if shared else q_batch)
             own = counted[q_batch, head, :, key : key + 128]
-            for at, (row, plane) in enumerate(back.entries_E2[first : first + count].tolist()):
+            for at, (row, about) in enumerate(back.entries_E2[first : first + count].tolist()):
                 assert row % 64 == 0
-                own[row : row + 64] += seen(made, row, key, plane) if at < masked else 1
+                own[row : row + 64] += seen(made, row, key, about, at < masked)
     written = {task for task in tasks if task[3] < 0}
     assert len(written) == sum(task[3] < 0 for task in tasks)
     tiles = (1 if shared else batch) * key_heads * -(-keys // 128)
@@ -251,7 +257,7 @@ def test_memory_of_a_plan_counts_bounds_once_and_rows_without_keys(monkeypatch):
     made, back = plan(ranges, 1, 2, 1), back_plan(ranges, 1, 2, 1)
     given = ranges.lo_GNm.nbytes + ranges.hi_GNm.nbytes + ranges.group_BH.nbytes
     (one,), (other,) = _hopper_plan.PLANS.latest, _hopper_back_plan.PLANS.latest
-    assert one.nbytes == given + made.entries_E2.nbytes + made.tasks_T8.nbytes
+    assert one.nbytes == given + made.entries.nbytes + made.tasks.nbytes
     own = (back.entries_E2, back.parts_P5, back.tasks_T7, back.cut_C4, *back.empty[::2])
     assert other.nbytes == given + sum(x.nbytes for x in own)
 

@@ -184,7 +184,7 @@ class Order:
         # A compiler differentiates by itself.
         if self.back is None or torch.compiler.is_compiling():
             return self.table.take(x_BHND, plain=True)
-        return _Take.apply(x_BHND, self)
+        return _Take.apply(x_BHND, self) if _differs(x_BHND) else self.table.take(x_BHND)
 
     def put(self, x_BHPD: Tensor) -> Tensor:
         """Places back in the order of the rows [B, H, N, D]; 0 for rows without a place.
@@ -255,6 +255,13 @@ def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
     if several and can_fuse(x_BHND) and all(o is None or o.back is not None for o in orders):
         return list(_Spread.apply(x_BHND, tuple(orders)))
     return [x_BHND if order is None else order.take(x_BHND) for order in orders]
+
+
+def _differs(x: Tensor) -> bool:
+    """Whether somebody asks for derivatives, or sees more in the tensor than it says itself."""
+    asked = torch.is_grad_enabled() and x.requires_grad
+    level = torch.autograd.forward_ad._current_level
+    return asked or level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class _Take(torch.autograd.Function):

@@ -12,8 +12,9 @@ queries, and gradients of these tasks are added up in memory. No program is then
 all others are done, and what programs read and add at the same time stays in the L2 cache.
 
 Tasks come by key head, in it the last stretch of queries first, in that the first keys first, so
-that programs that run at the same time read the same queries. But the last tasks of all come the
-longest first, so that programs end together.
+that programs that run at the same time read the same queries. But the last tasks of all, which
+all programs do together while one does the longest task, come the longest first, so that programs
+end together.
 
 O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
@@ -40,8 +41,10 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
-# The last tasks, which are sorted by length.
-_LAST = PROGRAMS
+# Both halves of the keys are seen by all.
+_WHOLE = 2 + (2 << 2)
+# Of the last tasks, which are sorted by length, there are so many at most.
+_LAST = 4 * PROGRAMS
 # Entries from which on a task is cut, and the queries of a stretch; less where that would be more
 # than two thirds of what a program has to do.
 _MOST, _LEAST = 192, 32
@@ -55,8 +58,9 @@ class HopperBackPlan:
     """What the backward kernel reads besides its tensors and the bounds of the forward plan.
 
     Attributes:
-        entries_E2: int32, the first query of each tile, and the row of its bounds. One more than
-            there are.
+        entries_E2: int32, the first query of each tile, and 16 times the row of its bounds with
+            two bits for each half of the keys: 0 nobody sees any, 1 masked, 2 all see all. One
+            more than there are.
         parts_P5: int32, the first entry of each part, those with a mask, all, and its query head
             and batch row.
         tasks_T7: int32, the row of the first key of each task, its key head, the batch row of its
@@ -188,9 +192,11 @@ def _where(batch: Tensor, head: Tensor, tile: Tensor, length: int) -> tuple[Tens
 def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:
     """Tasks by rank, as they come where it is the same; but the last ones by length."""
     order_T = rank_T.argsort(stable=True)
-    tail = order_T[-_LAST:]
-    order_T[-_LAST:] = tail[length_T[tail].argsort(descending=True, stable=True)]
-    return order_T
+    length_T = length_T[order_T]
+    most = length_T.max()
+    last_T = length_T.flip(0).cumsum(0).flip(0) <= PROGRAMS * most
+    last_T[:-_LAST] = False
+    return order_T[torch.where(last_T, 1 + most - length_T, 0).argsort(stable=True)]
 
 
 def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:
@@ -219,7 +225,7 @@ def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, 
     size = int(end_X[-1])
     at_X = torch.arange(len(end_X), device=device)
     row_X, group_X = ROWS * (rows - 1 - at_X // count % rows), at_X // (rows * count)
-    about_X2 = torch.stack([row_X, group_X * count + at_X % count], dim=1).int()
+    about_X2 = torch.stack([row_X, 16 * (group_X * count + at_X % count)], dim=1).int()
     # There are many entries: no number takes more room than it needs.
     at_E = at_X.int().repeat_interleave(length_X, output_size=size)
     tile_E = (tile_X + length_X - end_X).int().index_select(0, at_E)
@@ -243,11 +249,33 @@ def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, 
     last_P = all_P.new_zeros(places)
     if long_J is not None:
         last_P.scatter_reduce_(0, whose_E.long(), last_X.index_select(0, at_E), "amax")
+    cut_s = (~whole_E).nonzero()[:, 0]
+    kind_s = _kinds(tiles, KEYS * tile_E[cut_s], at_E[cut_s])
     order_E = (2 * whose_E + whole_E).argsort(stable=True)
+    kind_E = torch.full_like(whole_E, _WHOLE, dtype=torch.int8).index_copy_(0, cut_s, kind_s)
     entries_E2 = about_X2.new_zeros(size + 1, 2)
     entries_E2[:-1] = about_X2.index_select(0, at_E.index_select(0, order_E))
+    entries_E2[:-1, 1] += kind_E.index_select(0, order_E)
     about_P4 = torch.stack([all_P.cumsum(0) - all_P, masked_P, all_P, last_P], dim=-1).int()
     return entries_E2, about_P4.view(groups, columns, stretches, 4)
+
+
+def _kinds(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Tensor:
+    """How each half of some tiles of keys is seen, two bits each, int8.
+
+    Args:
+        tiles: bounds by tiles of rows.
+        key_s: the first key of each tile.
+        at_s: whose it is, of X.
+    """
+    first_s, last_s = (x.flatten().index_select(0, at_s) for x in (tiles.first, tiles.last))
+    kind_s = torch.zeros_like(key_s, dtype=torch.int8)
+    for half in range(2):
+        own_s = key_s + KEYS // 2 * half
+        lower_s, upper_s = cuts(tiles, own_s, at_s, KEYS // 2)
+        seen_s = (own_s < last_s) & (own_s + KEYS // 2 > first_s)
+        kind_s |= torch.where(lower_s | upper_s, 1, 2).mul_(seen_s).to(torch.int8) << (2 * half)
+    return kind_s
 
 
 def _long(all_GJ: Tensor, group_AKS: Tensor, share: int) -> tuple[Tensor | None, int]:

@@ -110,10 +110,10 @@ def backward(
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 32, 128], dq_desc.layout)
     ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
-    # What the sums of a place begin with, the keys that its queries see, and who has some of them.
+    # What the sums of a place begin with, the keys that its queries see, and how its tile is cut.
     row_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 2, 64], rows_desc.layout)
     seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], _FLAT)
-    any_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
+    kind_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
     task_room = gl.allocate_shared_memory(gl.int32, [1], _FLAT)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -128,7 +128,7 @@ def backward(
         mbarrier.init(ds_empty.index(i), count=1)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(kv_empty, count=3)
-    tiles = (q_room, dout_room, row_room, seen_room, any_room, full, empty)
+    tiles = (q_room, dout_room, row_room, seen_room, kind_room, full, empty)
     fixed = (k_room, v_room, task_room, kv_full, kv_empty)
     work = (tasks, parts, entries, count)
     own = (dq_room, ds_room, ds_full, ds_empty)
@@ -180,13 +180,13 @@ def _load(descs, tiles, fixed, work, bounds, fetched):
         for x in range(part, last):
             first, masked, length = _part(parts, x)
             head, q_batch = _whose(parts, x)
-            row, plane = entry(entries, first)
+            row, about = entry(entries, first)
             for j in range(length):
                 # Read before it is needed.
-                row1, plane1 = entry(entries, first + j + 1)
-                where = (q_batch, head, row, plane, bound)
+                row1, about1 = entry(entries, first + j + 1)
+                where = (q_batch, head, row, about, bound)
                 place, phase = _bring(descs, tiles, bounds, where, place, phase, j < masked)
-                row, plane = row1, plane1
+                row, about = row1, about1
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     mbarrier.wait(kv_empty, kv_phase ^ 1)
     _tell(task_room, t)
@@ -202,9 +202,9 @@ def _tell(room, t):
 @gluon.jit
 def _bring(descs, tiles, bounds, where, place, phase, masked):
     q_desc, dout_desc, rows_desc = descs[0], descs[3], descs[4]
-    q_room, dout_room, row_room, seen_room, any_room, full, empty = tiles
+    q_room, dout_room, row_room, seen_room, kind_room, full, empty = tiles
     lo, hi, rows = bounds
-    batch, head, row, plane, key = where
+    batch, head, row, about, key = where
     bar = full.index(place)
     mbarrier.wait(empty.index(place), phase ^ 1)
     at = [batch, head, row, 0]
@@ -214,17 +214,14 @@ def _bring(descs, tiles, bounds, where, place, phase, masked):
     tma.async_copy_global_to_shared(dout_desc, at, bar, dout_room.index(place))
     if masked:
         i = row + gl.arange(0, 64, _WARP)
-        at_i = plane.to(gl.int64) * rows + i
+        at_i = (about >> 4).to(gl.int64) * rows + i
         begin = gl.load(lo + at_i, mask=i < rows, other=0) - key
         end = gl.load(hi + at_i, mask=i < rows, other=0) - key
         begin = gl.minimum(gl.maximum(begin, 0), 128)
         end = gl.minimum(gl.maximum(end, 0), 128)
         length = gl.maximum(end - begin, 0)
         seen_room.index(place).store(begin + (length << 16))
-        # A bit for each group of warps: is any of its keys seen?
-        first = gl.max(((begin < 64) & (length > 0)).to(gl.int32), 0)
-        second = gl.max(((end > 64) & (length > 0)).to(gl.int32), 0)
-        any_room.index(place).store(gl.full([1], first + 2 * second, gl.int32, _WARP))
+        kind_room.index(place).store(gl.full([1], about & 15, gl.int32, _WARP))
         # All threads have written before one of them says so.
         meet()
     mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2 + 2 * 64 * 4)
@@ -263,7 +260,7 @@ def _whose(parts, part):
 def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
     tasks, parts, _entries, count = work
-    q_room, any_room, full, ds_empty = tiles[0], tiles[4], tiles[5], own[3]
+    q_room, kind_room, full, ds_empty = tiles[0], tiles[4], tiles[5], own[3]
     width: gl.constexpr = q_room.shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     place, phase, step = 0, 0, 0
@@ -279,14 +276,15 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
             _first, masked, length = _part(parts, x)
             for j in range(length):
                 mbarrier.wait(full.index(flow[0]), flow[1])
-                seen = 1
+                kind = 2
                 if j < masked:
-                    seen = (_told(any_room.index(flow[0])) >> half) & 1
+                    kind = (_told(kind_room.index(flow[0])) >> (2 * half)) & 3
+                seen = gl.minimum(kind, 1)
                 # Loops of one turn or none: products stay apart from branches.
                 for _ in range(seen):
-                    flow = _step(half, tiles, fixed, own, scales[1], flow, j < masked)
+                    flow = _step(half, tiles, fixed, own, scales[1], flow, kind == 1)
                 for _ in range(1 - seen):
-                    flow = _pass_by(half, tiles, own, flow)
+                    flow = _pass_by(tiles, own, flow)
         place, phase, step, dk, dv = flow
         # Gradients leave through the places of their keys and values.
         dk = dk * scales[0]
@@ -315,7 +313,6 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     width: gl.constexpr = q_room.shape[4]
     dtype: gl.constexpr = q_room.dtype
     left: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    turn = step & 1
     first = row_room.index(place)._reinterpret(gl.float32, [128], _FLAT)
     # Sums begin with what is to be subtracted.
     s_token = _times(k_room.index(half), q_room.index(place), first.slice(0, 64))
@@ -330,7 +327,7 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     dv_token = hopper.warpgroup_mma(p_left, dout, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=(dp_token,))
     ds = (_wide(p_small) * dp).to(dtype)
-    _leave(half, own, turn, step, ds)
+    _leave(half, own, step, ds)
     ds_left = gl.convert_layout(ds, left)
     dk_token = hopper.warpgroup_mma(ds_left, q, dk, is_async=True)
     dv, dk, p_left, ds_left = hopper.warpgroup_mma_wait(
@@ -342,19 +339,22 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 
 
 @gluon.jit
-def _pass_by(half: gl.constexpr, tiles, own, flow):
-    """A tile of queries that see none of these 64 keys: its dS is 0."""
+def _pass_by(tiles, own, flow):
+    """A tile of queries that see none of these 64 keys: nobody asks for its dS."""
     place, phase, step, dk, dv = flow
-    _leave(half, own, step & 1, step, gl.zeros([64, 64], own[1].dtype, _SCORES))
+    turn, phase_of_turn = step & 1, ((step >> 1) & 1) ^ 1
+    mbarrier.wait(own[3].index(turn), phase_of_turn)
+    mbarrier.arrive(own[2].index(turn), count=1)
     mbarrier.arrive(tiles[6].index(place), count=1)
     place, phase = _next(place, phase)
     return place, phase, step + 1, dk, dv
 
 
 @gluon.jit
-def _leave(half: gl.constexpr, own, turn, step, ds):
+def _leave(half: gl.constexpr, own, step, ds):
     """A dS, for the group that makes dq of it."""
     ds_room, ds_full, ds_empty = own[1], own[2], own[3]
+    turn = step & 1
     mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
     ds_room.index(2 * turn + half).store(ds)
     hopper.fence_async_shared()
@@ -451,12 +451,12 @@ def _add_up(fixed, own, work, dq_desc):
         for x in range(part, last):
             first, _masked, length = _part(parts, x)
             head, batch = _whose(parts, x)
-            row = gl.load(entries + 2 * first)
+            row, about = entry(entries, first)
             for j in range(length):
-                row1 = gl.load(entries + 2 * (first + j + 1))
-                _of_queries(k_room, own, dq_desc, batch, head, row, step)
+                row1, about1 = entry(entries, first + j + 1)
+                _of_queries(k_room, own, dq_desc, (batch, head, row, about), step)
                 step += 1
-                row = row1
+                row, about = row1, about1
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
         kv_phase ^= 1
@@ -465,19 +465,28 @@ def _add_up(fixed, own, work, dq_desc):
 
 
 @gluon.jit
-def _of_queries(k_room, own, desc, batch, head, row, step):
+def _of_queries(k_room, own, desc, where, step):
+    """Add dq of a tile of queries up, of the half of the keys that they see or of both."""
     dq_room, ds_room, ds_full, ds_empty = own
+    batch, head, row, about = where
     width: gl.constexpr = k_room.shape[4]
     pieces: gl.constexpr = width // 64
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     turn = step & 1
+    # Which half comes first, and whether the other one does as well.
+    one = ((about & 3) == 0).to(gl.int32)
+    both = (1 - one) * ((about & 12) != 0).to(gl.int32)
     mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
     for piece in gl.static_range(pieces):
         dq = gl.zeros([64, 64], gl.float32, layout)
-        for half in gl.static_range(2):
-            ds = ds_room.index(2 * turn + half).permute((1, 0))
-            keys = k_room.index(half).reshape([64, width]).slice(64 * piece, 64, 1)
-            dq = hopper.warpgroup_mma(ds, keys, dq, use_acc=half > 0, is_async=True)
+        ds = ds_room.index(2 * turn + one).permute((1, 0))
+        keys = k_room.index(one).reshape([64, width]).slice(64 * piece, 64, 1)
+        dq = hopper.warpgroup_mma(ds, keys, dq, use_acc=False, is_async=True)
+        # A loop of one turn or none.
+        for _ in range(both):
+            ds = ds_room.index(2 * turn + 1).permute((1, 0))
+            keys = k_room.index(1).reshape([64, width]).slice(64 * piece, 64, 1)
+            dq = hopper.warpgroup_mma(ds, keys, dq, is_async=True)
         dq = hopper.warpgroup_mma_wait(0, deps=(dq,))
         if piece == pieces - 1:
             mbarrier.arrive(ds_empty.index(turn), count=1)

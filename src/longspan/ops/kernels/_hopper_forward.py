@@ -26,6 +26,12 @@ query sees, with these bits: two for each group of warps (0 all keys, 1 masked, 
 keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first entry is computed
 whole. 4 D flops for each pair of a tile or half a tile.
 
+With ``paired`` a task is 64 queries of two neighbouring heads, which see the same keys, and a tile
+of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is then int32 [16], and
+an entry int32 [4]: the first key of a half and 64 times its row of bounds with the same bits for
+either half, but of the first number of bits 1 that the tile has a mask, and 2 that there is no
+second half.
+
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie at ``step`` times
 the batch row of the task, 0 where all batch rows share them. With more than ``length`` of them,
@@ -34,7 +40,6 @@ these are the keys of the first batch row, then those of the next one.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -75,7 +80,10 @@ meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
 def described(x_BHND: Tensor, rows: int, width: int, swizzle: int = 128) -> Any:
     """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
-    found = copy.copy(_shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle))
+    known = _shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle)
+    # As copy.copy does it, which takes three times as long.
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(known.__dict__)
     found.base = x_BHND
     return found
 
@@ -119,19 +127,20 @@ def forward(
     scale,
     places: gl.constexpr,
     width: gl.constexpr,
+    paired: gl.constexpr,
 ):
     queries = _ring(q_desc, 2, 2, 64, width)
     keys = _ring(k_desc, places // 2, 1, 128, width)
     values = _ring(v_desc, places - places // 2, 1, 128, width)
-    told = gl.allocate_shared_memory(gl.int32, [2, 8], _FLAT)
+    told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
     gl.warp_specialize(
         [
-            (_multiply, (0, queries, keys, values, told, entries, bounds, results, scale)),
-            (_multiply, (1, queries, keys, values, told, entries, bounds, results, scale)),
+            (_multiply, (0, paired, queries, keys, values, told, entries, bounds, results, scale)),
+            (_multiply, (1, paired, queries, keys, values, told, entries, bounds, results, scale)),
             (
-                _load,
+                _load_pairs if paired else _load,
                 (
                     (q_desc, k_desc, v_desc),
                     queries,
@@ -208,10 +217,57 @@ def _load(descs, queries, keys, values, told, work):
             whose, key = whose_after, after
         v_place, v_phase = _bring(v_desc, whose, k_head, key, values, v_place, v_phase)
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
-    mbarrier.wait(empty.index(q_place), q_phase ^ 1)
-    told.index(q_place).store(gl.where(number == 0, _NO_ROW, 0))
+    _end(queries, told, number, q_place, q_phase)
+
+
+@gluon.jit
+def _load_pairs(descs, queries, keys, values, told, work):
+    q_desc, k_desc, v_desc = descs
+    fetched, tasks, entries, count, group, step, _length = work
+    room, full, empty = queries
+    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
+    number = gl.arange(0, 16, _EIGHT)
+    t = gl.program_id(0)
+    while t < count:
+        at = tasks + t * 16
+        row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+        tiles, key, other = gl.load(at + 5), gl.load(at + 6), gl.load(at + 8)
+        whole = gl.load(at + number)
+        k_head, k_batch = head // group, batch * step
+        mbarrier.wait(empty.index(q_place), q_phase ^ 1)
+        told.index(q_place).store(whole)
+        meet()
+        mbarrier.expect(full.index(q_place), 128 * room.shape[4] * 2)
+        for half in gl.static_range(2):
+            to = room.index(2 * q_place + half)
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, head + half, row, 0], full.index(q_place), to
+            )
+        q_place, q_phase = _next(queries, q_place, q_phase)
+        place, phase = _bring_pair(k_desc, k_batch, k_head, key, other, keys, place, phase)
+        for j in range(1, tiles):
+            next_entry = entries + 4 * (first + j)
+            key1, other1 = gl.load(next_entry), gl.load(next_entry + 2)
+            place, phase = _bring_pair(k_desc, k_batch, k_head, key1, other1, keys, place, phase)
+            v_place, v_phase = _bring_pair(
+                v_desc, k_batch, k_head, key, other, values, v_place, v_phase
+            )
+            key, other = key1, other1
+        v_place, v_phase = _bring_pair(
+            v_desc, k_batch, k_head, key, other, values, v_place, v_phase
+        )
+        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
+    _end(queries, told, number, q_place, q_phase)
+
+
+@gluon.jit
+def _end(queries, told, number, place, phase):
+    """Say that there is no further task."""
+    _room, full, empty = queries
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    told.index(place).store(gl.where(number == 0, _NO_ROW, 0))
     meet()
-    mbarrier.arrive(full.index(q_place), count=1)
+    mbarrier.arrive(full.index(place), count=1)
 
 
 @gluon.jit
@@ -231,22 +287,50 @@ def _bring(desc, batch, head, row, ring, place, phase):
     return _next(ring, place, phase)
 
 
+@gluon.jit
+def _bring_pair(desc, batch, head, row, other, ring, place, phase):
+    """Two times 64 rows, 64 columns at a time, where those of one tile would lie."""
+    room, full, empty = ring
+    panels: gl.constexpr = room.shape[4] // 64
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
+    parts = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
+    for panel in gl.static_range(panels):
+        for half in gl.static_range(2):
+            at = [batch, head, other if half else row, 64 * panel]
+            to = parts.index(2 * panel + half)
+            tma.async_copy_global_to_shared(desc, at, full.index(place), to)
+    return _next(ring, place, phase)
+
+
 # Two groups of warps multiply.
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, queries, keys, values, told, entries, bounds, results, scale):
+def _multiply(
+    half: gl.constexpr,
+    paired: gl.constexpr,
+    queries,
+    keys,
+    values,
+    told,
+    entries,
+    bounds,
+    results,
+    scale,
+):
     width: gl.constexpr = queries[0].shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     room, full, empty = queries
     rings = keys, values
     place, phase, v_place, v_phase, q_place, q_phase, done = 0, 0, 0, 0, 0, 0, 0
     mbarrier.wait(full.index(0), 0)
-    row, head, batch, first, edges, tiles, key, about = _task(told, 0)
-    bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
+    row, head, batch, first, edges, tiles, tile = _task(told, 0, paired)
+    rows_on: gl.constexpr = 0 if paired else 64 * half
+    bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
     while row < bounds[2]:
         # The next entry is read long before it is needed.
-        key1, about1 = entry(entries, first + 1)
+        tile1 = _tile(entries, first + 1, paired)
         q_room = room.index(2 * q_place + half)
         q = q_room.reshape([64, width])
         scores = _times_keys(q, keys, place, phase, _WHOLE)
@@ -256,35 +340,36 @@ def _multiply(half: gl.constexpr, queries, keys, values, told, entries, bounds, 
         s = hopper.warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(keys[2].index(place), count=1)
         place, phase = _next(keys, place, phase)
-        own = row + 64 * half
-        if about & 15:
-            s = _mask(s, key, about, bound, bounds, own)
+        own = row + rows_on
+        if tile[1] & 15:
+            s = _mask(s, tile, bound, bounds, own, _WHOLE, paired)
         top = gl.full([64], float("-inf"), gl.float32, _BY_ROW)
         total = gl.zeros([64], gl.float32, _BY_ROW)
         p, _shrink, top, total = _softmax(s, top, total, scale)
         acc = gl.zeros([64, width], gl.float32, sums)
         flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), top, total
         for j in range(1, edges):
-            key, about = key1, about1
-            key1, about1 = entry(entries, first + j + 1)
-            kind = (about >> (2 * half)) & 3
+            tile = tile1
+            tile1 = _tile(entries, first + j + 1, paired)
+            kind = tile[1] & 3 if paired else (tile[1] >> (2 * half)) & 3
             # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
             # another one sets.
             for _ in range((kind < 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _WHOLE)
-            for _ in range((kind == 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _FIRST)
-            for _ in range((kind == 3).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, key, about, bounds, own, True, _LAST)
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired)
+            for _ in range((kind == 3 if paired else kind == 2).to(gl.int32)):
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired)
+            if not paired:
+                for _ in range((kind == 3).to(gl.int32)):
+                    flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, paired)
         for _ in range(edges, tiles):
-            flow = _step(q, rings, flow, scale, key, about, bounds, own, False, _WHOLE)
+            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired)
         place, phase, v_place, v_phase, acc, p, top, total = flow
-        out_batch, out_head, out_row = batch, head, own
+        out_batch, out_head, out_row = batch, head + (half if paired else 0), own
         product = _plus_values(p, acc, values, v_place, v_phase)
         q_place, q_phase = _next(queries, q_place, q_phase)
         mbarrier.wait(full.index(q_place), q_phase)
-        row, head, batch, first, edges, tiles, key, about = _task(told, q_place)
-        bound = _bound(bounds, about, row + 64 * half, _BY_ROW)
+        row, head, batch, first, edges, tiles, tile = _task(told, q_place, paired)
+        bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(values[2].index(v_place), count=1)
         v_place, v_phase = _next(values, v_place, v_phase)
@@ -300,11 +385,16 @@ def _multiply(half: gl.constexpr, queries, keys, values, told, entries, bounds, 
 
 
 @gluon.jit
-def _task(told, place):
+def _task(told, place, paired: gl.constexpr):
+    """Its first six numbers, and its first entry."""
     room = told.index(place)
     row, head, batch, first = _told(room, 0), _told(room, 1), _told(room, 2), _told(room, 3)
-    edges, tiles, key, about = _told(room, 4), _told(room, 5), _told(room, 6), _told(room, 7)
-    return row, head, batch, first, edges, tiles, key, about
+    edges, tiles = _told(room, 4), _told(room, 5)
+    if paired:
+        tile = (_told(room, 6), _told(room, 7), _told(room, 8), _told(room, 9))
+    else:
+        tile = (_told(room, 6), _told(room, 7))
+    return row, head, batch, first, edges, tiles, tile
 
 
 @gluon.jit
@@ -318,12 +408,12 @@ def _step(
     rings,
     flow,
     scale,
-    key,
-    about,
+    tile,
     bounds,
     row,
     masked: gl.constexpr,
     part: gl.constexpr,
+    paired: gl.constexpr,
 ):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
     keys, values = rings
@@ -331,14 +421,14 @@ def _step(
     scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
     # Read before it is needed.
-    bound = _bound(bounds, about, row, by_row) if masked else 0
+    bound = _bounds(bounds, tile, row, by_row, paired and part == _WHOLE) if masked else 0
     scores = _times_keys(q, keys, place, phase, part)
     product = _plus_values(p, acc, values, v_place, v_phase)
     s = hopper.warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(keys[2].index(place), count=1)
     place, phase = _next(keys, place, phase)
     if masked:
-        s = _mask(s, key + (64 if part == _LAST else 0), about, bound, bounds, row)
+        s = _mask(s, tile, bound, bounds, row, part, paired)
     # Rows lie in the same threads, whatever the number of keys.
     top, total = gl.convert_layout(top, by_row), gl.convert_layout(total, by_row)
     p, shrink, top, total = _softmax(s, top, total, scale)
@@ -391,6 +481,26 @@ def entry(entries, at):
 
 
 @gluon.jit
+def _tile(entries, at, paired: gl.constexpr):
+    if paired:
+        first = entries + 4 * at
+        found = (gl.load(first), gl.load(first + 1), gl.load(first + 2), gl.load(first + 3))
+    else:
+        found = entry(entries, at)
+    return found
+
+
+@gluon.jit
+def _bounds(bounds, tile, row, by_row: gl.constexpr, paired: gl.constexpr):
+    """Those that cut a tile, or each of its halves."""
+    if paired:
+        found = (_bound(bounds, tile[1], row, by_row), _bound(bounds, tile[3], row, by_row))
+    else:
+        found = (_bound(bounds, tile[1], row, by_row),)
+    return found
+
+
+@gluon.jit
 def _bound(bounds, about, row, by_row: gl.constexpr):
     """The bound of 64 queries that cuts: the first key that they see, or the end of those."""
     lo, hi, rows = bounds
@@ -404,19 +514,34 @@ def _bound(bounds, about, row, by_row: gl.constexpr):
 
 
 @gluon.jit
-def _mask(s, key, about, bound, bounds, row):
-    lo, _, rows = bounds
+def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr):
     by_row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     j = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+    key, about = tile[0] + (64 if part == _LAST else 0), tile[1]
     # Before the end, or not before the first one.
-    s = gl.where((j < (bound - key)[:, None]) ^ ((about & 16) != 0), s, float("-inf"))
-    # A loop of one turn or none: a branch becomes a second comparison for all.
-    for _ in range((about >> 5) & 1):
-        i = row + gl.arange(0, 64, by_row)
-        at = (about >> 6).to(gl.int64) * rows + i
-        begin = gl.load(lo + at, mask=i < rows, other=0)
-        s = gl.where(j >= (begin - key)[:, None], s, float("-inf"))
+    if paired and part == _WHOLE:
+        behind = j >= 64
+        end = gl.where(behind, (bound[1] - tile[2] + 64)[:, None], (bound[0] - key)[:, None])
+        turned = gl.where(behind, (tile[3] & 16) != 0, (about & 16) != 0)
+        s = gl.where((j < end) ^ turned, s, float("-inf"))
+        for _ in range(((about | tile[3]) >> 5) & 1):
+            begin = (_first_key(bounds, about, row, by_row) - key)[:, None]
+            other = (_first_key(bounds, tile[3], row, by_row) - tile[2] + 64)[:, None]
+            s = gl.where(j >= gl.where(behind, other, begin), s, float("-inf"))
+    else:
+        s = gl.where((j < (bound[0] - key)[:, None]) ^ ((about & 16) != 0), s, float("-inf"))
+        # A loop of one turn or none: a branch becomes a second comparison for all.
+        for _ in range((about >> 5) & 1):
+            begin = _first_key(bounds, about, row, by_row)
+            s = gl.where(j >= (begin - key)[:, None], s, float("-inf"))
     return s
+
+
+@gluon.jit
+def _first_key(bounds, about, row, by_row: gl.constexpr):
+    lo, _, rows = bounds
+    i = row + gl.arange(0, 64, by_row)
+    return gl.load(lo + (about >> 6).to(gl.int64) * rows + i, mask=i < rows, other=0)
 
 
 @gluon.jit

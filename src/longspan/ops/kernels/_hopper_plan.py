@@ -12,7 +12,9 @@ side alone.
 Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
 first, and what is as long in the order of key heads and rows, so that programs that run at the
 same time read the same keys. Batch rows that share keys count as more query heads of them. Where
-there are fewer tasks than processors, long ones are split by keys (see ``_hopper_parts``).
+there are fewer tasks than processors, long ones are split by keys (see ``_hopper_parts``). Where
+tiles are mostly in vain, as with blocks of 64, they are put together from halves for two query
+heads (see ``_hopper_pairs``).
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
@@ -30,7 +32,8 @@ import torch
 from torch import Tensor
 
 from longspan.ops.kept import Kept
-from longspan.ops.kernels._hopper_parts import parts_of, split
+from longspan.ops.kernels._hopper_pairs import HALF, paired
+from longspan.ops.kernels._hopper_parts import PROGRAMS, parts_of, split
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 
@@ -44,6 +47,11 @@ MOST_TASKS = (1 << 28) - 1
 MOST_PLANES = 1 << 25
 # Of the L2 cache for keys and values; queries and outputs pass through it too.
 _SECTION_BYTES = 32 << 20
+# Tiles for each 128 * 128 pairs from which on halves are looked at, how many times the tiles they
+# may make to be taken, and how many of those there may be to look at all.
+_IN_VAIN, _WORTH, _MOST_PAIRED = 1.1, 0.95, 1 << 26
+# Tiles of queries from which on tasks are not split by keys.
+_FEW = PROGRAMS
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,29 +61,33 @@ class HopperPlan:
     Attributes:
         lo_PN: int32, lower bounds, those of range t of group g in row ``g m + t``.
         hi_PN: the same of the upper bounds.
-        entries_E2: int32, the first key of each tile, and 64 times the row of its bounds with the
-            bits that ``_hopper_forward`` describes.
-        tasks_T8: int32, for each task its first query row, head, batch row, first entry, number
-            of entries before those that are whole (the first one counts, and is whole if any
-            is), number of entries, and its first entry. Where tasks are split, part s of batch
-            row b has batch row ``s B + b``, and its first entry may need a mask in any case.
+        entries: int32 [E, 2], the first key of each tile, and 64 times the row of its bounds with
+            the bits that ``_hopper_forward`` describes.
+        tasks: int32 [T, 8], for each task its first query row, head, batch row, first entry,
+            number of entries before those that are whole (the first one counts, and is whole if
+            any is), number of entries, and its first entry. Where tasks are split, part s of
+            batch row b has batch row ``s B + b``, and its first entry may need a mask in any
+            case.
         parts: into which each task is split by keys.
+        paired: whether tasks and tiles are those of ``_hopper_pairs``: int32 [T, 16], ten of
+            which count, and [E, 4].
     """
 
     lo_PN: Tensor
     hi_PN: Tensor
-    entries_E2: Tensor
-    tasks_T8: Tensor
+    entries: Tensor
+    tasks: Tensor
     parts: int
+    paired: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return self.lo_PN, self.hi_PN, self.entries_E2, self.tasks_T8
+        return self.lo_PN, self.hi_PN, self.entries, self.tasks
 
 
 PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.tensors)
-_runs: WeakKeyDictionary[KeyRanges, dict[int | None, _Runs]] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[KeyRanges, dict[tuple[int | None, int], _Runs]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +102,7 @@ class _Runs:
         count_GQ: tiles of each task.
         edges_GQ: the first one, and all that need a mask.
         tiles: the bounds of the rows of each task.
+        size: rows of a task, and keys of a tile.
     """
 
     key_R: Tensor
@@ -99,6 +112,7 @@ class _Runs:
     count_GQ: Tensor
     edges_GQ: Tensor
     tiles: RowTiles
+    size: int
 
 
 def most_tiles(ranges: KeyRanges) -> int:
@@ -139,20 +153,27 @@ def plan_of(
     # Training reads what is made here, whoever asks first.
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
-        runs = _runs_of(ranges, length)
-        entries_E2 = _entries(ranges, runs)
-        grid_AKQS8 = _tasks(runs, group_BH.expand(heads), key_heads, entries_E2)
-        tasks_T8 = _in_order(grid_AKQS8, section)
-        parts = parts_of(tasks_T8[:, 5], len(entries_E2) - 1)
+        runs, parts = _runs_of(ranges, length), 1
+        group_AKS = by_key_head(group_BH.expand(heads), key_heads)
+        halves = None if length else _halves(ranges, runs, group_AKS, heads[1] // key_heads[1])
+        if halves is None:
+            entries, about_GQ3 = _entries(ranges, runs)
+        else:
+            entries, about_GQ3 = _pairs(ranges, halves)
+        grid = _tasks(about_GQ3, entries, group_BH.expand(heads), key_heads)
+        tasks = _in_order(grid, section)
+        if halves is None:
+            parts = parts_of(tasks[:, 5], len(entries) - 1)
         if parts > 1:
             unseen = runs.tiles.last.amax().int()
-            tasks_T8 = split(tasks_T8, parts, heads[0], entries_E2, unseen)
+            tasks = split(tasks, parts, heads[0], entries, unseen)
         return HopperPlan(
             lo_GNm.mT.flatten(0, 1).contiguous(),
             hi_GNm.mT.flatten(0, 1).contiguous(),
-            entries_E2,
-            tasks_T8,
+            entries,
+            tasks,
             parts,
+            halves is not None,
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
@@ -177,19 +198,42 @@ def heads_of(group_BH: Tensor) -> tuple[Tensor, Tensor]:
     return head_H.expand_as(group_BH), row_B[:, None].expand_as(group_BH)
 
 
-def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
+def _runs_of(ranges: KeyRanges, length: int | None = None, size: int = TILE) -> _Runs:
     kept = _runs.setdefault(ranges, {})
-    if length not in kept:
-        kept[length] = _find_runs(ranges, length)
-    return kept[length]
+    if (length, size) not in kept:
+        kept[length, size] = _find_runs(ranges, length, size)
+    return kept[length, size]
 
 
-def _find_runs(ranges: KeyRanges, in_row: int | None) -> _Runs:
-    tiles = row_tiles(ranges, TILE)
+def _halves(ranges: KeyRanges, runs: _Runs, group_AKS: Tensor, share: int) -> _Runs | None:
+    """Halves of tiles for pairs of heads, where they make far fewer tiles; else None.
+
+    Args:
+        ranges: visible keys.
+        runs: their tiles.
+        group_AKS: range groups of the query heads of each key head.
+        share: query heads of a key head in a batch row.
+    """
+    count_GQ = runs.count_GQ
+    if share % 2 or group_AKS.numel() * (ranges.queries // TILE) < _FEW:
+        return None
+    seen = (ranges.hi_GNm - ranges.lo_GNm).clamp(min=0).sum(dtype=torch.int64)
+    alike = (group_AKS[..., ::2] == group_AKS[..., 1::2]).all()
+    tiles, pairs, same = torch.stack([count_GQ.sum(), seen, alike.long()]).tolist()
+    if not same or tiles > _MOST_PAIRED or tiles * TILE**2 < _IN_VAIN * pairs:
+        return None
+    halves = _runs_of(ranges, size=HALF)
+    # Each is for two heads, and for half of the queries.
+    found = int(((halves.count_GQ + 1) // 2).sum())
+    return halves if found <= _WORTH * 2 * tiles else None
+
+
+def _find_runs(ranges: KeyRanges, in_row: int | None, size: int) -> _Runs:
+    tiles = row_tiles(ranges, size)
     if in_row is not None:
         # No tile reads keys of two batch rows.
         across = tiles.first // in_row != (tiles.last - 1) // in_row
-        tiles.first.sub_((tiles.first % TILE).masked_fill(~across, 0))
+        tiles.first.sub_((tiles.first % size).masked_fill(~across, 0))
     groups, rows, count = tiles.first.shape
     # A task without keys reads a tile that it does not see.
     none_GQ = (tiles.last == 0).all(-1)
@@ -197,24 +241,24 @@ def _find_runs(ranges: KeyRanges, in_row: int | None) -> _Runs:
     tiles.last[..., 0].masked_fill_(none_GQ, 1)
     first, begun, ended, last, every = (x.flatten() for x in tiles)
     # Tiles before the ones that all rows see whole, these, and tiles behind them.
-    length = _tiles(last - first)
-    before = torch.minimum(_tiles(begun - first), length)
-    whole = ((ended - first) // TILE - before).clamp(min=0) * every
+    length = _tiles(last - first, size)
+    before = torch.minimum(_tiles(begun - first, size), length)
+    whole = ((ended - first) // size - before).clamp(min=0) * every
     before = before.where(whole > 0, length)
     behind = length - before - whole
     gaps = (begun > ended).nonzero()[:, 0]
-    key_s, length_s, at_s = _without_gaps(ranges, first, gaps)
+    key_s, length_s, at_s = _without_gaps(ranges, first, gaps, size)
     before_key, whole_key, behind_key = (
         first,
-        first + before * TILE,
-        first + (before + whole) * TILE,
+        first + before * size,
+        first + (before + whole) * size,
     )
     before = before.index_fill(0, gaps, 0)
     # A whole tile leads where there is one: the first product of a task then needs no mask.
     some = (whole > 0).view(-1, count)
     lead = (some & (some.cumsum(1) == 1)).flatten().long()
     at = torch.arange(len(first), device=first.device)
-    key_R = torch.cat([whole_key, before_key, behind_key, key_s, whole_key + lead * TILE])
+    key_R = torch.cat([whole_key, before_key, behind_key, key_s, whole_key + lead * size])
     length_R = torch.cat([lead, before, behind, length_s, whole - lead])
     at_R = torch.cat([at, at, at, at_s, at])
     place_R = torch.arange(len(key_R), device=at.device)
@@ -228,53 +272,78 @@ def _find_runs(ranges: KeyRanges, in_row: int | None) -> _Runs:
     used = used[(3 * task_R + 1 + full_R.long() - leads_R.long())[used].argsort(stable=True)]
     edge_R = ~(leads_R | full_R)
     runs = (key_R[used], length_R[used], at_R[used], edge_R[used])
-    return _Runs(*runs, count_GQ, edges_GQ, tiles)
+    return _Runs(*runs, count_GQ, edges_GQ, tiles, size)
 
 
-def _tiles(keys: Tensor) -> Tensor:
-    return -(-keys.clamp(min=0) // TILE)
+def _tiles(keys: Tensor, size: int) -> Tensor:
+    return -(-keys.clamp(min=0) // size)
 
 
-def _without_gaps(ranges: KeyRanges, first_X: Tensor, at_s: Tensor) -> tuple[Tensor, ...]:
+def _without_gaps(
+    ranges: KeyRanges, first_X: Tensor, at_s: Tensor, size: int
+) -> tuple[Tensor, ...]:
     """Runs of tiles of some ranges whose rows have no key in common.
 
     Args:
         ranges: visible keys.
         first_X: the first key of each [G, Q, m].
         at_s: which ones.
+        size: rows of a task, and keys of a tile.
 
     Returns:
         First key and number of tiles of each run, and whose it is.
     """
     lo, hi = (
-        by_tile(x, TILE, 0).transpose(2, 3).flatten(0, 2)[at_s]
+        by_tile(x, size, 0).transpose(2, 3).flatten(0, 2)[at_s]
         for x in (ranges.lo_GNm, ranges.hi_GNm)
     )
     # All counted in tiles from the first key on. Rows in the order in which their tiles begin;
     # those without any last.
     some, first = lo < hi, first_X[at_s, None]
-    most = ranges.keys // TILE + 1
-    lo, order = ((lo - first) // TILE).where(some, most).sort(dim=1)
-    seen = _tiles(hi - first).where(some, 0).gather(1, order).cummax(1).values
+    most = ranges.keys // size + 1
+    lo, order = ((lo - first) // size).where(some, most).sort(dim=1)
+    seen = _tiles(hi - first, size).where(some, 0).gather(1, order).cummax(1).values
     begins = lo < most
     begins[:, 1:] &= lo[:, 1:] > seen[:, :-1]
     at = begins.flatten().nonzero()[:, 0]
     # Each run ends before the next one begins, and some row begins the first one of its rows.
     stop = torch.cat([at[1:], at.new_tensor([begins.numel()])])[: len(at)] - 1
-    whose, begin = at // TILE, lo.flatten()[at]
-    return first[whose, 0] + begin * TILE, seen.flatten()[stop] - begin, at_s[whose]
+    whose, begin = at // size, lo.flatten()[at]
+    return first[whose, 0] + begin * size, seen.flatten()[stop] - begin, at_s[whose]
 
 
-def _entries(ranges: KeyRanges, runs: _Runs) -> Tensor:
-    """Runs written out: int32 [E + 1, 2]. One more than there are, for who reads ahead."""
-    length_R = runs.length_R
+def _entries(ranges: KeyRanges, runs: _Runs) -> tuple[Tensor, Tensor]:
+    """Tiles of all tasks: int32 [E + 1, 2], one more than there are, for who reads ahead.
+
+    And for each task the first one, how many come before those that are whole, and all [G, Q, 3].
+    """
+    entries_E2, edge_s, at_s = _listed(ranges, runs)
+    entries_E2[edge_s, 1] += _bits(ranges, runs.tiles, entries_E2[edge_s, 0], at_s)
+    end_GQ = runs.count_GQ.flatten().cumsum(0, dtype=torch.int64).view_as(runs.count_GQ)
+    about = (end_GQ - runs.count_GQ, runs.edges_GQ, runs.count_GQ)
+    return entries_E2, torch.stack(about, -1)
+
+
+def _pairs(ranges: KeyRanges, halves: _Runs) -> tuple[Tensor, Tensor]:
+    """The same of tiles of two halves each: int32 [E + 1, 4]."""
+    half_E2, edge_s, at_s = _listed(ranges, halves)
+    lower_s, upper_s = cuts(halves.tiles, half_E2[edge_s, 0], at_s, HALF)
+    half_E2[edge_s, 1] += 1 + (lower_s.int() << (4 + upper_s.int()))
+    counts = (x.flatten().long() for x in (halves.count_GQ, halves.edges_GQ))
+    entries_E4, *about = paired(half_E2[:-1], *counts, behind=ranges.keys)
+    return entries_E4, torch.stack(about, -1).view(*halves.count_GQ.shape, 3)
+
+
+def _listed(ranges: KeyRanges, runs: _Runs) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs written out: int32 [E + 1, 2]; which have a mask, and whose those are, of X."""
+    length_R, size = runs.length_R, runs.size
     start_R = length_R.cumsum(0, dtype=torch.int64) - length_R
     count = int(start_R[-1] + length_R[-1])
     entries_E2 = runs.key_R.new_zeros(count + 1, 2, dtype=torch.int32)
-    for column, number_R in enumerate((runs.key_R - TILE * start_R, _plane(ranges, runs.at_R))):
+    for column, number_R in enumerate((runs.key_R - size * start_R, _plane(ranges, runs))):
         number_E = number_R.repeat_interleave(length_R, output_size=count)
         if column == 0:
-            number_E += torch.arange(0, TILE * count, TILE, device=number_E.device)
+            number_E += torch.arange(0, size * count, size, device=number_E.device)
         entries_E2[:-1, column] = number_E
     entries_E2[:, 1] *= 64
     # The edges alone once more, with whose they are.
@@ -282,14 +351,14 @@ def _entries(ranges: KeyRanges, runs: _Runs) -> Tensor:
     shift_R = start_R - (length_R.cumsum(0, dtype=torch.int64) - length_R)
     at_s, edge_s = (x.repeat_interleave(length_R) for x in (at_R, shift_R))
     edge_s += torch.arange(len(edge_s), device=edge_s.device)
-    entries_E2[edge_s, 1] += _bits(ranges, runs.tiles, entries_E2[edge_s, 0], at_s)
-    return entries_E2
+    return entries_E2, edge_s, at_s
 
 
-def _plane(ranges: KeyRanges, at_R: Tensor) -> Tensor:
-    """The row of bounds of some of X."""
+def _plane(ranges: KeyRanges, runs: _Runs) -> Tensor:
+    """The row of bounds of each run."""
     _, rows, count = ranges.lo_GNm.shape
-    return at_R // (-(-rows // TILE) * count) * count + at_R % count
+    at_R = runs.at_R
+    return at_R // (-(-rows // runs.size) * count) * count + at_R % count
 
 
 def _bits(ranges: KeyRanges, tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Tensor:
@@ -314,19 +383,20 @@ def _bits(ranges: KeyRanges, tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Te
     return bits_s.int()
 
 
-def cuts(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> tuple[Tensor, Tensor]:
+def cuts(tiles: RowTiles, key_s: Tensor, at_s: Tensor, size: int = TILE) -> tuple[Tensor, Tensor]:
     """Whether lower bounds, and upper bounds, cut some tiles of keys.
 
     Args:
         tiles: bounds by tiles of rows.
         key_s: the first key of each tile.
         at_s: whose it is, of X.
+        size: keys of a tile.
     """
     begun_s, ended_s, whole_s = (
         x.flatten().index_select(0, at_s) for x in (tiles.begun, tiles.ended, tiles.whole)
     )
     # Rows that lack the range say so by both of their bounds.
-    return (key_s < begun_s) | ~whole_s, (key_s + TILE > ended_s) | ~whole_s
+    return (key_s < begun_s) | ~whole_s, (key_s + size > ended_s) | ~whole_s
 
 
 def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,24 +410,21 @@ def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(
-    runs: _Runs, group_BH: Tensor, key_heads: tuple[int, ...], entries_E2: Tensor
+    about_GQ3: Tensor, entries: Tensor, group_BH: Tensor, key_heads: tuple[int, ...]
 ) -> Tensor:
-    """All tasks, int32 [A, K, Q, S, 8]."""
-    count_GQ = runs.count_GQ
-    end_GQ = count_GQ.flatten().cumsum(0, dtype=torch.int64).view_as(count_GQ)
-    first_GQ = end_GQ - count_GQ
-    about_GQc = torch.stack([first_GQ, runs.edges_GQ, count_GQ], -1).int()
-    about_GQc = torch.cat([about_GQc, entries_E2[first_GQ]], -1)
+    """All tasks, int32 [A, K, Q, S, 8]; of pairs of heads [A, K, Q, S / 2, 16]."""
+    about_GQc = torch.cat([about_GQ3.int(), entries[about_GQ3[..., 0]]], -1)
+    pair = entries.shape[1] // 2
     group_AKS, head_AKS, row_AKS = (
-        by_key_head(x_BH, key_heads) for x_BH in (group_BH, *heads_of(group_BH))
+        by_key_head(x_BH, key_heads)[..., ::pair] for x_BH in (group_BH, *heads_of(group_BH))
     )
-    rows = count_GQ.shape[1]
-    grid = about_GQc.new_empty(*group_AKS.shape[:2], rows, group_AKS.shape[2], 8)
-    first_Q = torch.arange(0, rows * TILE, TILE, dtype=torch.int32, device=grid.device)
+    rows, size = about_GQ3.shape[1], TILE // pair
+    grid = about_GQc.new_zeros(*group_AKS.shape[:2], rows, group_AKS.shape[2], 8 * pair)
+    first_Q = torch.arange(0, rows * size, size, dtype=torch.int32, device=grid.device)
     grid[..., 0] = first_Q[:, None]
     grid[..., 1] = head_AKS[:, :, None]
     grid[..., 2] = row_AKS[:, :, None]
-    grid[..., 3:] = about_GQc[group_AKS].transpose(2, 3)
+    grid[..., 3 : 3 + about_GQc.shape[2]] = about_GQc[group_AKS].transpose(2, 3)
     return grid
 
 

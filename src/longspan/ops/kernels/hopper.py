@@ -5,7 +5,7 @@ that load the next task while they write the last one (see ``_hopper_forward``),
 that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width
 alone, so that a new pattern is a new plan of a few milliseconds. A few queries that see very many
 keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs are rounded to the
-dtype of the queries before they are joined.
+dtype of the queries before they are joined, and heads stand as rows there (see ``_hopper_rows``).
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
 memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head,
@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, needs_grad
-from longspan.ops.empty import harmless
+from longspan.ops.empty import Index, harmless
 from longspan.ops.fused import merge_stacked, tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
@@ -41,6 +42,7 @@ from longspan.ops.kernels._hopper_plan import (
     most_tiles,
     plan_of,
 )
+from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
@@ -58,6 +60,9 @@ _LEAST_SCALE = 1e-30
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
 _LOG2_E = 1.4426950408889634
+_kept: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], _Ready | HeadsAsRows]] = (
+    WeakKeyDictionary()
+)
 
 
 def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -> list[str]:
@@ -221,15 +226,39 @@ def _ready(
     scale: float,
     *,
     backward: bool,
-) -> _Ready:
-    """The plans for these ranges and tensors."""
-    if found := reasons(q_BHND, k_BKMD, v_BKMD, ranges):
+) -> _Ready | HeadsAsRows:
+    """The plans for these ranges and tensors, made once for such tensors."""
+    inputs = q_BHND, k_BKMD, v_BKMD
+    sure = backward and torch.are_deterministic_algorithms_enabled()
+    kept = _kept.setdefault(ranges, {})
+    name = (scale, backward, sure, *((x.shape, x.dtype, x.device) for x in inputs))
+    if name in kept:
+        return kept[name]
+    if found := reasons(*inputs, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
-    heads, key_heads = q_BHND.shape[:2], k_BKMD.shape[:2]
+    (batch, heads), key_heads = q_BHND.shape[:2], k_BKMD.shape[1]
+    if rows := heads_as_rows(ranges, batch, heads, key_heads):
+        ready = _planned(rows[0], (batch, key_heads), k_BKMD, v_BKMD, scale, backward=backward)
+        made = HeadsAsRows(ready, heads // key_heads, rows[1])
+    else:
+        made = _planned(ranges, (batch, heads), k_BKMD, v_BKMD, scale, backward=backward)
+    kept[name] = made
+    return made
+
+
+def _planned(
+    ranges: KeyRanges,
+    heads: tuple[int, ...],
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    scale: float,
+    *,
+    backward: bool,
+) -> _Ready:
+    """The same of batch rows of queries and query heads, which stand as they are."""
     length = k_BKMD.shape[2] if ranges.key_rows > 1 else None
-    if length:
-        key_heads = 1, key_heads[1]
-    row_bytes = k_BKMD.shape[3] * k_BKMD.element_size() + v_BKMD.shape[3] * v_BKMD.element_size()
+    key_heads = 1 if length else k_BKMD.shape[0], k_BKMD.shape[1]
+    row_bytes = sum(x.shape[3] * x.dtype.itemsize for x in (k_BKMD, v_BKMD))
     plan = plan_of(ranges, heads, key_heads, row_bytes, length)
     back = back_plan_of(ranges, heads, key_heads, length) if backward else None
     return _Ready(plan, back, scale, length)
@@ -240,7 +269,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ready: _Ready
+        ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ready: _Ready | HeadsAsRows
     ) -> tuple[Tensor, Tensor]:
         out_BHND, lse_BHN = ready.forward(q_BHND, k_BKMD, v_BKMD)
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
@@ -254,7 +283,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any, dout_BHND: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *rows, lse_BHN = ctx.saved_tensors
-        slopes = harmless(ctx.ready.back.empty, lse_BHN, dout_BHND, dlse_BHN)
+        slopes = harmless(ctx.ready.empty, lse_BHN, dout_BHND, dlse_BHN)
         return *ctx.ready.backward(*rows, *slopes), None
 
 
@@ -274,6 +303,12 @@ class _Ready:
     scale: float
     length: int | None = None
 
+    @property
+    def empty(self) -> Index | None:
+        """The rows that see no key, where there is a backward."""
+        assert self.back is not None
+        return self.back.empty
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -287,7 +322,8 @@ class _Ready:
         else:
             out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
         compiled = _compiled(width, v.shape[3])
-        tasks, parts = len(self.plan.tasks_T8), self.plan.parts
+        tasks, parts, pairs = len(self.plan.tasks), self.plan.parts, self.plan.paired
+        tile = (64, 64) if pairs else (128, compiled)
         lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
         to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
         described = _kernels().described
@@ -296,13 +332,13 @@ class _Ready:
             (min(_programs(q.device), tasks), 1, 1),
             (
                 described(q_BHND, 64, compiled),
-                described(k_BKMD, 128, compiled),
-                described(v_BKMD, 128, compiled),
+                described(k_BKMD, *tile),
+                described(v_BKMD, *tile),
                 described(to, 64, compiled),
                 lse,
                 lse.new_zeros(1, dtype=torch.int32),
-                self.plan.tasks_T8,
-                self.plan.entries_E2,
+                self.plan.tasks,
+                self.plan.entries,
                 self.plan.lo_PN,
                 self.plan.hi_PN,
                 tasks,
@@ -314,10 +350,11 @@ class _Ready:
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
+                pairs,
             ),
             device=q.device,
             # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled),
+            alike=(q.dtype, compiled, pairs),
         )
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)

@@ -1,0 +1,125 @@
+"""Query heads of a key head as rows of one, where there are few rows.
+
+    q [B, K S, n, D]  as  [B, K, S n, D]
+
+A tile has 128 queries, and reads all keys for a few of them as well: one query of a decoding step,
+or three global tokens. Heads that share a key head and see the same keys then fill it together
+(grouped queries packed, as in FlashAttention-2 and FlashInfer), so that keys are read once for all
+of them. A view where rows of neighbouring heads follow each other in memory, else a copy of few
+rows.
+
+O(G S n m) time and memory for the bounds, with a wait or two, once for the ranges.
+
+Axes: B batch, H = K S query heads, K key heads, S query heads of a key head, n query rows, G range
+groups, m ranges per query, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from longspan.ops.capability import PlacedHalves
+from longspan.ops.empty import Index, index_of
+from longspan.ops.ranges import KeyRanges
+
+# Half a tile: two heads fill one.
+MOST_ROWS = 64
+
+_Found = tuple[KeyRanges, Index | None] | None
+_kept: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], _Found]] = WeakKeyDictionary()
+
+
+def heads_as_rows(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> _Found:
+    """The ranges of S n rows of each key head; kept as long as ``ranges`` lives.
+
+    Args:
+        ranges: visible keys of n rows.
+        batch: batch rows of the queries.
+        heads: query heads.
+        key_heads: key heads, which divide them.
+
+    Returns:
+        Those ranges, and the rows [B, H, n] that see no key; None where heads stay as they are.
+    """
+    share = heads // key_heads
+    if share == 1 or ranges.queries > MOST_ROWS:
+        return None
+    kept = _kept.setdefault(ranges, {})
+    name = batch, heads, key_heads
+    if name not in kept:
+        group_BKS = ranges.group_BH.unflatten(1, (key_heads, share))
+        alike = bool((group_BKS == group_BKS[..., :1]).all())
+        kept[name] = _made(ranges, group_BKS, batch) if alike else None
+    return kept[name]
+
+
+# Training reads what is made here, whoever asks first.
+@torch.inference_mode(False)
+def _made(ranges: KeyRanges, group_BKS: Tensor, batch: int) -> _Found:
+    share = group_BKS.shape[2]
+    lo_GRm, hi_GRm = (x.repeat(1, share, 1) for x in (ranges.lo_GNm, ranges.hi_GNm))
+    group_BK = group_BKS[..., 0].contiguous()
+    empty_GN = ~(ranges.lo_GNm < ranges.hi_GNm).any(-1)
+    empty_BHN = empty_GN[ranges.group_BH.expand(batch, -1)]
+    rows = replace(ranges, lo_GNm=lo_GRm, hi_GNm=hi_GRm, group_BH=group_BK)
+    return rows, index_of(empty_BHN)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsAsRows:
+    """``PlacedHalves`` over heads by those over rows.
+
+    Attributes:
+        rows: over queries [B, K, S n, D].
+        share: query heads of a key head S.
+        empty: rows [B, H, n] that see no key; None if every one sees some.
+    """
+
+    rows: PlacedHalves
+    share: int
+    empty: Index | None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+        found, lse = self.rows.forward(self._packed(q), k, v)
+        return self._put(found, q, out), self._unpacked(lse)
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        into: Sequence[Tensor | None] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        dout, dlse = (None if x is None else self._packed(x) for x in (dout, dlse))
+        rows = self._packed(q), k, v, self._packed(out), self._packed(lse)
+        to_q, *to_others = into or (None, None, None)
+        dq, dk, dv = self.rows.backward(*rows, dout, dlse, (None, *to_others))
+        return None if dq is None else self._put(dq, q, to_q), dk, dv
+
+    def _packed(self, x_BHn: Tensor) -> Tensor:
+        return x_BHn.unflatten(1, (-1, self.share)).flatten(2, 3)
+
+    def _unpacked(self, x_BKR: Tensor) -> Tensor:
+        return x_BKR.unflatten(2, (self.share, -1)).flatten(1, 2)
+
+    def _put(self, found_BKRD: Tensor, q_BHnD: Tensor, place: Tensor | None) -> Tensor:
+        """Rows of heads, where they belong or laid out in memory as the queries."""
+        found_BHnD = self._unpacked(found_BKRD)
+        if place is None:
+            if found_BHnD.shape[3] != q_BHnD.shape[3] or q_BHnD.is_contiguous():
+                return found_BHnD
+            place = torch.empty_like(q_BHnD)
+        return place.copy_(found_BHnD)

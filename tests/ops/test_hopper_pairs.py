@@ -1,0 +1,212 @@
+"""Tiles of two halves for two heads: every pair of a query and a key once, and no half in vain."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from tests.ops import cases
+from tests.ops.test_flex import gpu, tensors, to, window
+from tests.ops.test_hopper import (
+    PLANNED,
+    alternating,
+    any_ranges,
+    compare,
+    forget_plans,
+    here,
+    in_rows,
+    on_gpu,
+    plan,
+)
+from tests.ops.test_hopper_backward import equals_the_oracle
+
+from longspan.ops.kernels import _hopper_plan
+from longspan.ops.ranges import KeyRanges
+
+module = importlib.import_module("longspan.ops.kernels.hopper")
+
+
+def always(monkeypatch):
+    """Whatever can be put together is."""
+    for name, value in (("_IN_VAIN", 0), ("_WORTH", 1 << 30), ("_FEW", 0)):
+        monkeypatch.setattr(_hopper_plan, name, value)
+    forget_plans(monkeypatch)
+
+
+def half(made, row, key, about, *, masked):
+    """bool [64, 64]: what the kernel takes of half a tile."""
+    key_S = torch.arange(key, key + 64)
+    lo, hi = (x[about >> 6, row : row + 64, None] for x in (made.lo_PN, made.hi_PN))
+    inside = torch.ones(len(lo), 64, dtype=torch.bool)
+    if masked:
+        inside = key_S >= lo if about & 16 else key_S < hi
+        if about & 32:
+            inside = inside & (key_S >= lo)
+    return inside
+
+
+def check_pairs(ranges, batch, heads, key_heads, *, shared=False):
+    n, keys = ranges.queries, ranges.keys
+    made = plan(ranges, batch, heads, key_heads, shared=shared)
+    assert made.paired
+    assert made.parts == 1
+    for x in made.tensors:
+        assert x.dtype == torch.int32
+        assert x.is_contiguous()
+    counted = torch.zeros(batch, heads, n, keys + 128, dtype=torch.int32)
+    tasks = set()
+    for row, head, b, first, edges, count, *own in (x[:10] for x in made.tasks.tolist()):
+        entries = made.entries[first : first + count].tolist()
+        assert own == entries[0]
+        assert 1 <= edges <= count
+        assert head % 2 == 0
+        tasks.add((row, head, b))
+        missing = 0
+        for at, (key, about, other, about_other) in enumerate(entries):
+            masked, absent = about & 1, about >> 1 & 1
+            # All but the first one and the edges are whole.
+            assert at < edges or not masked
+            assert masked or at == 0 or at >= edges
+            assert absent == (other == keys)
+            assert masked or not absent
+            missing += absent
+            for own_key, own_about in ((key, about), (other, about_other)):
+                inside = half(made, row, own_key, own_about, masked=masked)
+                part = slice(own_key, own_key + 64)
+                counted[b, head : head + 2, row : row + 64, part] += inside
+        assert missing <= 1
+    assert len(tasks) == len(made.tasks) == batch * heads // 2 * -(-n // 64)
+    expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
+    assert (counted[..., :keys] == expected).all()
+    assert (counted[..., keys:] == 0).all()
+    return made
+
+
+def by_twos(ranges):
+    """The same for twice as many heads."""
+    group_BH = ranges.group_BH.repeat_interleave(2, 1)
+    return KeyRanges(ranges.lo_GNm, ranges.hi_GNm, group_BH, ranges.keys)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_every_pair_is_in_one_half(name, shared, monkeypatch):
+    always(monkeypatch)
+    build, batch, heads, key_heads = PLANNED[name]
+    ranges = build()
+    if shared:
+        batch, ranges = in_rows(ranges, batch)
+    check_pairs(by_twos(ranges), batch, 2 * heads, key_heads, shared=shared)
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_ranges())
+def test_every_pair_of_any_ranges_is_in_one_half(given):
+    ranges, batch, heads, key_heads = given
+    with pytest.MonkeyPatch.context() as patch:
+        always(patch)
+        check_pairs(by_twos(ranges), batch, 2 * heads, key_heads)
+
+
+def test_blocks_of_64_fill_their_tiles(monkeypatch):
+    ranges = alternating(4096, 4096, 11, 8)
+    made = check_pairs(ranges, 1, 8, 2)
+    # Eleven blocks, or fewer runs of them that are no longer: the sixth tile lacks a half.
+    assert made.tasks[:, 5].eq(6).all()
+    # A whole tile, one with the half that is missing, whole ones.
+    assert made.tasks[:, 4].eq(2).all()
+    monkeypatch.setattr(_hopper_plan, "_IN_VAIN", 100)
+    forget_plans(monkeypatch)
+    assert plan(ranges, 1, 8, 2).tasks[:, 5].min() > 12
+
+
+@pytest.mark.parametrize(
+    ("ranges", "heads", "key_heads"),
+    [
+        # No tile is in vain.
+        (cases.causal(4096, 8), 8, 2),
+        (window(4096, 1024, heads=8), 8, 2),
+        # Three heads have no neighbour, and one has a key head of its own.
+        (alternating(4096, 4096, 9, 6), 6, 2),
+        (alternating(4096, 4096, 9, 6), 6, 6),
+        # Few tasks are split by keys.
+        (alternating(256, 4096, 9, 4), 4, 2),
+    ],
+)
+def test_others_stay_as_they_are(ranges, heads, key_heads):
+    assert not plan(ranges, 1, heads, key_heads).paired
+
+
+def test_heads_that_differ_are_not_put_together():
+    ranges = alternating(4096, 4096, 9, 8)
+    other = alternating(4096, 4096, 9, 8)
+    lo, hi = (
+        torch.cat([x, y])
+        for x, y in zip((ranges.lo_GNm, ranges.hi_GNm), (other.lo_GNm, other.hi_GNm), strict=True)
+    )
+    for group, paired in (([0, 0, 1, 1] * 2, True), ([0, 1, 1, 0] * 2, False)):
+        found = plan(KeyRanges(lo, hi, torch.tensor([group]), 4096), 1, 8, 2)
+        assert found.paired == paired
+
+
+# Every pair of heads sees the same in these.
+PAIRED = [
+    "odd, 96",
+    "window",
+    "window of 128",
+    "sink",
+    "segments",
+    "blocks of 64",
+    "blocks of 64, few",
+    "blocks of 64, many",
+    "dense",
+]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", PAIRED)
+def test_equals_the_oracle(name, dtype, monkeypatch):
+    here()
+    always(monkeypatch)
+    made = []
+    monkeypatch.setattr(
+        module, "plan_of", lambda *x: made.append(_hopper_plan.plan_of(*x)) or made[-1]
+    )
+    compare(*on_gpu(name, dtype))
+    assert all(one.paired for one in made)
+    equals_the_oracle(name, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("name", PAIRED)
+def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
+    here()
+    always(monkeypatch)
+    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    compare(*on_gpu(name, torch.bfloat16))
+
+
+@gpu
+def test_batch_rows_share_keys(monkeypatch):
+    here()
+    always(monkeypatch)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(3, 8, 2, 500, 640, 128, 128))
+    compare(to(alternating(500, 640, 3, 8), "cuda"), q, k[:1], v[:1])
+
+
+@gpu
+def test_what_lies_behind_the_keys_does_not_matter(monkeypatch):
+    here()
+    always(monkeypatch)
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, 512, 700, 128, 128))
+    ranges = to(alternating(512, 448, 5, 4), "cuda")
+    ranges = KeyRanges(ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH, 700)
+    expected = module.hopper(q, k, v, ranges, 0.1)
+    for x in (k, v):
+        x[:, :, 448:] = float("nan")
+    for x, y in zip(module.hopper(q, k, v, ranges, 0.1), expected, strict=True):
+        assert torch.equal(x, y)
