@@ -225,6 +225,22 @@ def test_long_tasks_are_cut_by_stretches_of_queries(monkeypatch):
     assert (back.tasks_T7[:, 3] == -1).sum() == 4
 
 
+def test_a_long_task_begins_before_the_others_would_wait_for_it(monkeypatch):
+    monkeypatch.setattr(_hopper_back_plan, "PROGRAMS", 4)
+    monkeypatch.setattr(_hopper_back_plan, "_LAST", 40)
+    rank, length = torch.arange(100), torch.full((100,), 3)
+    order = _hopper_back_plan._order
+    # Alike, they stay as they are.
+    assert order(rank, length).equal(rank)
+    length[97] = 20
+    # Four programs do 20 tasks of 3 besides while one of them does the long task.
+    assert order(rank, length).tolist() == [*range(79), 97, *range(79, 97), 98, 99]
+    # However long it is, not all of them move.
+    length[97] = 1000
+    assert order(rank, length).tolist() == [*range(60), 97, *range(60, 97), 98, 99]
+    assert order(rank.flip(0), length)[0] == 99
+
+
 def test_reasons_where_gradients_are_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(module, "missing_gluon", lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import longspan as ls
 from longspan.ops import rows as rows_module
@@ -62,6 +63,26 @@ def test_take(table):
                 wanted = x[b, h, row] if row >= 0 else torch.zeros(5, dtype=torch.float64)
                 torch.testing.assert_close(found[b, h, place], wanted)
     assert torch.autograd.gradcheck(order(table).take, x)
+
+
+def test_who_asks_for_derivatives_gets_them_or_an_error(monkeypatch):
+    found, x = order(PERMUTED), torch.randn(2, 6, 4, 5)
+    wanted = found.take(x.clone().requires_grad_()).detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            found.take(dual)
+    asked = []
+    monkeypatch.setattr(rows_module._Take, "apply", lambda *_: asked.append(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+        found.take(x)
+    assert asked == [1]
+    # Nobody else pays for them.
+    assert torch.equal(found.take(x), wanted)
+    with torch.no_grad():
+        assert torch.equal(found.take(x.requires_grad_()), wanted)
+    assert asked == [1]
 
 
 def test_spread():
