@@ -56,18 +56,22 @@ def paired(
     )
     first_tile_X = tiles_X.cumsum(0) - tiles_X
 
-    task_E = torch.repeat_interleave(count_X, output_size=len(half_E2))
-    at_E = torch.arange(len(half_E2), device=half_E2.device) - first_X[task_E]
+    # There are many halves: no number takes more room than it needs.
+    def each(x_X: Tensor) -> Tensor:
+        return x_X.int().repeat_interleave(count_X, output_size=len(half_E2))
+
+    at_E = torch.arange(len(half_E2), dtype=torch.int32, device=half_E2.device) - each(first_X)
     # The second whole one goes in front of those with a mask.
-    moved_E, masked_E = two_X[task_E], masked_X[task_E]
-    second_E = moved_E & (at_E == masked_E + 1)
-    at_E += (moved_E & (at_E >= 1) & (at_E <= masked_E)).long()
-    at_E.masked_fill_(second_E, 1)
-    at_E += odd_X[task_E] * (at_E >= missing_X[task_E])
+    last_E = each(masked_X.where(two_X, -1))
+    second_E = at_E == last_E + 1
+    at_E += (at_E >= 1) & (at_E <= last_E)
+    at_E.masked_fill_(second_E & (last_E >= 0), 1)
+    at_E += at_E >= each(missing_X.where(odd_X > 0, torch.iinfo(torch.int32).max))
+    at_E += each(2 * first_tile_X)
 
     # One more than there are, for who reads ahead.
     half_2T2 = half_E2.new_tensor([behind, 1]).repeat(2 * int(tiles_X.sum()) + 2, 1)
-    half_2T2[2 * first_tile_X[task_E] + at_E] = half_E2
+    half_2T2[at_E] = half_E2
     entries_T4 = half_2T2.view(-1, 4)
     bits_T = (entries_T4[:, 1] | entries_T4[:, 3]) & 63
     absent_T = entries_T4[:, 2] == behind

@@ -49,7 +49,7 @@ MOST_PLANES = 1 << 25
 _SECTION_BYTES = 32 << 20
 # Tiles for each 128 * 128 pairs from which on halves are looked at, how many times the tiles they
 # may make to be taken, and how many of those there may be to look at all.
-_IN_VAIN, _WORTH, _MOST_PAIRED = 1.1, 0.95, 1 << 26
+_IN_VAIN, _WORTH, _MOST_PAIRED = 1.1, 0.95, 1 << 23
 # Tiles of queries from which on tasks are not split by keys.
 _FEW = PROGRAMS
 
