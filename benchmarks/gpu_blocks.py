@@ -5,9 +5,9 @@
 A query block sees whole key blocks, its own and earlier ones: 5, 10, 25 and 50 % of those before
 it, of 64 and 128 tokens, drawn at random or chosen by content (the means of queries and keys,
 ``block_topk``). Query heads that share a key head share a map. Besides, random blocks of 64 whose
-own block is cut at the diagonal, as patterns for language models have it; no other library takes
-those. N 32768, batch 1, 32 heads over 8 key heads, width 128, bfloat16, forward and forward +
-backward.
+own block is cut at the diagonal, as patterns for language models have it, which no other library
+takes, and such with a map for each query head: our kernels alone. N 32768, batch 1, 32 heads over
+8 key heads, width 128, bfloat16, forward and forward + backward.
 
 1. Every rival at 2,048 rows against float32, output and gradients. In processes side by side,
    which also compile.
@@ -74,19 +74,21 @@ WIDTH = 128
 SCALE = WIDTH**-0.5
 SIZES = (128, 64)
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
-KINDS = ("random", "content", "cut")
-# Densities of maps that are cut at the diagonal.
-CUT = (0.05, 0.25)
+KINDS = ("random", "content", "cut", "heads")
+# Those of blocks of 64 for our kernels alone, and their densities: maps that are cut at the
+# diagonal, and of each query head its own.
+OURS = ("cut", "heads")
+FEW_DENSITIES = (0.05, 0.25)
 CHECKED_ROWS = 2048
 FLEX = "FlexAttention by hand"
 # What has no cache on disk is compiled where it is timed.
 UNCACHED = ("cuDNN block-sparse", "longspan cudnn_blocks")
 
 
-def random_map(blocks: int, density: float) -> Tensor:
-    """bool [K, Q, T]: a share of the blocks up to a query's own, which is one of them."""
+def random_map(blocks: int, density: float, maps: int = KEY_HEADS) -> Tensor:
+    """bool [maps, Q, T]: a share of the blocks up to a query's own, which is one of them."""
     make = torch.Generator(device_of_this_run()).manual_seed(blocks)
-    score = torch.rand(KEY_HEADS, blocks, blocks, generator=make, device=device_of_this_run())
+    score = torch.rand(maps, blocks, blocks, generator=make, device=device_of_this_run())
     own = torch.arange(blocks, device=score.device)
     score = score.masked_fill(own > own[:, None], -1.0).masked_fill(own == own[:, None], 2.0)
     rank = score.argsort(dim=-1, descending=True).argsort(dim=-1)
@@ -110,7 +112,8 @@ def made(kind: str, n: int, size: int, density: float) -> BlockMap:
     """A map by name."""
     if kind == "content":
         return BlockMap(content_map(n, size, density), size, HEADS)
-    return BlockMap(random_map(n // size, density), size, HEADS)
+    maps = HEADS if kind == "heads" else KEY_HEADS
+    return BlockMap(random_map(n // size, density, maps), size, HEADS)
 
 
 def ranges_of(given: BlockMap, *, cut: bool = False) -> KeyRanges:
@@ -256,8 +259,8 @@ def compare(
     """Check and time the rivals on one map."""
     cut = kind == "cut"
     given = made(kind, n, size, density)
-    words = "random blocks of {}, {:.0%}, causal" if cut else f"{kind} blocks of {{}}, {{:.0%}}"
-    pattern = words.format(size, density)
+    more_words = {"cut": ", causal", "heads": ", a map for each head"}.get(kind, "")
+    pattern = f"{'random' if kind in OURS else kind} blocks of {size}, {density:.0%}{more_words}"
     about = {"kind": "speed", "pattern": pattern, "n": n, "width": WIDTH, "block": size}
     inputs = list(prompt(n)) if kind == "content" else tensors(n, WIDTH)
     seen_HQT = given.seen_HQT
@@ -268,17 +271,20 @@ def compare(
 
     rows = partial(oracle.row_error_over, keys, inputs, rows=[0, n // 3, n - 1])
     offered = rivals(size, cut=cut)
+    if kind in OURS:
+        names = [name for name in names if name.startswith("longspan")]
     makers = {name: partial(offered[name], given) for name in names if name in offered}
     ranges = ranges_of(given, cut=cut)
     # Every block of rows sees its own block.
     pairs = given.pairs - cut * HEADS * n * (size - 1) // 2
-    mean_keys, apart, filled = shape_of(ranges)
+    mean_keys, apart, filled, by_twos = shape_of(ranges)
     more = {
         "density": pairs / (HEADS * n * (n + (1 if cut else size)) / 2),
         "keys": mean_keys,
         "apart": apart,
         "several": ranges.lo_GNm.shape[2] > 1,
         "fill": filled,
+        "by_twos": by_twos,
         "auto": picked(ranges, inputs),
     }
     gpu_race.compare(makers, inputs, rows, pairs, log, about, rounds=rounds, more=more)
@@ -327,6 +333,7 @@ def measured_cases(log: Log) -> list[dict[str, Any]]:
             "apart": row["apart"],
             "several": row["several"],
             "fill": round(row["fill"], 3),
+            "by_twos": row.get("by_twos", True),
             "backward": row["way"] != "forward",
             "tflops": {},
         }
@@ -376,7 +383,7 @@ def main() -> None:
     for density in [*asked[:1], *asked[:0:-1]]:
         for size in sorted(SIZES):
             for kind in KINDS:
-                if kind == "cut" and (size != SIZE or density not in CUT):
+                if kind in OURS and (size != SIZE or density not in FEW_DENSITIES):
                     continue
                 names = able[size]
                 if size == SIZE and density > asked[0]:

@@ -3,7 +3,8 @@
 ``measured.json`` holds for each model the rates of all kernels on a few patterns and the command
 that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py`` for scattered
 blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
-128 it fills, width, keys per query, whether heads differ, and whether queries have several ranges.
+128 it fills, and where it leaves some of them empty, whether neighbouring heads see the same;
+width, keys per query, whether heads differ, and whether queries have several ranges.
 A kernel that this case lacks counts with three quarters of its rate on the nearest case that has
 it. Passes that are joined in training, with one backward, are compared together with cases of
 several passes. A model that nobody measured goes by one of the same compute capability: shares of
@@ -36,7 +37,7 @@ _NEAR = 2.0
 # What was measured on the nearest case comes before what was not, unless it is much slower.
 _ELSEWHERE = 0.75
 
-_shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool, float]] = WeakKeyDictionary()
+_shapes: WeakKeyDictionary[KeyRanges, tuple[float, bool, float, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +129,9 @@ def stored() -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def shape_of(ranges: KeyRanges) -> tuple[float, bool, float]:
-    """Mean keys of a query, whether heads differ, and how much of the tiles the pairs fill.
+def shape_of(ranges: KeyRanges) -> tuple[float, bool, float, bool]:
+    """Mean keys of a query, whether heads differ, how much of the tiles the pairs fill, and
+    whether that is all, or heads see the same by twos.
 
     Kept as long as the ranges live.
     """
@@ -138,8 +140,14 @@ def shape_of(ranges: KeyRanges) -> tuple[float, bool, float]:
         keys_G = (ranges.hi_GNm - ranges.lo_GNm).sum((1, 2), dtype=torch.int64)
         keys = keys_G[group_BH].double().mean() / ranges.queries
         apart = bool((group_BH != group_BH[:, :1]).any())
-        _shapes[ranges] = float(keys), apart, fill(ranges)
+        filled = fill(ranges)
+        _shapes[ranges] = float(keys), apart, filled, filled == 1 or _by_twos(group_BH)
     return _shapes[ranges]
+
+
+def _by_twos(group_BH: Tensor) -> bool:
+    even = group_BH.shape[1] % 2 == 0
+    return even and bool((group_BH[:, ::2] == group_BH[:, 1::2]).all())
 
 
 def nearest(
@@ -149,6 +157,7 @@ def nearest(
     keys: float,
     apart: bool,
     filled: float,
+    by_twos: bool,
     several: bool,
     backward: bool,
 ) -> Rates | None:
@@ -156,7 +165,8 @@ def nearest(
 
     def distance(case: Mapping[str, Any]) -> float:
         dense = abs(math.log2(case.get("fill", 1.0) / max(filled, 1e-3)))
-        return 2 * dense + (case["apart"] != apart) + _apart(case, width, keys, several)
+        differ = (case["apart"] != apart) + 2 * (case.get("by_twos", True) != by_twos)
+        return 2 * dense + differ + _apart(case, width, keys, several)
 
     same = sorted((case for case in cases if case["backward"] == backward), key=distance)
     if not same:
