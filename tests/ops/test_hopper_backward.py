@@ -227,7 +227,8 @@ def test_long_tasks_are_cut_by_stretches_of_queries(monkeypatch):
 
 def test_a_long_task_begins_before_the_others_would_wait_for_it(monkeypatch):
     monkeypatch.setattr(_hopper_back_plan, "PROGRAMS", 4)
-    monkeypatch.setattr(_hopper_back_plan, "_LAST", 40)
+    monkeypatch.setattr(_hopper_back_plan, "_LAST", 4)
+    monkeypatch.setattr(_hopper_back_plan, "_TAIL", 40)
     rank, length = torch.arange(100), torch.full((100,), 3)
     order = _hopper_back_plan._order
     # Alike, they stay as they are.
@@ -235,9 +236,12 @@ def test_a_long_task_begins_before_the_others_would_wait_for_it(monkeypatch):
     length[97] = 20
     # Four programs do 20 tasks of 3 besides while one of them does the long task.
     assert order(rank, length).tolist() == [*range(79), 97, *range(79, 97), 98, 99]
-    # However long it is, not all of them move.
+    # However long it is, it does not come before all.
     length[97] = 1000
     assert order(rank, length).tolist() == [*range(60), 97, *range(60, 97), 98, 99]
+    # The last ones, one for each program, come by length; others that differ little stay.
+    length[97], length[70], length[98] = 3, 4, 4
+    assert order(rank, length).tolist() == [*range(96), 98, 96, 97, 99]
     assert order(rank.flip(0), length)[0] == 99
 
 

@@ -10,31 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from longspan.ops.capability import needs_grad
-from longspan.ops.ranges import KeyRanges
 
 # Beyond that kernels run so long that their ends do not count, and memory does.
 _MOST_BYTES = 1 << 30
 _MOST_LANES = 4
-# Passes of no more queries, as of global tokens, are over before a stream has paid; their
-# gradients are those of all keys.
-_FEW = 128
 
 # By the stream that they start from, so that two of those never share a lane.
 _streams: dict[tuple[torch.device, int], list[torch.cuda.Stream]] = {}
 # What has run before, and how: a first run makes what later ones on any stream read.
 _known: WeakKeyDictionary[object, set[tuple[object, ...]]] = WeakKeyDictionary()
-
-
-class _Ranged(Protocol):
-    @property
-    def ranges(self) -> KeyRanges: ...
 
 
 class Lanes:
@@ -48,15 +39,12 @@ class Lanes:
         impl: what is asked to compute them.
     """
 
-    def __init__(self, passes: Sequence[_Ranged], inputs: Sequence[Tensor], impl: str) -> None:
+    def __init__(self, passes: Sequence[object], inputs: Sequence[Tensor], impl: str) -> None:
         self.side: list[torch.cuda.Stream] = []
         if len(passes) < 2 or not _worth(inputs):
             return
-        grads = needs_grad(*inputs)
-        if not grads and sum(one.ranges.queries > _FEW for one in passes) < 2:
-            return
         self.home = torch.cuda.current_stream(inputs[0].device)
-        how = (impl, grads, *((x.shape[:2], x.dtype) for x in inputs))
+        how = (impl, needs_grad(*inputs), *((x.shape[:2], x.dtype) for x in inputs))
         known = [how in _known.setdefault(one, set()) for one in passes]
         for one in passes:
             _known[one].add(how)

@@ -12,9 +12,9 @@ queries, and gradients of these tasks are added up in memory. No program is then
 all others are done, and what programs read and add at the same time stays in the L2 cache.
 
 Tasks come by key head, in it the last stretch of queries first, in that the first keys first, so
-that programs that run at the same time read the same queries. But the last tasks of all, which
-all programs do together while one does the longest task, come the longest first, so that programs
-end together.
+that programs that run at the same time read the same queries. But the last tasks of all come the
+longest first, and behind any that is far longer than others, as of a global column, there are
+enough others for all programs, so that programs end together.
 
 O(N m) time and memory, and the entries; on the device of the ranges, with a few waits.
 
@@ -43,8 +43,9 @@ from longspan.ops.row_tiles import RowTiles, row_tiles
 KEYS, ROWS = 128, 64
 # Both halves of the keys are seen by all.
 _WHOLE = 2 + (2 << 2)
-# Of the last tasks, which are sorted by length, there are so many at most.
-_LAST = 4 * PROGRAMS
+# The last tasks, which are sorted by length, and how many may begin later than one that is far
+# longer.
+_LAST, _TAIL = PROGRAMS, 4 * PROGRAMS
 # Entries from which on a task is cut, and the queries of a stretch; less where that would be more
 # than two thirds of what a program has to do.
 _MOST, _LEAST = 192, 32
@@ -194,9 +195,16 @@ def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:
     order_T = rank_T.argsort(stable=True)
     length_T = length_T[order_T]
     most = length_T.max()
-    last_T = length_T.flip(0).cumsum(0).flip(0) <= PROGRAMS * most
-    last_T[:-_LAST] = False
-    return order_T[torch.where(last_T, 1 + most - length_T, 0).argsort(stable=True)]
+    tail_T = length_T.flip(0).cumsum(0).flip(0) <= PROGRAMS * most
+    tail_T[:-_TAIL] = False
+    # Only what is far longer than others moves so far: those before the last ones read the same
+    # queries as their neighbours.
+    long_T = tail_T & (length_T * tail_T.sum() > 2 * (length_T * tail_T).sum())
+    turn_T = torch.where(tail_T, 2, 0)
+    turn_T[-_LAST:] = 3
+    turn_T[long_T] = 1
+    sorted_T = (turn_T % 2) * (most - length_T)
+    return order_T[(turn_T * (most + 1) + sorted_T).argsort(stable=True)]
 
 
 def _touched(tiles: RowTiles) -> tuple[Tensor, Tensor]:

@@ -532,7 +532,15 @@ def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr)
         s = gl.where((j < (bound[0] - key)[:, None]) ^ ((about & 16) != 0), s, float("-inf"))
         # A loop of one turn or none: a branch becomes a second comparison for all.
         for _ in range((about >> 5) & 1):
-            begin = _first_key(bounds, about, row, by_row)
+            if paired:
+                begin = _first_key(bounds, about, row, by_row)
+            else:
+                # Written out: otherwise ptxas 12.8 joins the comparison above with its bit in an
+                # instruction of its own for each score, which takes windows 2 % of their forward.
+                lo, _, rows = bounds
+                i = row + gl.arange(0, 64, by_row)
+                at = (about >> 6).to(gl.int64) * rows + i
+                begin = gl.load(lo + at, mask=i < rows, other=0)
             s = gl.where(j >= (begin - key)[:, None], s, float("-inf"))
     return s
 
