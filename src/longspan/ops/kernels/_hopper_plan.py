@@ -87,7 +87,7 @@ class HopperPlan:
 
 
 PLANS: Kept[HopperPlan] = Kept(lambda plan: plan.tensors)
-_runs: WeakKeyDictionary[KeyRanges, dict[tuple[int | None, int], _Runs]] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[KeyRanges, dict[int | None, _Runs]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +198,11 @@ def heads_of(group_BH: Tensor) -> tuple[Tensor, Tensor]:
     return head_H.expand_as(group_BH), row_B[:, None].expand_as(group_BH)
 
 
-def _runs_of(ranges: KeyRanges, length: int | None = None, size: int = TILE) -> _Runs:
+def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
     kept = _runs.setdefault(ranges, {})
-    if (length, size) not in kept:
-        kept[length, size] = _find_runs(ranges, length, size)
-    return kept[length, size]
+    if length not in kept:
+        kept[length] = _find_runs(ranges, length, TILE)
+    return kept[length]
 
 
 def _halves(ranges: KeyRanges, runs: _Runs, group_AKS: Tensor, share: int) -> _Runs | None:
@@ -222,7 +222,7 @@ def _halves(ranges: KeyRanges, runs: _Runs, group_AKS: Tensor, share: int) -> _R
     tiles, pairs, same = torch.stack([count_GQ.sum(), seen, alike.long()]).tolist()
     if not same or tiles > _MOST_PAIRED or tiles * TILE**2 < _IN_VAIN * pairs:
         return None
-    halves = _runs_of(ranges, size=HALF)
+    halves = _find_runs(ranges, None, HALF)
     # Each is for two heads, and for half of the queries.
     found = int(((halves.count_GQ + 1) // 2).sum())
     return halves if found <= _WORTH * 2 * tiles else None
