@@ -13,6 +13,7 @@ import torch
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
+from tests.ops.test_hopper import alternating
 
 import longspan as ls
 from longspan.errors import Refusal
@@ -521,6 +522,34 @@ def test_rates_of_one_range_a_query_come_from_such_cases(hopper, monkeypatch):
     for ranges, first in ((one, "cudnn"), (two, "flex")):
         assert abs(measured.shape_of(ranges)[0] - 1010) < 5
         assert capability.in_order(q, q, q, ranges)[0][0].name == first
+
+
+def test_blocks_go_by_what_was_measured_where_heads_share_them(hopper, monkeypatch):
+    blocks = {**TABLE[0], "keys": 576, "fill": 0.26, "several": True}
+    table = [
+        {**blocks, "by_twos": True, "tflops": {"cudnn": 5.0, "flex": 3.0}},
+        {**blocks, "by_twos": False, "tflops": {"cudnn": 3.0, "flex": 5.0}},
+    ]
+    monkeypatch.setattr(measured, "table", lambda: {"some GPU": {"cases": table}})
+    ranges = alternating(4096, 4096, 9, 8)
+    other = alternating(4096, 4096, 9, 8)
+    twice = [torch.cat(x) for x in ((ranges.lo_GNm, other.lo_GNm), (ranges.hi_GNm, other.hi_GNm))]
+    apart = KeyRanges(*twice, torch.tensor([[0, 1] * 4]), 4096)
+    q = On(1, 8, 4096, 128)
+    for given, key_heads, first in (
+        (ranges, 4, "cudnn"),
+        (ranges, 2, "cudnn"),
+        # Heads that differ, and heads without a neighbour of the same key head.
+        (apart, 2, "flex"),
+        (ranges, 8, "flex"),
+    ):
+        k = On(1, key_heads, 4096, 128)
+        assert capability.in_order(q, k, k, given)[0][0].name == first
+    # Where tiles are full it makes no difference.
+    full = window(4096, 500, heads=8)
+    assert measured.shape_of(full)[2:] == (1.0, True)
+    k = On(1, 8, 4096, 128)
+    assert capability.in_order(q, k, k, full)[0][0].name == "cudnn"
 
 
 @pytest.mark.parametrize(

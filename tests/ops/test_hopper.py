@@ -428,6 +428,39 @@ def test_going_through_parts_of_any_ranges_equals_the_oracle(parts, given):
         check_execution(*(x.double() for x in tensors(*shape)), *given)
 
 
+def test_what_is_kept_for_ranges_tells_calls_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "missing_gluon", lambda: None)
+    ranges = window(512, 100, heads=4)
+
+    def ready(scale=1.0, *, backward=False, batch=1, width=64, dtype=torch.bfloat16):
+        q, k = (On(batch, heads, 512, width, dtype=dtype) for heads in (4, 2))
+        return module._ready(q, k, k, ranges, scale, backward=backward)
+
+    first = ready()
+    assert ready() is first
+    assert first.back is None
+    others = [
+        ready(0.5),
+        ready(backward=True),
+        ready(batch=2),
+        ready(width=128),
+        ready(dtype=torch.float16),
+    ]
+    assert len({id(one) for one in (first, *others)}) == 6
+    assert (first.scale, others[0].scale) == (1.0, 0.5)
+    assert others[1].back is not None
+    assert len(others[2].plan.tasks) == 2 * len(first.plan.tasks)
+    # Nothing that was allowed before stays so.
+    monkeypatch.setattr(module, "needs_grad", lambda *_: True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(Refusal, match="not deterministically"):
+            ready(backward=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeypatch):
     if parts > 1:
@@ -647,6 +680,10 @@ GPU_CASES = {
     "blocks of 64": (lambda: alternating(1000, 4096, 9, 4), (1, 4, 2, 1000, 4096, 128, 128)),
     "blocks of 64, few": (lambda: alternating(1400, 1024, 9, 4), (1, 4, 1, 1400, 1024, 64, 64)),
     "blocks of 64, many": (lambda: alternating(900, 2048, 20, 8), (2, 8, 2, 900, 2048, 128, 128)),
+    "blocks of 64, wider values": (
+        lambda: alternating(700, 1024, 5, 4),
+        (1, 4, 2, 700, 1024, 64, 128),
+    ),
     "wider keys": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 96, 80)),
     "wider values": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 64, 128)),
     "narrow": (lambda: window(300, 77, heads=4), (1, 4, 4, 300, 300, 8, 24)),
@@ -743,7 +780,7 @@ def test_parts_are_bit_identical_and_can_be_captured():
     here()
     ranges = to(few_queries(), "cuda")
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(2, 8, 2, 3, 5000, 128, 128))
-    assert _hopper_plan.plan_of(ranges, (2, 8), (2, 2), 512).parts > 1
+    assert module._ready(q, k, v, ranges, 0.125, backward=False).rows.plan.parts > 1
     bit_identical_also_when_captured(q, k, v, ranges)
     # Rows of padding, NaN among keys that nobody sees, and one in a part of the seen ones.
     k[1, :, 2700:], v[1, :, 2700:] = math.nan, math.nan

@@ -12,7 +12,7 @@ from tests.ops.test_flex import tensors, window
 from tests.ops.test_hopper import regrouped, scattered
 
 from longspan.ops.kernels import _hopper_rows
-from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
+from longspan.ops.kernels._hopper_rows import HeadsAsRows, empty_rows, heads_as_rows
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
 
@@ -67,8 +67,8 @@ def test_gives_what_heads_give(name, heads_first):
     q, k, v = (x.double() for x in given)
     if not heads_first:
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    rows, empty = heads_as_rows(ranges, batch, heads, key_heads)
-    assert heads_as_rows(ranges, batch, heads, key_heads)[0] is rows
+    rows, empty = heads_as_rows(ranges, heads, key_heads), empty_rows(ranges, batch)
+    assert heads_as_rows(ranges, heads, key_heads) is rows
     halves = HeadsAsRows(Oracle(rows), heads // key_heads, empty)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     expected = reference(*leaves, ranges, 0.3)
@@ -96,8 +96,7 @@ def test_gives_what_heads_give(name, heads_first):
 def test_writes_where_it_is_told():
     ranges = window(5, 9, keys=20, heads=4)
     q, k, v = tensors(1, 4, 2, 5, 20, 8, 8)
-    rows, empty = heads_as_rows(ranges, 1, 4, 2)
-    halves = HeadsAsRows(Oracle(rows), 2, empty)
+    halves = HeadsAsRows(Oracle(heads_as_rows(ranges, 4, 2)), 2)
     place = torch.empty(1, 5, 4, 8).transpose(1, 2)
     out, lse = halves.forward(q, k, v, place)
     assert out is place
@@ -108,14 +107,15 @@ def test_writes_where_it_is_told():
 
 
 def test_heads_stay_where_they_differ_or_rows_are_many(monkeypatch):
-    assert heads_as_rows(window(4, 9, heads=4), 1, 4, 4) is None
-    assert heads_as_rows(window(_hopper_rows.MOST_ROWS + 1, 9, heads=4), 1, 4, 2) is None
+    assert heads_as_rows(window(4, 9, heads=4), 4, 4) is None
+    assert heads_as_rows(window(_hopper_rows.FEW_ROWS + 1, 9, heads=4), 4, 2) is None
     differ = scattered(4, 20, ranges=1, groups=2, batch=1, heads=4)
     differ = KeyRanges(differ.lo_GNm, differ.hi_GNm, torch.tensor([[0, 1, 0, 1]]), 20)
-    assert heads_as_rows(differ, 1, 4, 2) is None
-    # A look at the heads is a wait for the GPU: once.
-    monkeypatch.setattr(torch.Tensor, "unflatten", lambda *_: pytest.fail("once more"))
-    assert heads_as_rows(differ, 1, 4, 2) is None
+    assert heads_as_rows(differ, 4, 2) is None
+    # A look at the heads is a wait for the GPU: once, and never where there is one group.
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda _: pytest.fail("that waits"))
+    assert heads_as_rows(differ, 4, 2) is None
+    assert heads_as_rows(window(4, 9, heads=4), 4, 2) is not None
 
 
 def test_the_kernel_has_a_task_for_each_key_head(monkeypatch):
@@ -130,3 +130,14 @@ def test_the_kernel_has_a_task_for_each_key_head(monkeypatch):
     assert (tasks[:, 0] == 0).all()
     # One tile of queries for all heads of a key head.
     assert ready.rows.back.parts_P5[:, 3].max() == 1
+
+
+def test_a_list_that_would_be_too_long_keeps_heads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(module, "missing_gluon", lambda: None)
+    q, k = On(1, 32, 64, 64), On(1, 1, 1000, 64)
+    made = [module._ready(q, k, k, window(64, 500, keys=1000, heads=32), 1.0, backward=False)]
+    # 9 tiles at most for 64 rows, 16 times as many for those of 32 heads.
+    monkeypatch.setattr(module, "MOST_TILES", 100)
+    made += [module._ready(q, k, k, window(64, 500, keys=1000, heads=32), 1.0, backward=False)]
+    assert [type(one) for one in made] == [HeadsAsRows, module._Ready]

@@ -261,7 +261,7 @@ def in_order(
     q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges
 ) -> tuple[tuple[Capability, ...], Rates | None]:
     """All kernels, the ones that ``auto`` prefers first, and the measurement that says so."""
-    found = rates(q, ranges, needs_grad(q, k, v))
+    found = rates(q, ranges, needs_grad(q, k, v), k.shape[1])
     if found is None:
         return KERNELS, None
     # Sorting is stable: what was not measured follows in the order of the table above.

@@ -3,7 +3,7 @@
 ``measured.json`` holds for each model the rates of all kernels on a few patterns and the command
 that measured them (``benchmarks/gpu_routes.py``, and ``benchmarks/gpu_blocks.py`` for scattered
 blocks). A pass is compared with the nearest case: same direction, then how much of the tiles of
-128 it fills, and where it leaves some of them empty, whether neighbouring heads see the same;
+128 it fills, and where it leaves some empty, whether two heads of a key head see the same;
 width, keys per query, whether heads differ, and whether queries have several ranges.
 A kernel that this case lacks counts with three quarters of its rate on the nearest case that has
 it. Passes that are joined in training, with one backward, are compared together with cases of
@@ -61,14 +61,18 @@ class Rates:
         return self.tflops.get(kernel, _ELSEWHERE * self.elsewhere.get(kernel, 0.0))
 
 
-def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool) -> Rates | None:
+def rates(q_BHND: Tensor, ranges: KeyRanges, backward: bool, key_heads: int = 1) -> Rates | None:
     """The nearest measured case, None if there is none for this GPU or these sizes."""
     gpu, cases = _cases(q_BHND, ranges)
     if not cases:
         return None
     alone = [case for case in cases if case.get("passes", 1) == 1]
     several = ranges.lo_GNm.shape[2] > 1
-    return nearest(gpu, alone, q_BHND.shape[-1], *shape_of(ranges), several, backward)
+    keys, apart, filled, alike = shape_of(ranges)
+    # Two neighbours have one key head.
+    by_twos = filled == 1 or (alike and q_BHND.shape[1] // key_heads % 2 == 0)
+    width = q_BHND.shape[-1]
+    return nearest(gpu, alone, width, keys, apart, filled, by_twos, several, backward)
 
 
 def rates_together(passes: Sequence[tuple[Tensor, KeyRanges]]) -> Rates | None:
@@ -131,7 +135,7 @@ def stored() -> dict[str, Any]:
 
 def shape_of(ranges: KeyRanges) -> tuple[float, bool, float, bool]:
     """Mean keys of a query, whether heads differ, how much of the tiles the pairs fill, and
-    whether that is all, or heads see the same by twos.
+    whether heads see the same by twos.
 
     Kept as long as the ranges live.
     """
@@ -140,14 +144,9 @@ def shape_of(ranges: KeyRanges) -> tuple[float, bool, float, bool]:
         keys_G = (ranges.hi_GNm - ranges.lo_GNm).sum((1, 2), dtype=torch.int64)
         keys = keys_G[group_BH].double().mean() / ranges.queries
         apart = bool((group_BH != group_BH[:, :1]).any())
-        filled = fill(ranges)
-        _shapes[ranges] = float(keys), apart, filled, filled == 1 or _by_twos(group_BH)
+        alike = group_BH.shape[1] % 2 == 0 and bool((group_BH[:, ::2] == group_BH[:, 1::2]).all())
+        _shapes[ranges] = float(keys), apart, fill(ranges), alike
     return _shapes[ranges]
-
-
-def _by_twos(group_BH: Tensor) -> bool:
-    even = group_BH.shape[1] % 2 == 0
-    return even and bool((group_BH[:, ::2] == group_BH[:, 1::2]).all())
 
 
 def nearest(

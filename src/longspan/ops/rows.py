@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.ops.capability import needs_grad, transforming
 from longspan.ops.fused import add_into, add_rows, can_fuse, gather
 from longspan.ops.workers import can_share_threads, run_parts
 
@@ -259,9 +260,7 @@ def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
 
 def _differs(x: Tensor) -> bool:
     """Whether somebody asks for derivatives, or sees more in the tensor than it says itself."""
-    asked = torch.is_grad_enabled() and x.requires_grad
-    level = torch.autograd.forward_ad._current_level
-    return asked or level >= 0 or torch._C._are_functorch_transforms_active()
+    return needs_grad(x) or transforming() or torch.autograd.forward_ad._current_level >= 0
 
 
 class _Take(torch.autograd.Function):

@@ -41,6 +41,8 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, row_tiles
 
 KEYS, ROWS = 128, 64
+# Entries with a mask that are looked at together, where there are very many.
+_AT_ONCE = 1 << 24
 # Both halves of the keys are seen by all.
 _WHOLE = 2 + (2 << 2)
 # The last tasks, which are sorted by length, and how many may begin later than one that is far
@@ -191,7 +193,8 @@ def _where(batch: Tensor, head: Tensor, tile: Tensor, length: int) -> tuple[Tens
 
 
 def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:
-    """Tasks by rank, as they come where it is the same; but the last ones by length."""
+    """Tasks by rank, as they come where it is the same; but the last ones by length, and before
+    them any that are far longer."""
     order_T = rank_T.argsort(stable=True)
     length_T = length_T[order_T]
     most = length_T.max()
@@ -257,10 +260,10 @@ def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, 
     last_P = all_P.new_zeros(places)
     if long_J is not None:
         last_P.scatter_reduce_(0, whose_E.long(), last_X.index_select(0, at_E), "amax")
-    cut_s = (~whole_E).nonzero()[:, 0]
-    kind_s = _kinds(tiles, KEYS * tile_E[cut_s], at_E[cut_s])
     order_E = (2 * whose_E + whole_E).argsort(stable=True)
-    kind_E = torch.full_like(whole_E, _WHOLE, dtype=torch.int8).index_copy_(0, cut_s, kind_s)
+    kind_E = torch.full_like(whole_E, _WHOLE, dtype=torch.int8)
+    for cut_s in (~whole_E).nonzero()[:, 0].split(_AT_ONCE):
+        kind_E[cut_s] = _kinds(tiles, KEYS * tile_E[cut_s], at_E[cut_s])
     entries_E2 = about_X2.new_zeros(size + 1, 2)
     entries_E2[:-1] = about_X2.index_select(0, at_E.index_select(0, order_E))
     entries_E2[:-1, 1] += kind_E.index_select(0, order_E)
@@ -282,7 +285,7 @@ def _kinds(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Tensor:
         own_s = key_s + KEYS // 2 * half
         lower_s, upper_s = cuts(tiles, own_s, at_s, KEYS // 2)
         seen_s = (own_s < last_s) & (own_s + KEYS // 2 > first_s)
-        kind_s |= torch.where(lower_s | upper_s, 1, 2).mul_(seen_s).to(torch.int8) << (2 * half)
+        kind_s |= (2 - (lower_s | upper_s).to(torch.int8)) * seen_s << (2 * half)
     return kind_s
 
 

@@ -19,10 +19,11 @@ A task is int32 [7]: the row of its first key, key head, batch row of the keys, 
 memory, in float32, that its dk and dv are added to (-1 where it has all queries of its keys),
 first part, parts, one for each query head of a batch row that sees some of the keys, and the first
 key as bounds count it. A part is int32 [5]: first entry, entries with a mask (they come first),
-entries, query head, batch row. An entry is int32 [2]: the first of 64 queries, and the row of
-``lo`` and ``hi`` that says which keys each of them sees. 10 D flops for each pair of a tile; of
-dq, 4 bytes a number are added in memory for each tile. Sums lie in the order of ``_by_thread``,
-and are turned at the end.
+entries, query head, batch row. An entry is int32 [2]: the first of 64 queries, and 16 times the
+row of ``lo`` and ``hi`` that says which keys each of them sees, with two bits for either half of
+the keys: 0 nobody sees any, 1 masked, 2 all see all. 10 D flops for each pair of a tile; of dq, 4
+bytes a number are added in memory for each tile. Sums lie in the order of ``_by_thread``, and are
+turned at the end.
 
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
 times that with P as it is.

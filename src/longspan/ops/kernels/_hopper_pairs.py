@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 HALF = 64
+# Both bounds cut it: ranges that are empty may lie behind all keys.
+_HIDDEN = 32 + 1
 
 
 def paired(
@@ -70,7 +72,7 @@ def paired(
     at_E += each(2 * first_tile_X)
 
     # One more than there are, for who reads ahead.
-    half_2T2 = half_E2.new_tensor([behind, 1]).repeat(2 * int(tiles_X.sum()) + 2, 1)
+    half_2T2 = half_E2.new_tensor([behind, _HIDDEN]).repeat(2 * int(tiles_X.sum()) + 2, 1)
     half_2T2[at_E] = half_E2
     entries_T4 = half_2T2.view(-1, 4)
     bits_T = (entries_T4[:, 1] | entries_T4[:, 3]) & 63

@@ -47,11 +47,14 @@ MOST_TASKS = (1 << 28) - 1
 MOST_PLANES = 1 << 25
 # Of the L2 cache for keys and values; queries and outputs pass through it too.
 _SECTION_BYTES = 32 << 20
-# Tiles for each 128 * 128 pairs from which on halves are looked at, how many times the tiles they
-# may make to be taken, and how many of those there may be to look at all.
-_IN_VAIN, _WORTH, _MOST_PAIRED = 1.1, 0.95, 1 << 23
-# Tiles of queries from which on tasks are not split by keys.
+# Halves are looked at where there are so many times the tiles that the pairs would fill,
+_IN_VAIN = 1.1
+# no more than this, for halves are listed before they are put together,
+_MOST_PAIRED = 1 << 23
+# and so many tiles of queries, of which none is split by keys.
 _FEW = PROGRAMS
+# Taken where they make so many times the tiles at most.
+_WORTH = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +119,7 @@ class _Runs:
 
 
 def most_tiles(ranges: KeyRanges) -> int:
-    """At most how many tiles the plan lists: exact where there may be too many."""
+    """At most how many tiles of 128 keys the plan lists: exact where there may be too many."""
     groups, rows, count = ranges.lo_GNm.shape
     most = groups * count * -(-rows // TILE) * (-(-ranges.keys // TILE) + 1)
     if most <= MOST_TILES:
@@ -147,7 +150,7 @@ def plan_of(
             after another: a multiple of 128; A is 1 then.
     """
     section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
-    kind = (heads, key_heads, section, length, ranges.lo_GNm.device)
+    kind = (heads, key_heads, section, length, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
@@ -215,7 +218,9 @@ def _halves(ranges: KeyRanges, runs: _Runs, group_AKS: Tensor, share: int) -> _R
         share: query heads of a key head in a batch row.
     """
     count_GQ = runs.count_GQ
-    if share % 2 or group_AKS.numel() * (ranges.queries // TILE) < _FEW:
+    tasks = group_AKS.numel() * (ranges.queries // TILE)
+    # Twice the numbers each.
+    if share % 2 or not _FEW <= tasks < MOST_TASKS // 2:
         return None
     seen = (ranges.hi_GNm - ranges.lo_GNm).clamp(min=0).sum(dtype=torch.int64)
     alike = (group_AKS[..., ::2] == group_AKS[..., 1::2]).all()
@@ -428,16 +433,16 @@ def _tasks(
     return grid
 
 
-def _in_order(grid_AKQS8: Tensor, section: int) -> Tensor:
-    """The tasks one after another, [T, 8].
+def _in_order(grid: Tensor, section: int) -> Tensor:
+    """The tasks one after another, [T, 8 or 16].
 
     Args:
-        grid_AKQS8: all of them.
+        grid: all of them, as ``_tasks`` gives them.
         section: key heads that go together.
     """
-    batch, key_heads = grid_AKQS8.shape[:2]
-    count_AKQS = grid_AKQS8[..., 5].long()
+    batch, key_heads = grid.shape[:2]
+    count_AKQS = grid[..., 5].long()
     most = count_AKQS.max()
-    part = torch.arange(batch * key_heads, device=grid_AKQS8.device) // section
+    part = torch.arange(batch * key_heads, device=grid.device) // section
     rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_AKQS
-    return grid_AKQS8.flatten(0, 3)[rank.flatten().argsort(stable=True)]
+    return grid.flatten(0, 3)[rank.flatten().argsort(stable=True)]

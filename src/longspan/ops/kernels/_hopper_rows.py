@@ -8,7 +8,7 @@ or three global tokens. Heads that share a key head and see the same keys then f
 of them. A view where rows of neighbouring heads follow each other in memory, else a copy of few
 rows.
 
-O(G S n m) time and memory for the bounds, with a wait or two, once for the ranges.
+O(G S n m) time and memory for the bounds, with a wait where heads may differ, once for the ranges.
 
 Axes: B batch, H = K S query heads, K key heads, S query heads of a key head, n query rows, G range
 groups, m ranges per query, D head width.
@@ -28,46 +28,47 @@ from longspan.ops.empty import Index, index_of
 from longspan.ops.ranges import KeyRanges
 
 # Half a tile: two heads fill one.
-MOST_ROWS = 64
+FEW_ROWS = 64
 
-_Found = tuple[KeyRanges, Index | None] | None
-_kept: WeakKeyDictionary[KeyRanges, dict[tuple[int, ...], _Found]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[KeyRanges, dict[tuple[int, int], KeyRanges | None]] = WeakKeyDictionary()
 
 
-def heads_as_rows(ranges: KeyRanges, batch: int, heads: int, key_heads: int) -> _Found:
+def heads_as_rows(ranges: KeyRanges, heads: int, key_heads: int) -> KeyRanges | None:
     """The ranges of S n rows of each key head; kept as long as ``ranges`` lives.
+
+    None where heads stay as they are.
 
     Args:
         ranges: visible keys of n rows.
-        batch: batch rows of the queries.
         heads: query heads.
         key_heads: key heads, which divide them.
-
-    Returns:
-        Those ranges, and the rows [B, H, n] that see no key; None where heads stay as they are.
     """
     share = heads // key_heads
-    if share == 1 or ranges.queries > MOST_ROWS:
+    if share == 1 or ranges.queries > FEW_ROWS:
         return None
     kept = _kept.setdefault(ranges, {})
-    name = batch, heads, key_heads
-    if name not in kept:
+    if (heads, key_heads) not in kept:
         group_BKS = ranges.group_BH.unflatten(1, (key_heads, share))
-        alike = bool((group_BKS == group_BKS[..., :1]).all())
-        kept[name] = _made(ranges, group_BKS, batch) if alike else None
-    return kept[name]
+        # One group needs no look, and no wait in each step of decoding.
+        alike = ranges.groups == 1 or bool((group_BKS == group_BKS[..., :1]).all())
+        kept[heads, key_heads] = _made(ranges, group_BKS) if alike else None
+    return kept[heads, key_heads]
 
 
 # Training reads what is made here, whoever asks first.
 @torch.inference_mode(False)
-def _made(ranges: KeyRanges, group_BKS: Tensor, batch: int) -> _Found:
+def _made(ranges: KeyRanges, group_BKS: Tensor) -> KeyRanges:
     share = group_BKS.shape[2]
     lo_GRm, hi_GRm = (x.repeat(1, share, 1) for x in (ranges.lo_GNm, ranges.hi_GNm))
     group_BK = group_BKS[..., 0].contiguous()
+    return replace(ranges, lo_GNm=lo_GRm, hi_GNm=hi_GRm, group_BH=group_BK)
+
+
+@torch.inference_mode(False)
+def empty_rows(ranges: KeyRanges, batch: int) -> Index | None:
+    """The rows [B, H, n] that see no key; None if every one sees some."""
     empty_GN = ~(ranges.lo_GNm < ranges.hi_GNm).any(-1)
-    empty_BHN = empty_GN[ranges.group_BH.expand(batch, -1)]
-    rows = replace(ranges, lo_GNm=lo_GRm, hi_GNm=hi_GRm, group_BH=group_BK)
-    return rows, index_of(empty_BHN)
+    return index_of(empty_GN[ranges.group_BH.expand(batch, -1)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +78,12 @@ class HeadsAsRows:
     Attributes:
         rows: over queries [B, K, S n, D].
         share: query heads of a key head S.
-        empty: rows [B, H, n] that see no key; None if every one sees some.
+        empty: ``empty_rows``, where there is a backward.
     """
 
     rows: PlacedHalves
     share: int
-    empty: Index | None
+    empty: Index | None = None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None

@@ -42,7 +42,7 @@ from longspan.ops.kernels._hopper_plan import (
     most_tiles,
     plan_of,
 )
-from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
+from longspan.ops.kernels._hopper_rows import HeadsAsRows, empty_rows, heads_as_rows
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
@@ -237,9 +237,11 @@ def _ready(
     if found := reasons(*inputs, ranges):
         raise Refusal("hopper cannot run here: " + "; ".join(found))
     (batch, heads), key_heads = q_BHND.shape[:2], k_BKMD.shape[1]
-    if rows := heads_as_rows(ranges, batch, heads, key_heads):
-        ready = _planned(rows[0], (batch, key_heads), k_BKMD, v_BKMD, scale, backward=backward)
-        made = HeadsAsRows(ready, heads // key_heads, rows[1])
+    rows = heads_as_rows(ranges, heads, key_heads)
+    if rows and max(most_tiles(rows), most_entries(rows)) <= MOST_TILES:
+        ready = _planned(rows, (batch, key_heads), k_BKMD, v_BKMD, scale, backward=backward)
+        empty = empty_rows(ranges, batch) if backward else None
+        made = HeadsAsRows(ready, heads // key_heads, empty)
     else:
         made = _planned(ranges, (batch, heads), k_BKMD, v_BKMD, scale, backward=backward)
     kept[name] = made
@@ -255,7 +257,7 @@ def _planned(
     *,
     backward: bool,
 ) -> _Ready:
-    """The same of batch rows of queries and query heads, which stand as they are."""
+    """Both kernels over ranges of the given batch rows and heads of queries, (B, H)."""
     length = k_BKMD.shape[2] if ranges.key_rows > 1 else None
     key_heads = 1 if length else k_BKMD.shape[0], k_BKMD.shape[1]
     row_bytes = sum(x.shape[3] * x.dtype.itemsize for x in (k_BKMD, v_BKMD))
