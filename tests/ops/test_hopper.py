@@ -428,6 +428,28 @@ def test_going_through_parts_of_any_ranges_equals_the_oracle(parts, given):
         check_execution(*(x.double() for x in tensors(*shape)), *given)
 
 
+def test_far_longer_tasks_do_not_begin_last(monkeypatch):
+    monkeypatch.setattr(_hopper_plan, "PROGRAMS", 4)
+    grid = torch.zeros(1, 4, 10, 1, 8, dtype=torch.int32)
+    grid[..., 0] = torch.arange(10)[:, None]
+    grid[..., 1] = torch.arange(4)[:, None, None]
+    grid[..., 5] = 3
+    grid[:, :, 7, 0, 5] = 12
+
+    def order(section):
+        return [tuple(one) for one in _hopper_plan._in_order(grid, section)[:, :2].tolist()]
+
+    rest = [(row, head) for head in range(4) for row in (7, 0, 1, 2, 3, 4, 5, 6, 8, 9)]
+    # In the last head four programs have 39 tiles, and one of them 12.
+    late = [(7, 3)]
+    assert order(1) == late + [one for one in rest if one not in late]
+    # All heads together: long ones are first anyway.
+    assert order(4)[:4] == [(7, head) for head in range(4)]
+    # Tasks that differ little stay in their sections, as the last ones do.
+    grid[:, :, 7, 0, 5] = 6
+    assert order(1) == rest
+
+
 def test_what_is_kept_for_ranges_tells_calls_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(module, "missing_gluon", lambda: None)

@@ -11,10 +11,10 @@ side alone.
 
 Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
 first, and what is as long in the order of key heads and rows, so that programs that run at the
-same time read the same keys. Batch rows that share keys count as more query heads of them. Where
-there are fewer tasks than processors, long ones are split by keys (see ``_hopper_parts``). Where
-tiles are mostly in vain, as with blocks of 64, they are put together from halves for two query
-heads (see ``_hopper_pairs``).
+same time read the same keys. But far longer ones that would end behind all others come before all.
+Batch rows that share keys count as more query heads of them. Where there are fewer tasks than
+processors, long ones are split by keys (see ``_hopper_parts``). Where tiles are mostly in vain, as
+with blocks of 64, they are put together from halves for two query heads (see ``_hopper_pairs``).
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
@@ -445,4 +445,9 @@ def _in_order(grid: Tensor, section: int) -> Tensor:
     most = count_AKQS.max()
     part = torch.arange(batch * key_heads, device=grid.device) // section
     rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_AKQS
-    return grid.flatten(0, 3)[rank.flatten().argsort(stable=True)]
+    order_T = rank.flatten().argsort(stable=True)
+    count_T = count_AKQS.flatten()[order_T]
+    left_T = count_T.flip(0).cumsum(0).flip(0)
+    # What all programs would wait for at the end: as global rows of the last section.
+    late_T = (count_T * PROGRAMS > left_T) & (count_T * len(count_T) > 2 * left_T[0])
+    return grid.flatten(0, 3)[order_T[(~late_T).int().argsort(stable=True)]]
