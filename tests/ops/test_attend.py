@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import longspan as ls
 from longspan.errors import InputError, PlanError, Refusal
@@ -322,6 +323,12 @@ def test_torch_func(text):
         lambda f: torch.func.jvp(f, (q,), (slope,))[1],
     ):
         torch.testing.assert_close(transform(ours), transform(dense))
+    with forward_ad.dual_level():
+        found, wanted = (f(forward_ad.make_dual(q, slope)) for f in (ours, dense))
+        for x, y in zip(*map(forward_ad.unpack_dual, (found, wanted)), strict=True):
+            torch.testing.assert_close(x, y)
+        with pytest.raises(Refusal, match=r"'tiled' .* forward-mode .* can: reference"):
+            ls.attend(forward_ad.make_dual(q, slope), k, v, text, impl="tiled")
     with pytest.raises(Refusal, match=r"'tiled' .* torch\.func does not go.* can: reference"):
         torch.vmap(lambda q: ls.attend(q, k, v, text, impl="tiled"))(several)
 

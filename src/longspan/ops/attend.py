@@ -61,7 +61,8 @@ def attend(
 
     Under ``torch.autocast`` inputs are cast as those of torch's own attention are. A compiler
     takes it as one operator, with patterns in text form or made outside; at a plan the graph
-    breaks. Under ``torch.func`` (vmap, grad, jvp) ``"auto"`` takes the dense ``reference``.
+    breaks. Under ``torch.func`` (vmap, grad, jvp) and ``forward_ad`` ``"auto"`` takes the dense
+    ``reference``.
 
     Rows that take no part, such as padding, may hold NaN on a CPU. Elsewhere NaN and infinity may
     reach queries that do not see them: kernels multiply tiles of keys, hidden ones by 0.
@@ -242,7 +243,7 @@ def _check_transforms(laid: Plan) -> None:
         if one.key_order is not None or one.query_order is not None:
             raise Refusal(
                 f"{laid.pattern} was laid out with rows in another order, and gathering them has "
-                "a backward of its own, through which torch.func (vmap, grad, jvp) does not go; "
-                "call attend without it (more batch rows for vmap, .backward() for grad), or give "
-                "the pattern in place of a plan"
+                "a backward of its own, through which torch.func (vmap, grad, jvp) and forward_ad "
+                "do not go; call attend without them (more batch rows for vmap, .backward() for "
+                "grad), or give the pattern in place of a plan"
             )

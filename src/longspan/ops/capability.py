@@ -143,7 +143,10 @@ class Capability:
                 f"{k.shape[0]} for {q.shape[0]}"
             ]
         if not self.plain and transforming():
-            return ["has a backward of its own, through which torch.func does not go"]
+            return [
+                "has a backward of its own, through which torch.func does not go, nor do "
+                "forward-mode derivatives"
+            ]
         more = getattr(self._module(), "reasons", None)
         return [] if more is None else more(q, k, v, ranges)
 
@@ -248,8 +251,9 @@ _chosen_together: WeakKeyDictionary[KeyRanges, dict[tuple[Hashable, ...], Any]] 
 
 
 def transforming() -> bool:
-    """Whether this runs inside ``torch.func``: vmap, grad, jvp and their kin."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether this runs inside ``torch.func`` (vmap, grad, jvp and their kin) or a dual level."""
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return dual or torch._C._are_functorch_transforms_active()
 
 
 def needs_grad(*tensors: Tensor) -> bool:

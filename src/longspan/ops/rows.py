@@ -260,7 +260,7 @@ def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
 
 def _differs(x: Tensor) -> bool:
     """Whether somebody asks for derivatives, or sees more in the tensor than it says itself."""
-    return needs_grad(x) or transforming() or torch.autograd.forward_ad._current_level >= 0
+    return needs_grad(x) or transforming()
 
 
 class _Take(torch.autograd.Function):
