@@ -142,6 +142,22 @@ def test_a_second_generate_goes_on(llama, tiny):
     assert torch.equal(llama.generate(ids, past_key_values=small, **options), first)
 
 
+def test_another_model_is_refused_and_its_own_goes_on(llama, tiny):
+    ids = tiny.tokens(1, 40)
+    cache, wanted = (ls.kv.cache(llama, "sinks(2) + recent(8)") for _ in range(2))
+    twin = copy.deepcopy(llama)
+    with torch.no_grad():
+        for one in (cache, wanted):
+            llama(ids[:, :30], past_key_values=one)
+        with pytest.raises(Refusal, match="another model than that of the LlamaAttention"):
+            twin(ids[:, 30:31], past_key_values=cache)
+        found, expected = (
+            llama(ids[:, 30:], past_key_values=one).logits for one in (cache, wanted)
+        )
+    assert torch.equal(found, expected)
+    assert cache.report() == wanted.report()
+
+
 @pytest.mark.parametrize("text", [POLICIES[0], POLICIES[9], "quest(48, 16, 0)"])
 def test_a_cache_filled_in_inference_mode_goes_on_outside(text, llama, tiny):
     ids, mask = tiny.tokens(1, 60), torch.ones(1, 60, dtype=torch.int64)

@@ -107,8 +107,11 @@ def test_what_cannot_work_is_refused(llama, tiny):
             llama(ids[:, :1], past_key_values=cache)
     longer = tiny.build("llama", num_hidden_layers=3)
     ls.hf.apply(longer, ls.Causal())
+    cache = ls.kv.cache(llama, "recent(3)")
+    with pytest.raises(Refusal, match="made for another model"):
+        longer(ids, past_key_values=cache)
     with pytest.raises(Refusal, match="made for a model of 2 layers"):
-        longer(ids, past_key_values=ls.kv.cache(llama, "recent(3)"))
+        cache.update(*torch.zeros(2, 1, 2, 1, 8), 2)
     ls.hf.apply(llama, ls.DualChunk(chunk=64, local=16))
     with pytest.raises(Refusal, match="in its own way"):
         ls.kv.cache(llama, "recent(3)")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from longspan.errors import InputError, Refusal
@@ -56,6 +56,7 @@ class KeptLayer(CacheLayerMixin):
         policy: Policy,
         config: Any,
         *,
+        modules: frozenset[int],
         layer: int,
         layers: int,
         packed: bool = False,
@@ -67,6 +68,7 @@ class KeptLayer(CacheLayerMixin):
         Args:
             policy: what stays.
             config: of the model; consulted for its present attention.
+            modules: ``id`` of the configurations that modules of the model have.
             layer: which of the layers that take part.
             layers: how many take part.
             packed: read kept keys as if they lay side by side before the newest token.
@@ -78,6 +80,7 @@ class KeptLayer(CacheLayerMixin):
         self.packed, self.turn = packed, turn
         self.norms = norms
         self._config = weakref.ref(config)
+        self._modules = modules
         self._quest = next((part for part in policy.parts if isinstance(part, Quest)), None)
         self.reset()
 
@@ -167,6 +170,21 @@ class KeptLayer(CacheLayerMixin):
         mark(key_states, self)
         return key_states, value_states
 
+    def check_model(self, module: nn.Module) -> None:
+        """Refuse the attention of another model than the one that the cache was made for.
+
+        Keys of one model mean nothing to another, and a policy reads its rotation and embeddings.
+        """
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in self._modules:
+            # Its own model may go on with it.
+            self._pending = False
+            raise Refusal(
+                "This cache was made for another model than that of the "
+                f"{type(module).__name__} which reads it now. Make one with "
+                "longspan.kv.cache(model, ...) for the model that uses it."
+            )
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, asked: Asked, new_rows: NewRows
     ) -> tuple[Tensor, Tensor | None]:
@@ -240,6 +258,7 @@ class KeptLayer(CacheLayerMixin):
         new = KeptLayer(
             policy,
             self._config(),
+            modules=self._modules,
             layer=self.layer,
             layers=self.layers,
             packed=self.packed,

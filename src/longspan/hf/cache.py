@@ -177,10 +177,12 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             "its own way; a cache with a policy needs a pattern: longspan.hf.remove(model) first."
         )
     norms = embedding_norms(base) if wanted.needs_norms else None
+    modules = frozenset(id(x.config) for x in base.modules() if hasattr(x, "config"))
     for place, index in enumerate(chosen):
         layers[index] = KeptLayer(
             wanted,
             config,
+            modules=modules,
             layer=place,
             layers=len(chosen),
             packed=packed,
