@@ -81,7 +81,7 @@ meet = getattr(gl, "barrier", None) or gl.thread_barrier
 def described(x_BHND: Tensor, rows: int, width: int, swizzle: int = 128) -> Any:
     """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
     known = _shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle)
-    # As copy.copy does it, which takes three times as long.
+    # As copy.copy does it, which takes four times as long.
     found = object.__new__(TensorDescriptor)
     found.__dict__.update(known.__dict__)
     found.base = x_BHND
