@@ -144,6 +144,7 @@ def test_a_second_generate_goes_on(llama, tiny):
 
 def test_another_model_is_refused_and_its_own_goes_on(llama, tiny):
     ids = tiny.tokens(1, 40)
+    plain = copy.deepcopy(llama)
     cache, wanted = (ls.kv.cache(llama, "sinks(2) + recent(8)") for _ in range(2))
     twin = copy.deepcopy(llama)
     with torch.no_grad():
@@ -151,6 +152,9 @@ def test_another_model_is_refused_and_its_own_goes_on(llama, tiny):
             llama(ids[:, :30], past_key_values=one)
         with pytest.raises(Refusal, match="another model than that of the LlamaAttention"):
             twin(ids[:, 30:31], past_key_values=cache)
+        # Its attention is not longspan's: noticed in the second layer of the first call.
+        with pytest.raises(Refusal, match="read by longspan's attention"):
+            plain(ids[:, 30:31], past_key_values=cache)
         found, expected = (
             llama(ids[:, 30:], past_key_values=one).logits for one in (cache, wanted)
         )

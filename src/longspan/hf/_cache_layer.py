@@ -42,6 +42,13 @@ from longspan.kv.view import Turn, View, column_sums, over_group
 from longspan.ops import attend, merge
 from longspan.pattern import Causal, Dense, Pattern
 
+_UNREAD = (
+    "This cache is read by longspan's attention, which the model does not use (any more), or "
+    "which did not receive the cache's keys as they were. Make the cache with "
+    "longspan.kv.cache(model, ...) after the model's attention is settled, and keep it applied "
+    "while the cache is in use."
+)
+
 
 class KeptLayer(CacheLayerMixin):
     """Keys and values of one layer, and what its policy needs to know of them."""
@@ -152,13 +159,9 @@ class KeptLayer(CacheLayerMixin):
         """
         config = self._config()
         name = None if config is None else config._attn_implementation
-        if self._pending or not isinstance(registered(name), Pattern):
-            raise Refusal(
-                "This cache is read by longspan's attention, which the model does not use (any "
-                "more), or which did not receive the cache's keys as they were. Make the cache "
-                "with longspan.kv.cache(model, ...) after the model's attention is settled, and "
-                "keep it applied while the cache is in use."
-            )
+        self.check_read()
+        if not isinstance(registered(name), Pattern):
+            raise Refusal(_UNREAD)
         if self.store is not None and len(key_states) != len(self.store.length):
             raise InputError(
                 f"the cache holds {len(self.store.length)} sequences, got {len(key_states)}; use "
@@ -169,6 +172,13 @@ class KeptLayer(CacheLayerMixin):
         self._pending = True
         mark(key_states, self)
         return key_states, value_states
+
+    def check_read(self) -> None:
+        """Refuse what comes after new keys that nobody has read here."""
+        if self._pending:
+            # Whose cache it is may go on with it.
+            self._pending = False
+            raise Refusal(_UNREAD)
 
     def check_model(self, module: nn.Module) -> None:
         """Refuse the attention of another model than the one that the cache was made for.

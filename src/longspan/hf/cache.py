@@ -114,13 +114,17 @@ class KVCache(Cache):
         """Take the new keys and values of a layer; see ``KeptLayer.update``.
 
         Raises:
-            Refusal: if the model has more layers than the one that the cache was made for.
+            Refusal: if the model has more layers than the one that the cache was made for, or its
+                layer before did not read its keys through longspan.
         """
         if layer_idx >= len(self.layers):
             raise Refusal(
                 f"This cache was made for a model of {len(self.layers)} layers; make one with "
                 "longspan.kv.cache(model, ...) for the model that uses it."
             )
+        # Layers are computed one after another.
+        if layer_idx and isinstance(before := self.layers[layer_idx - 1], KeptLayer):
+            before.check_read()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def compress(self) -> None:
