@@ -50,6 +50,16 @@ def gather_rows(
 
 
 @triton.jit
+def _own(rows, heads, wide: tl.constexpr, tall: tl.constexpr):
+    """The plane of a program, its batch row, head, rows and columns, and which rows there are."""
+    plane = tl.program_id(1).to(tl.int64)
+    b, h = plane // heads, plane % heads
+    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
+    d = tl.arange(0, wide)[None, :]
+    return plane, b, h, r, d, r < rows
+
+
+@triton.jit
 def _place(i: tl.constexpr, tables, steps, shares, used: tl.constexpr, b, h, r, live, rows):
     """Where the rows stand in part i, -1 for nowhere."""
     place = tl.where(live, r, -1)
@@ -74,11 +84,7 @@ def add_rows(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    live = r < rows
+    plane, b, h, r, d, live = _own(rows, heads, wide, tall)
     total = tl.zeros([tall, wide], tl.float32)
     for i in tl.static_range(len(parts)):
         place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
@@ -109,11 +115,7 @@ def add_into(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    p = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    live = p < places
+    _plane, b, h, p, d, live = _own(places, heads, wide, tall)
     at = row + b * batch_step + (h // share) * places + p
     r = tl.load(at, mask=live, other=-1).to(tl.int64)
     inside = (live & (r >= 0))[:, None] & (d < width)
@@ -141,11 +143,7 @@ def merge_rows(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    live = r < rows
+    plane, b, h, r, d, live = _own(rows, heads, wide, tall)
     top = tl.full([tall], float("-inf"), tl.float32)
     for i in tl.static_range(len(outs)):
         place = _place(i, tables, steps, shares, used, b, h, r, live, rows)
@@ -201,11 +199,7 @@ def merge_into(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    p = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    live = p < places
+    plane, b, h, p, d, live = _own(places, heads, wide, tall)
     r = p
     if ordered:
         at = row + b * batch_step + (h // share) * places + p
@@ -300,11 +294,7 @@ def merge_gradients(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    plane = tl.program_id(1).to(tl.int64)
-    b, h = plane // heads, plane % heads
-    r = tl.program_id(0).to(tl.int64) * tall + tl.arange(0, tall)
-    d = tl.arange(0, wide)[None, :]
-    live = r < rows
+    plane, b, h, r, d, live = _own(rows, heads, wide, tall)
     row = plane * rows + r
     total = tl.load(lse + row, mask=live, other=float("-inf"))
     total = tl.where(total == float("-inf"), 0.0, total)

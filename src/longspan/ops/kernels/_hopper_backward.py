@@ -342,10 +342,11 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
 @gluon.jit
 def _pass_by(tiles, own, flow):
     """A tile of queries that see none of these 64 keys: nobody asks for its dS."""
+    ds_full, ds_empty = own[2], own[3]
     place, phase, step, dk, dv = flow
-    turn, phase_of_turn = step & 1, ((step >> 1) & 1) ^ 1
-    mbarrier.wait(own[3].index(turn), phase_of_turn)
-    mbarrier.arrive(own[2].index(turn), count=1)
+    turn = step & 1
+    mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
+    mbarrier.arrive(ds_full.index(turn), count=1)
     mbarrier.arrive(tiles[6].index(place), count=1)
     place, phase = _next(place, phase)
     return place, phase, step + 1, dk, dv

@@ -183,7 +183,6 @@ def _next(ring, place, phase):
 def _load(descs, queries, keys, values, told, work):
     q_desc, k_desc, v_desc = descs
     fetched, tasks, entries, count, group, step, length = work
-    room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 8, _EIGHT)
     t = gl.program_id(0)
@@ -196,16 +195,8 @@ def _load(descs, queries, keys, values, told, work):
         batch = (batch.to(gl.uint32) % q_desc.shape[0].to(gl.uint32)).to(gl.int32)
         whole = gl.load(at + number)
         k_head, k_batch = head // group, batch * step
-        mbarrier.wait(empty.index(q_place), q_phase ^ 1)
-        told.index(q_place).store(whole)
-        # All threads have written before one of them says so.
-        meet()
-        mbarrier.expect(full.index(q_place), 128 * room.shape[4] * 2)
-        for half in gl.static_range(2):
-            to = room.index(2 * q_place + half)
-            from_row = [batch, head, row + 64 * half, 0]
-            tma.async_copy_global_to_shared(q_desc, from_row, full.index(q_place), to)
-        q_place, q_phase = _next(queries, q_place, q_phase)
+        q_at = batch, head, row, 0, 64
+        q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
         whose, key = _lies(key, k_batch, length)
         place, phase = _bring(k_desc, whose, k_head, key, keys, place, phase)
@@ -224,7 +215,6 @@ def _load(descs, queries, keys, values, told, work):
 def _load_pairs(descs, queries, keys, values, told, work):
     q_desc, k_desc, v_desc = descs
     fetched, tasks, entries, count, group, step, _length = work
-    room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 16, _EIGHT)
     t = gl.program_id(0)
@@ -234,16 +224,8 @@ def _load_pairs(descs, queries, keys, values, told, work):
         tiles, key, other = gl.load(at + 5), gl.load(at + 6), gl.load(at + 8)
         whole = gl.load(at + number)
         k_head, k_batch = head // group, batch * step
-        mbarrier.wait(empty.index(q_place), q_phase ^ 1)
-        told.index(q_place).store(whole)
-        meet()
-        mbarrier.expect(full.index(q_place), 128 * room.shape[4] * 2)
-        for half in gl.static_range(2):
-            to = room.index(2 * q_place + half)
-            tma.async_copy_global_to_shared(
-                q_desc, [batch, head + half, row, 0], full.index(q_place), to
-            )
-        q_place, q_phase = _next(queries, q_place, q_phase)
+        q_at = batch, head, row, 1, 0
+        q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
         place, phase = _bring_pair(k_desc, k_batch, k_head, key, other, keys, place, phase)
         for j in range(1, tiles):
             next_entry = entries + 4 * (first + j)
@@ -258,6 +240,23 @@ def _load_pairs(descs, queries, keys, values, told, work):
         )
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
+
+
+@gluon.jit
+def _bring_queries(desc, at, queries, told, whole, place, phase):
+    """Those of both groups of warps, which are some heads and rows apart, and their task."""
+    room, full, empty = queries
+    batch, head, row, heads_on, rows_on = at
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    told.index(place).store(whole)
+    # All threads have written before one of them says so.
+    meet()
+    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
+    for half in gl.static_range(2):
+        from_row = [batch, head + heads_on * half, row + rows_on * half, 0]
+        to = room.index(2 * place + half)
+        tma.async_copy_global_to_shared(desc, from_row, full.index(place), to)
+    return _next(queries, place, phase)
 
 
 @gluon.jit
