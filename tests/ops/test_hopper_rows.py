@@ -11,8 +11,9 @@ from tests.ops.cases import On
 from tests.ops.test_flex import tensors, window
 from tests.ops.test_hopper import regrouped, scattered
 
+from longspan.ops.empty import empty_rows
 from longspan.ops.kernels import _hopper_rows
-from longspan.ops.kernels._hopper_rows import HeadsAsRows, empty_rows, heads_as_rows
+from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
 

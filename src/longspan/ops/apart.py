@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longspan.ops.empty import Index, index_of
+from longspan.ops.empty import Index, empty_rows
 from longspan.ops.fused import add_rows, can_fuse
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.views import by_remainder, residue_order, row_after_row, views_of
@@ -49,9 +49,7 @@ class Own:
     @cached_property
     def empty(self) -> Index | None:
         """The rows [r, H', n] that see no key; None if every one sees some."""
-        empty_GN = (self.ranges.lo_GNm >= self.ranges.hi_GNm).all(-1)
-        # Remainders that are alike share a group.
-        return index_of(empty_GN[self.ranges.group_BH.expand(self.step, -1)])
+        return empty_rows(self.ranges, self.step)
 
     def __str__(self) -> str:
         own = range(self.heads.start, self.heads.stop, self.heads.step)

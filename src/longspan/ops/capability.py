@@ -300,14 +300,14 @@ def choose(
     if not isinstance(impl, str):
         raise _unknown(impl)
     kept = _chosen.setdefault(ranges, {})
-    name = (impl, use_lse, *_looks(q, k, v))
+    name = (impl, use_lse, *looks(q, k, v))
     if name not in kept:
         kept[name] = _choose(impl, q, k, v, ranges, use_lse=use_lse)
     return kept[name]
 
 
-def _looks(*tensors: Tensor) -> tuple[Hashable, ...]:
-    """What the choice of a kernel depends on, besides the ranges."""
+def looks(*tensors: Tensor) -> tuple[Hashable, ...]:
+    """What the choice of a kernel, and its plan, depend on besides the ranges."""
     return (
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
@@ -365,7 +365,7 @@ def choose_together(
         raise _unknown(impl)
     first, *rest = (ranges for _, _, _, ranges in passes)
     kept = _chosen_together.setdefault(first, {})
-    name = (impl, *map(id, rest), *_looks(*(x for own in passes for x in own[:3])))
+    name = (impl, *map(id, rest), *looks(*(x for own in passes for x in own[:3])))
     if name not in kept:
         # With what the name speaks of, which has to live as long.
         kept[name] = _choose_together(impl, passes), rest

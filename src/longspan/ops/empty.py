@@ -39,6 +39,11 @@ def index_of(empty_BHN: Tensor | None) -> Index | None:
     return batch, slice(None) if empty_BHN.shape[1] == 1 else head, row
 
 
+def empty_rows(ranges: KeyRanges, batch: int) -> Index | None:
+    """The rows [B, H, N] that see no key; None if every one sees some."""
+    return index_of(ranges.empty_GN()[ranges.group_BH.expand(batch, -1)])
+
+
 def clear(out_BHND: Tensor, lse_BHN: Tensor, empty: Index | None) -> None:
     """Overwrite what a kernel gave in these rows."""
     if empty is not None:
@@ -80,7 +85,7 @@ def idle_rows(
             edge_GM.scatter_add_(1, place, used_GNm.flatten(1).int() * step)
         unseen_GM = edge_GM.cumsum(1)[:, :-1] == 0
         unseen_BKM = unseen_GM[group_BH].unflatten(1, (key_heads, -1)).all(2)
-        kept[name] = index_of(~used_GNm.any(-1)[group_BH]), index_of(unseen_BKM)
+        kept[name] = empty_rows(ranges, batch), index_of(unseen_BKM)
     return kept[name]
 
 

@@ -119,7 +119,7 @@ def unseen(passes: Sequence[Loaded | Views], batches: Sequence[int]) -> Index | 
 def _seen(one: Loaded | Views, batch: int) -> Part:
     """A log-sum-exp of 0 where a row sees something, in place of what a kernel gives."""
     ranges = one.ranges
-    empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
+    empty_GN = ranges.empty_GN()
     lse_GN = torch.zeros_like(empty_GN, dtype=torch.float32).masked_fill(empty_GN, -torch.inf)
     lse_BHN = lse_GN[ranges.group_BH.expand(batch, -1)]
     return one.outputs(lse_BHN[..., None], lse_BHN)

@@ -135,7 +135,7 @@ def stored() -> dict[str, Any]:
 
 def shape_of(ranges: KeyRanges) -> tuple[float, bool, float, bool]:
     """Mean keys of a query, whether heads differ, how much of the tiles the pairs fill, and
-    whether heads see the same by twos.
+    whether heads see the same by twos, true where that is all.
 
     Kept as long as the ranges live.
     """
@@ -144,9 +144,16 @@ def shape_of(ranges: KeyRanges) -> tuple[float, bool, float, bool]:
         keys_G = (ranges.hi_GNm - ranges.lo_GNm).sum((1, 2), dtype=torch.int64)
         keys = keys_G[group_BH].double().mean() / ranges.queries
         apart = bool((group_BH != group_BH[:, :1]).any())
-        alike = group_BH.shape[1] % 2 == 0 and bool((group_BH[:, ::2] == group_BH[:, 1::2]).all())
-        _shapes[ranges] = float(keys), apart, fill(ranges), alike
+        filled = fill(ranges)
+        # Full tiles are not worth the wait for a look.
+        by_twos = filled == 1 or _by_twos(group_BH)
+        _shapes[ranges] = float(keys), apart, filled, by_twos
     return _shapes[ranges]
+
+
+def _by_twos(group_BH: Tensor) -> bool:
+    even = group_BH.shape[1] % 2 == 0
+    return even and bool((group_BH[:, ::2] == group_BH[:, 1::2]).all())
 
 
 def nearest(

@@ -47,6 +47,10 @@ class KeyRanges:
         """Number of distinct rows of ranges G."""
         return self.lo_GNm.shape[0]
 
+    def empty_GN(self) -> Tensor:
+        """bool [G, N]: the rows that see no key."""
+        return (self.lo_GNm >= self.hi_GNm).all(-1)
+
     def mask_GNM(self) -> Tensor:
         """Dense boolean form [G, N, M], for the oracle and for tests only: O(N M) memory."""
         key_M = torch.arange(self.keys, device=self.lo_GNm.device)

@@ -185,7 +185,10 @@ class Order:
         # A compiler differentiates by itself.
         if self.back is None or torch.compiler.is_compiling():
             return self.table.take(x_BHND, plain=True)
-        return _Take.apply(x_BHND, self) if _differs(x_BHND) else self.table.take(x_BHND)
+        # Who asks for no derivatives need not pay for them.
+        if needs_grad(x_BHND) or transforming():
+            return _Take.apply(x_BHND, self)
+        return self.table.take(x_BHND)
 
     def put(self, x_BHPD: Tensor) -> Tensor:
         """Places back in the order of the rows [B, H, N, D]; 0 for rows without a place.
@@ -256,11 +259,6 @@ def spread(x_BHND: Tensor, orders: Sequence[Order | None]) -> list[Tensor]:
     if several and can_fuse(x_BHND) and all(o is None or o.back is not None for o in orders):
         return list(_Spread.apply(x_BHND, tuple(orders)))
     return [x_BHND if order is None else order.take(x_BHND) for order in orders]
-
-
-def _differs(x: Tensor) -> bool:
-    """Whether somebody asks for derivatives, or sees more in the tensor than it says itself."""
-    return needs_grad(x) or transforming()
 
 
 class _Take(torch.autograd.Function):

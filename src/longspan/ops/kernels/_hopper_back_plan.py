@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
-from longspan.ops.empty import Index, index_of
+from longspan.ops.empty import Index, empty_rows
 from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_parts import PROGRAMS
 from longspan.ops.kernels._hopper_plan import MOST_TILES, by_key_head, cuts, heads_of
@@ -136,7 +136,7 @@ def back_plan_of(
             parts_P5,
             tasks_T7,
             cut_C4,
-            index_of(~(lo_GNm < hi_GNm).any(-1)[group_BH]),
+            empty_rows(ranges, heads[0]),
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)

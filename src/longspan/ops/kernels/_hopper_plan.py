@@ -156,17 +156,12 @@ def plan_of(
     # Training reads what is made here, whoever asks first.
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
-        runs, parts = _runs_of(ranges, length), 1
-        group_AKS = by_key_head(group_BH.expand(heads), key_heads)
-        halves = None if length else _halves(ranges, runs, group_AKS, heads[1] // key_heads[1])
-        if halves is None:
-            entries, about_GQ3 = _entries(ranges, runs)
-        else:
-            entries, about_GQ3 = _pairs(ranges, halves)
-        grid = _tasks(about_GQ3, entries, group_BH.expand(heads), key_heads)
-        tasks = _in_order(grid, section)
-        if halves is None:
-            parts = parts_of(tasks[:, 5], len(entries) - 1)
+        runs, group_BH = _runs_of(ranges, length), group_BH.expand(heads)
+        halves = None if length else _halves(ranges, runs, group_BH, key_heads)
+        about = _entries(ranges, runs) if halves is None else _pairs(ranges, halves)
+        entries, about_GQ3 = about
+        tasks = _in_order(_tasks(about_GQ3, entries, group_BH, key_heads), section)
+        parts = parts_of(tasks[:, 5], len(entries) - 1) if halves is None else 1
         if parts > 1:
             unseen = runs.tiles.last.amax().int()
             tasks = split(tasks, parts, heads[0], entries, unseen)
@@ -208,22 +203,24 @@ def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
     return kept[length]
 
 
-def _halves(ranges: KeyRanges, runs: _Runs, group_AKS: Tensor, share: int) -> _Runs | None:
+def _halves(
+    ranges: KeyRanges, runs: _Runs, group_BH: Tensor, key_heads: tuple[int, ...]
+) -> _Runs | None:
     """Halves of tiles for pairs of heads, where they make far fewer tiles; else None.
 
     Args:
         ranges: visible keys.
         runs: their tiles.
-        group_AKS: range groups of the query heads of each key head.
-        share: query heads of a key head in a batch row.
+        group_BH: range group of each query head.
+        key_heads: batch rows of the keys, and key heads.
     """
     count_GQ = runs.count_GQ
-    tasks = group_AKS.numel() * (ranges.queries // TILE)
-    # Twice the numbers each.
-    if share % 2 or not _FEW <= tasks < MOST_TASKS // 2:
+    tasks = group_BH.numel() * (ranges.queries // TILE)
+    # Two neighbours have one key head. Twice the numbers in each task.
+    if group_BH.shape[1] // key_heads[1] % 2 or not _FEW <= tasks < MOST_TASKS // 2:
         return None
     seen = (ranges.hi_GNm - ranges.lo_GNm).clamp(min=0).sum(dtype=torch.int64)
-    alike = (group_AKS[..., ::2] == group_AKS[..., 1::2]).all()
+    alike = (group_BH[:, ::2] == group_BH[:, 1::2]).all()
     tiles, pairs, same = torch.stack([count_GQ.sum(), seen, alike.long()]).tolist()
     if not same or tiles > _MOST_PAIRED or tiles * TILE**2 < _IN_VAIN * pairs:
         return None

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.capability import PlacedHalves
-from longspan.ops.empty import Index, index_of
+from longspan.ops.empty import Index
 from longspan.ops.ranges import KeyRanges
 
 # Half a tile: two heads fill one.
@@ -64,13 +64,6 @@ def _made(ranges: KeyRanges, group_BKS: Tensor) -> KeyRanges:
     return replace(ranges, lo_GNm=lo_GRm, hi_GNm=hi_GRm, group_BH=group_BK)
 
 
-@torch.inference_mode(False)
-def empty_rows(ranges: KeyRanges, batch: int) -> Index | None:
-    """The rows [B, H, n] that see no key; None if every one sees some."""
-    empty_GN = ~(ranges.lo_GNm < ranges.hi_GNm).any(-1)
-    return index_of(empty_GN[ranges.group_BH.expand(batch, -1)])
-
-
 @dataclass(frozen=True, eq=False)
 class HeadsAsRows:
     """``PlacedHalves`` over heads by those over rows.
@@ -78,7 +71,7 @@ class HeadsAsRows:
     Attributes:
         rows: over queries [B, K, S n, D].
         share: query heads of a key head S.
-        empty: ``empty_rows``, where there is a backward.
+        empty: rows [B, H, n] that see no key, where there is a backward.
     """
 
     rows: PlacedHalves

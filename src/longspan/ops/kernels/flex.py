@@ -250,7 +250,7 @@ def _schedule_of(ranges: KeyRanges, lists: TileLists) -> _Schedule:
     if shared:
         only = int(counts.group_ZY)
         lo_GmN, hi_GmN = lo_GmN[only : only + 1], hi_GmN[only : only + 1]
-    empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
+    empty_GN = ranges.empty_GN()
     whole = not (ranges.queries % counts.tile or ranges.keys % counts.tile)
     # Sizes that differ between patterns of one shape class must stay symbols.
     for x in lists:

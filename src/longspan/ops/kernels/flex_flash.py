@@ -188,7 +188,7 @@ def _schedule(ranges: KeyRanges, batch: int, heads: int) -> _Schedule:
         for t in range(ranges.lo_GNm.shape[2])
         for x in (ranges.lo_GNm, ranges.hi_GNm)
     ]
-    empty_GN = (ranges.lo_GNm >= ranges.hi_GNm).all(-1)
+    empty_GN = ranges.empty_GN()
     return _Schedule(
         TileLists(*lists), tuple(bounds), empty_GN[group_ZY] if bool(empty_GN.any()) else None
     )

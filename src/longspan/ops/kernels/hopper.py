@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import Refusal
-from longspan.ops.capability import PlacedHalves, needs_grad
-from longspan.ops.empty import Index, harmless
+from longspan.ops.capability import PlacedHalves, looks, needs_grad
+from longspan.ops.empty import Index, empty_rows, harmless
 from longspan.ops.fused import merge_stacked, tile_of
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
@@ -42,7 +42,7 @@ from longspan.ops.kernels._hopper_plan import (
     most_tiles,
     plan_of,
 )
-from longspan.ops.kernels._hopper_rows import HeadsAsRows, empty_rows, heads_as_rows
+from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, why_missing
 from longspan.ops.once import once
@@ -229,9 +229,8 @@ def _ready(
 ) -> _Ready | HeadsAsRows:
     """The plans for these ranges and tensors, made once for such tensors."""
     inputs = q_BHND, k_BKMD, v_BKMD
-    sure = backward and torch.are_deterministic_algorithms_enabled()
     kept = _kept.setdefault(ranges, {})
-    name = (scale, backward, sure, *((x.shape, x.dtype, x.device) for x in inputs))
+    name = (scale, backward, *looks(*inputs))
     if name in kept:
         return kept[name]
     if found := reasons(*inputs, ranges):
@@ -240,7 +239,9 @@ def _ready(
     rows = heads_as_rows(ranges, heads, key_heads)
     if rows and max(most_tiles(rows), most_entries(rows)) <= MOST_TILES:
         ready = _planned(rows, (batch, key_heads), k_BKMD, v_BKMD, scale, backward=backward)
-        empty = empty_rows(ranges, batch) if backward else None
+        # Training reads what is made here, whoever asks first.
+        with torch.inference_mode(False):
+            empty = empty_rows(ranges, batch) if backward else None
         made = HeadsAsRows(ready, heads // key_heads, empty)
     else:
         made = _planned(ranges, (batch, heads), k_BKMD, v_BKMD, scale, backward=backward)
