@@ -93,6 +93,7 @@ class Capability:
             without gradients alone, or in all.
         takes_keys_in_turn: whether keys may be counted through several batch rows.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
+        most_rows: query rows that it takes; None for any number.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
         places: whether these halves are ``PlacedHalves``.
@@ -110,6 +111,7 @@ class Capability:
     shares_keys: Literal["without gradients", "always"] | None = None
     takes_keys_in_turn: bool = False
     reads_in_place: bool = False
+    most_rows: int | None = None
     has_halves: bool = False
     places: bool = False
     takes_long_rows: bool = False
@@ -142,6 +144,8 @@ class Capability:
                 "takes keys and values of as many batch rows as queries; got "
                 f"{k.shape[0]} for {q.shape[0]}"
             ]
+        if self.most_rows is not None and q.shape[2] > self.most_rows:
+            return [f"takes up to {self.most_rows} query rows, got {q.shape[2]:,}"]
         if not self.plain and transforming():
             return [
                 "has a backward of its own, through which torch.func does not go, nor do "
@@ -191,6 +195,13 @@ class Capability:
 _AS_GOOD = 0.9
 
 KERNELS = (
+    Capability(
+        name="decode",
+        devices=("cuda",),
+        note="a few queries by parts of their keys, without gradients",
+        reads_in_place=True,
+        most_rows=8,
+    ),
     Capability(
         name="flex",
         devices=("cuda",),
@@ -270,6 +281,17 @@ def in_order(
         return KERNELS, None
     # Sorting is stable: what was not measured follows in the order of the table above.
     return tuple(sorted(KERNELS, key=lambda c: -found.rate(c.name))), found
+
+
+def may_read_in_place(impl: str, q: Tensor) -> bool:
+    """Whether some kernel for such queries that may be chosen reads rows where they lie."""
+    return any(
+        kernel.reads_in_place
+        and impl in ("auto", kernel.name)
+        and kernel.runs_on(q.device)
+        and (kernel.most_rows is None or q.shape[2] <= kernel.most_rows)
+        for kernel in KERNELS
+    )
 
 
 def with_long_rows(impl: str, device: torch.device) -> list[Capability]:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.errors import Refusal
@@ -21,6 +22,7 @@ from longspan.ops.capability import (
     Halves,
     choose,
     choose_together,
+    may_read_in_place,
     needs_grad,
     with_long_rows,
 )
@@ -33,6 +35,7 @@ from longspan.ops.loaded import Loaded
 from longspan.ops.merge import Part
 from longspan.ops.own_keys import own_keys
 from longspan.ops.placed import attend_placed
+from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order, spread
 from longspan.ops.views import Views, keys_in_turn, views_of
@@ -43,6 +46,7 @@ _LEAST_ROWS = 128
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
+_lying: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 _with_few: WeakKeyDictionary[Pass, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 _loaded_apart: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 
@@ -62,26 +66,73 @@ def _load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
     device, key_heads, keys = q.device, k.shape[1], k.shape[2]
     if len(q) == 1 and (views := views_of(one, q.shape[2], keys, device)):
         return views
-    batch, classes, places, width = one.lo.shape
     heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
-    group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
     lo, hi, key_order = one.lo, one.hi, one.key_order
     # On a GPU grouped queries share what is gathered, and copies of keys need one order.
     if device.type == "cpu" and heads is None and (own := own_keys(one, key_heads)):
         lo, hi, key_order = own
-    ranges = KeyRanges(
-        torch.from_numpy(lo.reshape(-1, places, width)).to(device),
-        torch.from_numpy(hi.reshape(-1, places, width)).to(device),
-        (group if heads is None else group[:, heads]).to(device),
-        keys if key_order is None else key_order.shape[-1],
-    )
     return Loaded(
-        ranges,
+        _ranges(one, lo, hi, heads, keys if key_order is None else key_order.shape[-1], device),
         None if key_order is None else Order.of(key_order, keys, device),
         _queries(one, heads, q.shape[2], device),
         None if heads is None else torch.tensor(heads, device=device),
         None if kv_heads is None else torch.tensor(kv_heads, device=device),
         q.shape[1],
+    )
+
+
+def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Places]:
+    """The pass for a kernel on a GPU that needs no order of rows in memory, kept likewise.
+
+    Orders are not turned round, which would take longer than the attention of a new token.
+    """
+    kept = _lying.setdefault(one, {})
+    name = (q.device, *k.shape[1:3])
+    if name not in kept:
+        device, (key_heads, keys) = q.device, k.shape[1:3]
+        heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
+        key_rows = None if one.key_order is None else one.key_order[:, None]
+        query_rows = _rows_of_queries(one, heads)
+        found = [
+            None if x is None else torch.from_numpy(x).to(device) for x in (query_rows, key_rows)
+        ]
+        picked = [None if x is None else torch.tensor(x, device=device) for x in (heads, kv_heads)]
+        places = keys if key_rows is None else key_rows.shape[-1]
+        kept[name] = (
+            _ranges(one, one.lo, one.hi, heads, places, device),
+            Places(
+                query_rows=found[0],
+                key_rows=found[1],
+                query_heads=picked[0],
+                key_heads=picked[1],
+                covers=heads is None and _covers(query_rows, q.shape[2]),
+            ),
+        )
+    return kept[name]
+
+
+def _covers(row_BGP: NDArray[np.int32] | None, rows: int) -> bool:
+    """Whether an order has every row."""
+    # Each row stands once at most.
+    return row_BGP is None or bool(((row_BGP >= 0).sum(-1) == rows).all())
+
+
+def _ranges(
+    one: Pass,
+    lo: NDArray[np.int32],
+    hi: NDArray[np.int32],
+    heads: tuple[int, ...] | None,
+    keys: int,
+    device: torch.device,
+) -> KeyRanges:
+    """Bounds of a pass [B, G, P, m] for the heads that take part."""
+    batch, classes, places, width = lo.shape
+    group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+    return KeyRanges(
+        torch.from_numpy(lo.reshape(-1, places, width)).to(device),
+        torch.from_numpy(hi.reshape(-1, places, width)).to(device),
+        (group if heads is None else group[:, heads]).to(device),
+        keys,
     )
 
 
@@ -99,10 +150,15 @@ def compute(
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
-    if q.device.type == "cpu":
+    if may_read_in_place(impl, q) and q.device.type == "cpu":
         kernel = choose(impl, q, k, v, load(passes[0], q, k).ranges, use_lse=use_lse)
         if kernel.reads_in_place:
             return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
+    elif may_read_in_place(impl, q):
+        lying = [load_where_rows_lie(one, q, k) for one in passes]
+        kernel = choose(impl, q, k, v, lying[0][0], use_lse=use_lse)
+        if kernel.reads_in_place:
+            return [Part(*kernel.load_passes()(q, k, v, lying, scale))]
     if calls := calls_apart(passes, q, k):
         return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
     asked = as_computed(passes, q, k, v, impl, use_lse=use_lse)
@@ -341,12 +397,16 @@ def _queries(
     one: Pass, heads: tuple[int, ...] | None, rows: int, device: torch.device
 ) -> Order | None:
     """The order of the queries, for the heads that take part."""
-    if one.query_order is None:
-        return None
+    table = _rows_of_queries(one, heads)
+    return None if table is None else Order.of(table, rows, device)
+
+
+def _rows_of_queries(one: Pass, heads: tuple[int, ...] | None) -> NDArray[np.int32] | None:
+    """The query row at each place [B or 1, G, P], for the heads that take part."""
     table = one.query_order
-    if table.shape[1] > 1:
+    if table is not None and table.shape[1] > 1:
         table = table[:, [one.head_class[h] for h in heads or range(len(one.head_class))]]
-    return Order.of(table, rows, device)
+    return table
 
 
 def _taking_part(

@@ -30,21 +30,32 @@ class Layout:
         key_position: [m] int64, rising inside each segment.
         key_segment: [m] int64, negative for padding; rows of a segment lie side by side but for
             padding.
+        counted: known to be ``plain``, as where nobody said anything of the rows: a look at all
+            keys for each new token would take longer than its attention.
     """
 
     query_position: Positions
     query_segment: Positions
     key_position: Positions
     key_segment: Positions
+    counted: bool = False
+
+    @classmethod
+    def of_last(cls, n: int, keys: int) -> Layout:
+        """One segment of keys, whose last rows are the queries."""
+        position, segment = np.arange(keys), np.zeros(keys, np.int64)
+        return cls(position[keys - n :], segment[keys - n :], position, segment, counted=True)
 
     @cached_property
     def query_lengths(self) -> Positions:
         """For each query, one past the last key position of its segment (0 for padding) [n]."""
-        length = np.zeros(len(self.query_segment), np.int64)
-        for segment in np.unique(self.key_segment[self.key_segment >= 0]):
-            last = self.key_position[self.key_segment == segment].max()
-            length[self.query_segment == segment] = last + 1
-        return length
+        if self.counted:
+            return np.full(len(self.query_segment), len(self.key_segment))
+        rows, number, own = self.numbers
+        # Positions rise inside a segment, so that the greatest one is the last.
+        last = np.flatnonzero(np.diff(number, append=-1))
+        ends = np.append(self.key_position[rows[last]] + 1, 0)
+        return ends[own]
 
     def rows_of(self, positions: Ranges) -> Ranges:
         """Key rows of each query's segment whose positions lie in the query's ranges.
@@ -90,6 +101,8 @@ class Layout:
     @cached_property
     def plain(self) -> bool:
         """True if there is one segment, and key row j stands at position j: the common case."""
+        if self.counted:
+            return True
         segments = (self.query_segment, self.key_segment)
         return all((segment == self.key_segment[0]).all() for segment in segments) and bool(
             self.key_segment[0] >= 0
@@ -141,6 +154,9 @@ def layouts(
     """
     if n < 1 or keys < 1:
         raise PlanError(f"expected at least one query row and one key row, got {n} and {keys}")
+    given = (positions, segments, key_positions, key_segments)
+    if n <= keys and all(one is None for one in given):
+        return [Layout.of_last(n, keys)]
     query_segment = table("segments", segments, n)
     key_segment = table("key_segments", key_segments, keys)
     query_position = table("positions", positions, n)
