@@ -38,9 +38,11 @@ class Ranges:
         """
         if not intervals:
             return cls(np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64))
-        lo = np.stack([np.broadcast_to(lo, rows) for lo, _ in intervals], axis=1)
-        hi = np.stack([np.broadcast_to(hi, rows) for _, hi in intervals], axis=1)
-        return normal(np.clip(lo, 0, END), np.clip(hi, 0, END))
+        both = np.empty((2, rows, len(intervals)), np.int64)
+        for t, (lo, hi) in enumerate(intervals):
+            both[0, :, t], both[1, :, t] = lo, hi
+        np.minimum(np.maximum(both, 0, out=both), END, out=both)
+        return normal(*both)
 
     @property
     def rows(self) -> int:
@@ -101,6 +103,9 @@ class Ranges:
 
 def normal(lo: Positions, hi: Positions) -> Ranges:
     """Normal form of any intervals [n, m] in [0, END]: they may be empty, overlap, be unsorted."""
+    if lo.shape[1] == 1:
+        used = lo < hi
+        return Ranges(lo * used, hi * used)
     # An interval in one number, so that sorting numbers sorts intervals.
     code = np.where(lo < hi, lo << 32 | hi, _UNUSED)
     if not _rises(code):

@@ -133,11 +133,13 @@ def decode(
             seen += tl.maximum(tl.load(hi + first + t) - tl.load(lo + first + t), 0)
         # Whole steps, so that of few keys the first parts have all.
         size = tl.cdiv(tl.cdiv(seen, parts), step) * step
-        left, stop = part * size, part * size + size
+        # Where the part ends, counted from the first key of a range. It begins ``size`` before: a
+        # second number that goes down with this one is left as it was by Triton 3.6.
+        stop = part * size + size
         for t in range(count):
             from_key, to_key = tl.load(lo + first + t), tl.load(hi + first + t)
             end = tl.minimum(to_key, from_key + stop)
-            for j in range(from_key + tl.maximum(left, 0), end, step):
+            for j in range(from_key + tl.maximum(stop - size, 0), end, step):
                 key = j + tl.arange(0, step)
                 there = key < end
                 row = key.to(tl.int64)
@@ -165,9 +167,7 @@ def decode(
                     weight.to(v_SD.dtype), v_SD, input_precision="ieee"
                 )
                 top = new
-            length = tl.maximum(to_key - from_key, 0)
-            left -= length
-            stop -= length
+            stop -= tl.maximum(to_key - from_key, 0)
     # NaN stays NaN.
     share_of = tl.where(total == 0.0, 0.0, 1.0 / total)
     found = tl.where(total == 0.0, float("-inf"), top * 0.6931471805599453 + tl.log(total))

@@ -91,8 +91,6 @@ def decode(
     return decode_passes(q_BHND, k_BKMD, v_BKMD, [(ranges, Places())], scale)
 
 
-# Under an outer torch.compile this is a graph break, as with the other kernels of our own.
-@torch.compiler.disable
 def decode_passes(
     q_BHND: Tensor,
     k_BKMD: Tensor,
