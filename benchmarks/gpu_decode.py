@@ -146,16 +146,14 @@ def model(prompt: int, kernels: Sequence[str], log: Log, *, small: bool) -> None
     """Time tokens of a model after a prompt, each way with a cache of its own."""
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-    shape = {"hidden_size": 4096, "intermediate_size": 14336} if not small else {
-        "hidden_size": 128, "intermediate_size": 256
-    }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=32000 if not small else 256,
-        num_hidden_layers=LAYERS if not small else 2,
+        vocab_size=256 if small else 32000,
+        hidden_size=128 if small else 4096,
+        intermediate_size=256 if small else 14336,
+        num_hidden_layers=2 if small else LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KEY_HEADS,
         max_position_embeddings=1 << 18,
-        **shape,
     )
     with torch.device(device_of_this_run()):
         made = AutoModelForCausalLM.from_config(
