@@ -38,7 +38,7 @@ from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_parts import PROGRAMS
 from longspan.ops.kernels._hopper_plan import MOST_TILES, by_key_head, cuts, heads_of
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.row_tiles import RowTiles, row_tiles
+from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 
 KEYS, ROWS = 128, 64
 # Entries with a mask that are looked at together, where there are very many.
@@ -241,6 +241,9 @@ def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, 
     at_E = at_X.int().repeat_interleave(length_X, output_size=size)
     tile_E = (tile_X + length_X - end_X).int().index_select(0, at_E)
     tile_E += torch.arange(size, dtype=torch.int32, device=device)
+    if (seen_E := _outside_gaps(ranges, tiles, tile_E, at_E)) is not None:
+        tile_E, at_E = tile_E[seen_E], at_E[seen_E]
+        size = len(at_E)
     lower_E, upper_E = cuts(tiles, KEYS * tile_E, at_E)
     whole_E = ~(lower_E | upper_E)
     numbers = torch.int32 if groups * columns < 1 << 30 else torch.int64
@@ -269,6 +272,39 @@ def _entries(ranges: KeyRanges, group_AKS: Tensor, share: int) -> tuple[Tensor, 
     entries_E2[:-1, 1] += kind_E.index_select(0, order_E)
     about_P4 = torch.stack([all_P.cumsum(0) - all_P, masked_P, all_P, last_P], dim=-1).int()
     return entries_E2, about_P4.view(groups, columns, stretches, 4)
+
+
+def _outside_gaps(
+    ranges: KeyRanges, tiles: RowTiles, tile_E: Tensor, at_E: Tensor
+) -> Tensor | None:
+    """The entries whose keys some query sees; None if all do.
+
+    Queries of a tile may leave out keys between them, as the first one of a chunk that keeps
+    itself where the others begin with strided keys.
+
+    Args:
+        ranges: visible keys.
+        tiles: their bounds by tiles of 64 rows, the last ones first.
+        tile_E: tile of keys of each entry.
+        at_E: whose it is, of X.
+    """
+    begun_X, ended_X = tiles.begun.flatten(), tiles.ended.flatten()
+    # Tiles of keys that some query of each X may leave out: from here on, and before there.
+    from_X, to_X = -(-ended_X // KEYS), begun_X // KEYS
+    if not bool((from_X < to_X).any()):
+        return None
+    doubt_E = (tile_E >= from_X.index_select(0, at_E)) & (tile_E < to_X.index_select(0, at_E))
+    lo_XR, hi_XR = (
+        by_tile(x_GNm, ROWS, 0).flip(1).transpose(2, 3).flatten(0, 2)
+        for x_GNm in (ranges.lo_GNm, ranges.hi_GNm)
+    )
+    seen_E = ~doubt_E
+    for some_s in doubt_E.nonzero()[:, 0].split(_AT_ONCE // ROWS):
+        key_s1 = KEYS * tile_E[some_s, None]
+        lo_sR, hi_sR = (x_XR.index_select(0, at_E[some_s]) for x_XR in (lo_XR, hi_XR))
+        seen_sR = (lo_sR < hi_sR) & (lo_sR < key_s1 + KEYS) & (key_s1 < hi_sR)
+        seen_E[some_s] = seen_sR.any(1)
+    return seen_E
 
 
 def _kinds(tiles: RowTiles, key_s: Tensor, at_s: Tensor) -> Tensor:
