@@ -36,6 +36,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WIDTH = 256
 # Keys of a step, and parts of a row at most: of all passes, which are joined at once.
 _STEP, _MOST_PARTS = 64, 64
+# Programs that run at the same time on a processor, as shared memory has it.
+_AT_ONCE = 3
 # Of the keys of a step: what registers hold.
 _STEP_BYTES = 1 << 14
 _LOG2_E = 1.4426950408889634
@@ -121,12 +123,13 @@ def decode_passes(
 
 
 def _parts(q: Tensor, k: Tensor, ranges: KeyRanges, places: Places, passes: int) -> int:
-    """Parts of the keys of each row: two programs for each processor, with two steps each."""
+    """Parts of the keys of each row: for no more programs than run at the same time, each with two
+    steps at least."""
     heads = k.shape[1] if places.key_heads is None else len(places.key_heads)
     programs = q.shape[0] * heads * ranges.queries
-    wanted = -(-2 * _processors(q.device) // programs)
-    most = max(1, _MOST_PARTS // passes)
-    return max(1, min(wanted, -(-ranges.keys // (2 * _STEP)), most))
+    wanted = _AT_ONCE * _processors(q.device) // programs
+    most = min(_MOST_PARTS // passes, -(-ranges.keys // (2 * _STEP)))
+    return max(1, min(wanted, most))
 
 
 def _attend(
