@@ -196,32 +196,33 @@ def model(prompt: int, kernels: Sequence[str], log: Log, *, small: bool) -> None
 
 
 def as_markdown(log: Log) -> str:
+    """Both kinds of records as tables."""
     machine = next((row for row in log.rows if row["kind"] == "machine"), {})
-    lines = [
-        "# New tokens on one GPU",
-        "",
-        str(machine.get("gpu") or machine.get("device") or ""),
-        "",
+    where = [gpu["name"] for gpu in machine.get("cuda") or ()] or ["a rehearsal on a CPU"]
+    lines = ["# New tokens on one GPU", "", where[0], ""]
+    lines += [
         "| pattern | keys | batch | kernel | us on the GPU | us on the host |",
-        "|---|---|---|---|---|---|",
+        "|---" * 6 + "|",
     ]
     for row in (x for x in log.rows if x["kind"] == "call"):
         told = [f"{row[at]:.0f}" if at in row else "" for at in ("gpu_us", "host_us")]
         if "host_us" not in row:
-            told = ["", row.get("refused") or row.get("error") or f"wrong: {row.get('wrong')}"]
-        at = (row["pattern"], f"{row['n']:,}", row["batch"], row["kernel"], *told)
-        lines.append("| " + " | ".join(map(str, at)) + " |")
+            told[1] = row.get("refused") or row.get("error") or f"wrong: {row.get('wrong')}"
+        lines.append(_line(row["pattern"], f"{row['n']:,}", row["batch"], row["kernel"], *told))
     lines += [
         "",
         "| pattern | prompt | layers | kernel | ms a token | quartiles |",
-        "|---|---|---|---|---|---|",
+        "|---" * 6 + "|",
     ]
     for row in (x for x in log.rows if x["kind"] == "model"):
         low, high = row["quartiles_ms"]
-        at = (row["pattern"], f"{row['n']:,}", row["layers"], row["kernel"])
-        told = f"{row['token_ms']:.2f} | {low:.2f} to {high:.2f}"
-        lines.append("| " + " | ".join(map(str, at)) + f" | {told} |")
+        told = f"{row['token_ms']:.2f}", f"{low:.2f} to {high:.2f}"
+        lines.append(_line(row["pattern"], f"{row['n']:,}", row["layers"], row["kernel"], *told))
     return "\n".join(lines) + "\n"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 @torch.inference_mode()
