@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from tests.ops.test_flex import TOLERANCE, gpu, relative
 import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability, launch, run
+from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge
+from longspan.ops.places import Places
+from longspan.ops.ranges import KeyRanges
+from longspan.planning import Pass
 
 module = importlib.import_module("longspan.ops.kernels.decode")
 
@@ -123,15 +128,63 @@ def test_it_is_for_few_rows_on_a_gpu():
     q, k, v = inputs(1, 1)
     with pytest.raises(Refusal, match="runs on cuda"):
         ls.attend(q, k, v, "causal()", impl="decode")
-    assert capability.may_read_in_place("auto", q)
-    assert not capability.may_read_in_place("decode", q)
+    assert capability.may_read_in_place("auto", q, k, v)
+    assert not capability.may_read_in_place("decode", q, k, v)
     meta = torch.empty(1, HEADS, 9, 16, device="meta")
-    assert not capability.may_read_in_place("auto", meta)
+    assert not capability.may_read_in_place("auto", meta, k, v)
+
+
+def permuted(x):
+    """The same numbers, the last axis but one the fastest in memory."""
+    return x.mT.contiguous().mT
+
+
+def listed_pass():
+    """Three of nine rows of each batch row and class, keys by remainder, tables as numpy leaves
+    them that picks columns."""
+    make = np.random.default_rng(0)
+    lo = np.sort(make.integers(0, 20, (2, 2, 3, 2)), axis=3).astype(np.int32)
+    hi = np.stack([np.minimum(lo[..., 0] + 3, lo[..., 1]), lo[..., 1] + 5], axis=3)
+    order = np.stack([make.permutation(9)[:3] for _ in range(4)]).reshape(2, 2, 3)
+    key_order = np.stack([np.arange(24).reshape(6, 4).T.ravel(), np.arange(24)])
+    lo, hi, order = (np.asfortranarray(x.astype(np.int32)) for x in (lo, hi, order))
+    classes = (0, 0, 1, 1, 0, 0, 1, 1)
+    return Pass(lo, hi, classes, key_order.astype(np.int32), order, (4,))
+
+
+def test_the_kernel_gets_tables_whose_rows_lie_one_after_another(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_kernels", lambda: SimpleNamespace(decode=None))
+    monkeypatch.setattr(module, "launch", lambda *given, **how: seen.append((given, how)))
+    monkeypatch.setattr(module, "merge_stacked", lambda outs, lses, out: lses[0])
+    monkeypatch.setattr(module, "processors", lambda device: 132)
+    q, k, v = inputs(2, 9, keys=24)
+    lying = run.load_where_rows_lie(listed_pass(), q, k)
+    tables = [lying[0].lo_GNm, lying[0].hi_GNm, lying[1].query_rows]
+    assert any(x is not None and not x.is_contiguous() for x in tables)
+    heads = torch.zeros(1, 1, dtype=torch.int64).expand(2, HEADS)
+    whole = KeyRanges(*(permuted(torch.zeros(1, 9, 2).int()) for _ in range(2)), heads, 24)
+    module.decode_passes(q, k, v, [lying, (whole, Places())], 1.0)
+    for given, _ in seen:
+        names = dict(zip(("lo", "hi", "group", "q_rows", "k_rows"), given[2][3:8], strict=True))
+        assert all(x.is_contiguous() for x in names.values())
+        assert all(names[x].dtype == torch.int32 for x in ("lo", "hi", "q_rows", "k_rows"))
+    assert seen[0][1]["alike"] != seen[1][1]["alike"]
+
+
+def test_passes_by_hand_say_where_their_rows_lie():
+    one = listed_pass()
+    q, k, v = (x.double() for x in inputs(2, 9, keys=24))
+    found = by_hand(q, k, v, [run.load_where_rows_lie(one, q, k)], 0.3)
+    loaded = run.load(one, q, k)
+    wanted = loaded.outputs(*reference(*loaded.inputs(q, k, v), loaded.ranges, 0.3)).placed()
+    torch.testing.assert_close(found, wanted)
+    assert found[1].isneginf().any()
 
 
 @pytest.mark.parametrize(("programs", "keys", "passes"), [(8, 5000, 1), (8, 70, 1), (600, 900, 3)])
 def test_parts(programs, keys, passes, monkeypatch):
-    monkeypatch.setattr(module, "_processors", lambda device: 132)
+    monkeypatch.setattr(module, "processors", lambda device: 132)
     q, k, _ = inputs(programs // 2, 1, keys=keys, key_heads=2)
     laid = ls.plan("causal()", 1, HEADS, keys=keys)
     ranges, places = run.load_where_rows_lie(laid.passes[0], q, k)
@@ -177,15 +230,36 @@ def test_shapes_on_a_gpu(heads, key_heads, width, keys, rows, dtype):
 
 
 @gpu
+def test_a_pass_of_a_few_of_many_rows_on_a_gpu():
+    q, k, v = inputs(2, 9, 64, keys=24, device="cuda")
+    lying = run.load_where_rows_lie(listed_pass(), q, k)
+    found = module.decode_passes(q, k, v, [lying], 0.3)
+    loaded = run.load(listed_pass(), q, k)
+    wanted = loaded.outputs(*reference(*loaded.inputs(q, k, v), loaded.ranges, 0.3)).placed()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@gpu
+def test_global_rows_of_several_documents_on_a_gpu():
+    segments = np.stack([np.zeros(KEYS, int), np.repeat([0, 1], [500, KEYS - 500])])
+    q, k, v = inputs(2, KEYS, 64, device="cuda")
+    how = {"segments": segments, "return_lse": True}
+    pattern = "window(64) | global(0, 100, 200, 300)"
+    found = ls.attend(q, k, v, pattern, **how)
+    wanted = ls.attend(*(x.double() for x in (q, k, v)), pattern, impl="reference", **how)
+    assert relative(found[0], wanted[0]) < TOLERANCE[torch.float32]
+
+
+@gpu
 def test_layouts_on_a_gpu():
-    q, k, v = inputs(2, 1, 64, device="cuda")
-    laid = ls.plan("window(300) | sink(4)", 1, HEADS, keys=KEYS)
+    q, k, v = inputs(2, 2, 64, device="cuda")
+    laid = ls.plan("window(300) | sink(4)", 2, HEADS, keys=KEYS)
     wanted = ls.attend(q, k, v, laid, impl="decode", return_lse=True)
     room = torch.full((2, KEYS + 50, KEY_HEADS, 200), torch.nan, device="cuda")
     own_k, own_v = (room[:, 25:-25, :, at : at + x.shape[3]] for at, x in ((0, k), (100, v)))
     own_k.copy_(k.transpose(1, 2))
     own_v.copy_(v.transpose(1, 2))
-    views = q.mT.contiguous().mT, own_k.transpose(1, 2), own_v.transpose(1, 2)
+    views = permuted(q), own_k.transpose(1, 2), own_v.transpose(1, 2)
     torch.testing.assert_close(
         ls.attend(*views, laid, impl="decode", return_lse=True), wanted, rtol=0, atol=0
     )
@@ -210,9 +284,9 @@ def test_it_is_taken_for_new_tokens_without_gradients_on_a_gpu():
         ls.attend(q, k, v, "strided(8)"), ls.attend(q, k, v, "strided(8)", impl="decode")
     )
     q.requires_grad_()
-    assert "decode has no backward" in ls.explain(q, k, v, "window(64)")
+    assert "not decode: has no backward" in ls.explain(q, k, v, "window(64)")
     assert ls.attend(q, k, v, "window(64)").requires_grad
-    with pytest.raises(Refusal, match="decode has no backward"):
+    with pytest.raises(Refusal, match="has no backward"):
         ls.attend(q, k, v, "window(64)", impl="decode")
     q, k, v = inputs(1, 9, 64, device="cuda")
     with pytest.raises(Refusal, match="takes up to 8 query rows, got 9"):

@@ -514,7 +514,7 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
     monkeypatch.setattr(module, "_kernels", lambda: kernels)
     monkeypatch.setattr(module, "launch", launched)
     monkeypatch.setattr(module, "merge_stacked", stacked)
-    monkeypatch.setattr(module, "_programs", lambda _: 132)
+    monkeypatch.setattr(module, "processors", lambda _: 132)
     ready = module._Ready(made, None, 0.3)
     for value in (v, v[..., :8]):
         out, lse = ready.forward(q, k, value)
@@ -749,7 +749,7 @@ def test_equals_the_oracle(name, dtype):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
-    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    monkeypatch.setattr(module, "processors", lambda _: programs)
     compare(*on_gpu(name, torch.bfloat16))
 
 

@@ -392,7 +392,7 @@ def test_equals_the_oracle(name, dtype):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
-    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    monkeypatch.setattr(module, "processors", lambda _: programs)
     equals_the_oracle(name, torch.bfloat16)
 
 

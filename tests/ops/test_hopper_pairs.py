@@ -206,7 +206,7 @@ def test_equals_the_oracle(name, dtype, monkeypatch):
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
     always(monkeypatch)
-    monkeypatch.setattr(module, "_programs", lambda _: programs)
+    monkeypatch.setattr(module, "processors", lambda _: programs)
     given = on_gpu(name, torch.bfloat16)
     assert module._ready(*given[1:], given[0], 1.0, backward=False).plan.paired
     compare(*given)

@@ -94,6 +94,7 @@ class Capability:
         takes_keys_in_turn: whether keys may be counted through several batch rows.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         most_rows: query rows that it takes; None for any number.
+        forward_only: whether it has no backward.
         has_halves: whether its backward can be given the output and log-sum-exp of several passes
             together, as ``Halves``.
         places: whether these halves are ``PlacedHalves``.
@@ -112,6 +113,7 @@ class Capability:
     takes_keys_in_turn: bool = False
     reads_in_place: bool = False
     most_rows: int | None = None
+    forward_only: bool = False
     has_halves: bool = False
     places: bool = False
     takes_long_rows: bool = False
@@ -146,6 +148,8 @@ class Capability:
             ]
         if self.most_rows is not None and q.shape[2] > self.most_rows:
             return [f"takes up to {self.most_rows} query rows, got {q.shape[2]:,}"]
+        if self.forward_only and needs_grad(q, k, v):
+            return ["has no backward, and gradients are asked for"]
         if not self.plain and transforming():
             return [
                 "has a backward of its own, through which torch.func does not go, nor do "
@@ -201,6 +205,7 @@ KERNELS = (
         note="a few queries by parts of their keys, without gradients",
         reads_in_place=True,
         most_rows=8,
+        forward_only=True,
     ),
     Capability(
         name="flex",
@@ -283,13 +288,14 @@ def in_order(
     return tuple(sorted(KERNELS, key=lambda c: -found.rate(c.name))), found
 
 
-def may_read_in_place(impl: str, q: Tensor) -> bool:
-    """Whether some kernel for such queries that may be chosen reads rows where they lie."""
+def may_read_in_place(impl: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether some kernel for such tensors that may be chosen reads rows where they lie."""
     return any(
         kernel.reads_in_place
         and impl in ("auto", kernel.name)
         and kernel.runs_on(q.device)
         and (kernel.most_rows is None or q.shape[2] <= kernel.most_rows)
+        and not (kernel.forward_only and needs_grad(q, k, v))
         for kernel in KERNELS
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.kernels._flex_tiles import count_tiles
+from longspan.ops.libraries import processors
 from longspan.ops.ranges import KeyRanges
 
 # Work is counted in query tiles, over all heads of a key head. A program may do this many times
@@ -136,6 +137,4 @@ def _by_stretch(ranges: KeyRanges, hot_C: Tensor, stretch: int, tile: int) -> Co
 
 def _processors(device: torch.device) -> int:
     """Programs that run at the same time; those of an H200 where there is no GPU."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return processors(device) if device.type == "cuda" else 132

@@ -18,7 +18,8 @@ from torch import Tensor
 _compiled: dict[tuple[Hashable, ...], Any] = {}
 # Lengths that come once should not fill the memory.
 _MOST = 4096
-_REACH = (1 << 31) - 1
+# What 32 bits count.
+REACH = (1 << 31) - 1
 
 
 def launch(
@@ -67,13 +68,13 @@ def _signs(args: Sequence[Any]) -> Hashable:
         elif kind is tuple:
             found.append(_signs(x))
         elif isinstance(x, Tensor):
-            found.append((x.dtype, x.data_ptr() % 16 == 0, _is_far(x)))
+            found.append((x.dtype, x.data_ptr() % 16 == 0, is_far(x)))
         else:
             # True is equal to 1.
             found.append((kind, x))
     return tuple(found)
 
 
-def _is_far(x: Tensor) -> bool:
+def is_far(x: Tensor) -> bool:
     """Whether AMD's offsets of 32 bits do not reach all of its memory."""
-    return torch.version.hip is not None and x.untyped_storage().size() > _REACH
+    return torch.version.hip is not None and x.untyped_storage().size() > REACH

@@ -69,6 +69,12 @@ def why_no_flash_attention(kernel: str, q_BHND: Tensor, v_BKMD: Tensor) -> list[
 
 
 @functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

@@ -15,8 +15,8 @@ class Places:
     """Where the rows of a pass lie in the tensors; everything None: as they are.
 
     Attributes:
-        query_rows, key_rows: int64 [B or 1, G, P], the row at each place, -1 for none; G divides
-            the heads that take part, and neighbouring heads share.
+        query_rows, key_rows: int64 on a CPU, int32 on a GPU, [B or 1, G, P], the row at each
+            place, -1 for none; G divides the heads that take part, and neighbouring heads share.
         query_heads, key_heads: int64, which heads take part.
         covers: whether every query row of every head has a place.
     """

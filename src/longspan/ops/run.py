@@ -150,11 +150,11 @@ def compute(
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
-    if may_read_in_place(impl, q) and q.device.type == "cpu":
+    if may_read_in_place(impl, q, k, v) and q.device.type == "cpu":
         kernel = choose(impl, q, k, v, load(passes[0], q, k).ranges, use_lse=use_lse)
         if kernel.reads_in_place:
             return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
-    elif may_read_in_place(impl, q):
+    elif may_read_in_place(impl, q, k, v):
         lying = [load_where_rows_lie(one, q, k) for one in passes]
         kernel = choose(impl, q, k, v, lying[0][0], use_lse=use_lse)
         if kernel.reads_in_place:

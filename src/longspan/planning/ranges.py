@@ -40,7 +40,9 @@ class Ranges:
             return cls(np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64))
         both = np.empty((2, rows, len(intervals)), np.int64)
         for t, (lo, hi) in enumerate(intervals):
-            both[0, :, t], both[1, :, t] = lo, hi
+            # Which refuses fractions.
+            np.copyto(both[0, :, t], lo, casting="same_kind")
+            np.copyto(both[1, :, t], hi, casting="same_kind")
         np.minimum(np.maximum(both, 0, out=both), END, out=both)
         return normal(*both)
 

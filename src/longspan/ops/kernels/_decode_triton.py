@@ -133,8 +133,9 @@ def decode(
             seen += tl.maximum(tl.load(hi + first + t) - tl.load(lo + first + t), 0)
         # Whole steps, so that of few keys the first parts have all.
         size = tl.cdiv(tl.cdiv(seen, parts), step) * step
-        # Where the part ends, counted from the first key of a range. It begins ``size`` before: a
-        # second number that goes down with this one is left as it was by Triton 3.6.
+        # Keys from the first one of a range to the end of the part, which begins ``size`` before.
+        # A number of its own for that, which goes down with this one, stays as it was at first in
+        # what Triton 3.6 compiles.
         stop = part * size + size
         for t in range(count):
             from_key, to_key = tl.load(lo + first + t), tl.load(hi + first + t)

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import needs_grad
 from longspan.ops.fused import merge_stacked, rows_dense, tile_of
-from longspan.ops.launch import launch
-from longspan.ops.libraries import has_triton
+from longspan.ops.launch import REACH, is_far, launch
+from longspan.ops.libraries import has_triton, processors
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 
@@ -43,7 +42,9 @@ _STEP_BYTES = 1 << 14
 _LOG2_E = 1.4426950408889634
 # The second axis of a grid.
 _MOST_PROGRAMS = (1 << 16) - 1
-_REACH = (1 << 31) - 1
+# Query heads of a key head whose tiles fit into the shared memory of any GPU, and bytes of it that
+# do for any number.
+_FEW_HEADS, _LARGE = 16, 200 << 10
 
 
 def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -> list[str]:
@@ -54,12 +55,16 @@ def reasons(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges) -
         found.append(f"decode needs CUDA tensors, got {q_BHND.device}")
     elif not has_triton():
         found.append("the package triton is not installed")
-    if needs_grad(q_BHND, k_BKMD, v_BKMD):
-        found.append("decode has no backward, and gradients are asked for")
-    if batch * heads * rows > _MOST_PROGRAMS:
+    key_heads = k_BKMD.shape[1]
+    if batch * key_heads * rows > _MOST_PROGRAMS:
         found.append(
-            f"query rows of all batch rows and heads, here {batch * heads * rows:,}, are more "
-            f"than {_MOST_PROGRAMS:,}"
+            f"query rows of all batch rows and key heads, here {batch * key_heads * rows:,}, are "
+            f"more than {_MOST_PROGRAMS:,}"
+        )
+    share = heads // max(1, key_heads)
+    if not found and share > _FEW_HEADS and _shared_memory(q_BHND.device) < _LARGE:
+        found.append(
+            f"decode takes up to {_FEW_HEADS} query heads of a key head on this GPU, got {share}"
         )
     if q_BHND.dtype not in DTYPES:
         found.append(f"decode computes float32, bfloat16 and float16, got {q_BHND.dtype}")
@@ -127,7 +132,7 @@ def _parts(q: Tensor, k: Tensor, ranges: KeyRanges, places: Places, passes: int)
     steps at least."""
     heads = k.shape[1] if places.key_heads is None else len(places.key_heads)
     programs = q.shape[0] * heads * ranges.queries
-    wanted = _AT_ONCE * _processors(q.device) // programs
+    wanted = _AT_ONCE * processors(q.device) // programs
     most = min(_MOST_PARTS // passes, -(-ranges.keys // (2 * _STEP)))
     return max(1, min(wanted, most))
 
@@ -150,6 +155,10 @@ def _attend(
     key_heads = k.shape[1] if places.key_heads is None else len(places.key_heads)
     share = own_heads // key_heads
     count = ranges.lo_GNm.shape[2]
+    # The kernel counts rows of tables that lie one after another.
+    lo_GNm, hi_GNm, group_BH = (
+        x.contiguous() for x in (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
+    )
     q_moved, q_row_step, q_row_share = _table(places.query_rows, own_heads)
     k_moved, k_row_step, k_row_share = _table(places.key_rows, key_heads)
     (wide, _), (v_wide, _) = tile_of(max(width, 16)), tile_of(max(v.shape[3], 16))
@@ -167,7 +176,6 @@ def _attend(
         v_wide,
         max(16, min(_STEP, _STEP_BYTES // (max(wide, v_wide) * q.element_size()))),
     )
-    unused = ranges.group_BH
     launch(
         _kernels().decode,
         (parts, batch * key_heads * ranges.queries, 1),
@@ -175,20 +183,20 @@ def _attend(
             q,
             k,
             v,
-            ranges.lo_GNm,
-            ranges.hi_GNm,
-            ranges.group_BH,
-            unused if q_moved is None else q_moved,
-            unused if k_moved is None else k_moved,
-            unused if places.query_heads is None else places.query_heads,
-            unused if places.key_heads is None else places.key_heads,
+            lo_GNm,
+            hi_GNm,
+            group_BH,
+            lo_GNm if q_moved is None else q_moved,
+            lo_GNm if k_moved is None else k_moved,
+            group_BH if places.query_heads is None else places.query_heads,
+            group_BH if places.key_heads is None else places.key_heads,
             outs,
             lses,
             *steps,
             ranges.queries,
             count,
             ranges.keys,
-            0 if len(ranges.group_BH) == 1 else own_heads,
+            0 if len(group_BH) == 1 else own_heads,
             q_row_step,
             q_row_share,
             k_row_step,
@@ -212,16 +220,17 @@ def _table(row_BGP: Tensor | None, heads: int) -> tuple[Tensor | None, int, int]
     if row_BGP is None:
         return None, 0, 1
     batch, groups, _ = row_BGP.shape
-    return row_BGP, row_BGP[0].numel() if batch > 1 else 0, heads // groups
+    step = row_BGP[0].numel() if batch > 1 else 0
+    return row_BGP.int().contiguous(), step, heads // groups
 
 
 def _look(x: Tensor) -> Hashable:
-    return x.dtype, x.data_ptr() % 16 == 0
+    return x.dtype, x.data_ptr() % 16 == 0, is_far(x)
 
 
 def _kind(step: int) -> int:
     """What is compiled for a step: a constant 1, whether 16 divides it, whether it is long."""
-    return 1 if step == 1 else 2 + 2 * (step % 16 == 0) + 4 * (step > _REACH)
+    return 1 if step == 1 else 2 + 2 * (step % 16 == 0) + 4 * (step > REACH)
 
 
 @functools.cache
@@ -230,5 +239,7 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have, 0 if torch does not say."""
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", 0)

@@ -44,7 +44,7 @@ from longspan.ops.kernels._hopper_plan import (
 )
 from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
 from longspan.ops.launch import launch
-from longspan.ops.libraries import aligned, why_missing
+from longspan.ops.libraries import aligned, processors, why_missing
 from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 
@@ -332,7 +332,7 @@ class _Ready:
         described = _kernels().described
         launch(
             _kernels().forward,
-            (min(_programs(q.device), tasks), 1, 1),
+            (min(processors(q.device), tasks), 1, 1),
             (
                 described(q_BHND, 64, compiled),
                 described(k_BKMD, *tile),
@@ -404,7 +404,7 @@ class _Ready:
         described = _kernels().described
         launch(
             _back_kernels().backward,
-            (min(_programs(q.device), tasks), 1, 1),
+            (min(processors(q.device), tasks), 1, 1),
             (
                 *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
                 described(first_BH2N, 2, 64, swizzle=0),
@@ -512,8 +512,3 @@ def _turn(
 def _compiled(*widths: int) -> int:
     """The width that a kernel is compiled for."""
     return next(wide for wide in _PLACES if wide >= max(widths))
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
