@@ -22,6 +22,7 @@ from longspan.ops.ranges import KeyRanges
 from longspan.planning import Pass
 
 module = importlib.import_module("longspan.ops.kernels.decode")
+native = importlib.import_module("longspan.ops.kernels.native")
 
 HEADS, KEY_HEADS, KEYS = 8, 2, 777
 PATTERNS = [
@@ -113,6 +114,37 @@ def test_a_pass_says_where_its_rows_lie(pattern, rows, how):
             assert alone.isfinite().all()
 
 
+@pytest.mark.skipif(native.library() is None, reason="native was not compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pattern", "rows", "how"), CASES)
+def test_a_kernel_of_a_cpu_reads_rows_where_they_lie(pattern, rows, how, dtype):
+    q, k, v = (x.to(dtype) for x in inputs(2, rows))
+    laid = ls.plan(pattern, rows, HEADS, keys=KEYS, **how)
+    exact = q.double(), k.double(), v.double()
+    wanted = ls.attend(*exact, laid, impl="reference", return_lse=True)
+    for impl in ("native", "auto"):
+        found = ls.attend(q, k, v, laid, impl=impl, return_lse=True)
+        assert relative(found[0], wanted[0]) < TOLERANCE[dtype]
+        assert torch.equal(found[1].isneginf(), wanted[1].isneginf())
+
+
+@pytest.mark.skipif(native.library() is None, reason="native was not compiled")
+def test_keys_in_an_order_are_not_gathered_for_new_tokens_on_a_cpu(monkeypatch):
+    q, k, v = inputs(1, 1)
+    assert "kernel native" in ls.explain(q, k, v, "strided(8)")
+    assert "kernel tiled" in ls.explain(q, k, v, "window(500)")
+    wanted = ls.attend(q, k, v, "strided(8)", impl="tiled")
+
+    def order(*_):
+        raise AssertionError("an order was made")
+
+    monkeypatch.setattr(run.Order, "of", order)
+    laid = ls.plan("strided(8)", 1, HEADS, keys=KEYS)
+    torch.testing.assert_close(ls.attend(q, k, v, laid), wanted)
+    with pytest.raises(AssertionError, match="an order was made"):
+        ls.attend(q.requires_grad_(), k, v, laid)
+
+
 def test_what_a_pass_says_is_kept_and_goes_with_it():
     q, k, _ = inputs(1, 1)
     laid = ls.plan("strided(8)", 1, HEADS, keys=KEYS)
@@ -160,16 +192,17 @@ def test_the_kernel_gets_tables_whose_rows_lie_one_after_another(monkeypatch):
     monkeypatch.setattr(module, "processors", lambda device: 132)
     q, k, v = inputs(2, 9, keys=24)
     lying = run.load_where_rows_lie(listed_pass(), q, k)
-    tables = [lying[0].lo_GNm, lying[0].hi_GNm, lying[1].query_rows]
-    assert any(x is not None and not x.is_contiguous() for x in tables)
     heads = torch.zeros(1, 1, dtype=torch.int64).expand(2, HEADS)
     whole = KeyRanges(*(permuted(torch.zeros(1, 9, 2).int()) for _ in range(2)), heads, 24)
-    module.decode_passes(q, k, v, [lying, (whole, Places())], 1.0)
+    assert not whole.lo_GNm.is_contiguous()
+    rows = torch.zeros(2, 24, 2, dtype=torch.int64).mT
+    places = Places(query_rows=rows[..., :9], key_rows=rows[:, :1], covers=False)
+    module.decode_passes(q, k, v, [lying, (whole, places)], 1.0)
     for given, _ in seen:
         names = dict(zip(("lo", "hi", "group", "q_rows", "k_rows"), given[2][3:8], strict=True))
         assert all(x.is_contiguous() for x in names.values())
         assert all(names[x].dtype == torch.int32 for x in ("lo", "hi", "q_rows", "k_rows"))
-    assert seen[0][1]["alike"] != seen[1][1]["alike"]
+    assert len(seen) == 2
 
 
 def test_passes_by_hand_say_where_their_rows_lie():

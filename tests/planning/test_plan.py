@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -153,3 +154,18 @@ def test_a_pattern_in_text_form():
         ls.plan("windw(3)", 4)
     with pytest.raises(PatternError, match=r"its text form, got 3 \(int\)"):
         ls.plan(3, 4)
+
+
+def test_an_order_is_not_chosen_anew_for_each_token(monkeypatch):
+    planning = importlib.import_module("longspan.planning.plan")
+    planning._choice_for_few.cache_clear()
+    calls = []
+    choose = planning.choose
+    monkeypatch.setattr(planning, "choose", lambda *given: calls.append(given) or choose(*given))
+    for keys in range(1000, 1100):
+        ls.plan("ssa(64, 8)", 1, 8, keys=keys)
+    assert len(calls) == 2
+    # Of few keys each number has its own.
+    for keys in range(1, 9):
+        assert ls.plan("ssa(4, 2)", 1, 8, keys=keys).mask().any(-1).all()
+    assert len(calls) == 10

@@ -36,7 +36,7 @@ from longspan.ops.inputs import (
 )
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import as_computed, calls_apart, compute, load, suited
+from longspan.ops.run import as_computed, calls_apart, compute, in_place, load, suited
 from longspan.pattern import Pattern, parse
 from longspan.planning import Plan, plan
 from longspan.planning.layout import table
@@ -157,7 +157,8 @@ def explain(
                 f"TFLOP/s: {said}"
             )
     else:
-        picked = [choose(impl, *own, use_lse=use_lse) for own in best]
+        whole = in_place(laid.passes, q, k, v, impl, use_lse=use_lse)
+        picked = [whole or choose(impl, *own, use_lse=use_lse) for own in best]
     for (name, *_), own, chosen in zip(named, given, picked, strict=True):
         kernels, measured = in_order(*own)
         lines.append(f"{name}: kernel {chosen.name}: {chosen.note}")

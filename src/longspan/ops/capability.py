@@ -164,10 +164,20 @@ class Capability:
             return not needs_grad(q, k, v)
         return self.shares_keys == "always"
 
-    def worth(self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> bool:
-        """Whether ``auto`` should take it for inputs that it can take."""
+    def worth(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool = False
+    ) -> bool:
+        """Whether ``auto`` should take it for inputs that it can take.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            ranges: what would be computed.
+            moved: whether rows would be gathered for a kernel that does not read them in place.
+        """
         own = getattr(self._module(), "worth", None)
-        return own is None or own(q, k, v, ranges)
+        return own is None or own(q, k, v, ranges, moved=moved)
 
     def load(self) -> Kernel:
         """The kernel function."""
@@ -310,7 +320,14 @@ def with_long_rows(impl: str, device: torch.device) -> list[Capability]:
 
 
 def choose(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool = True
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    *,
+    use_lse: bool = True,
+    moved: bool = False,
 ) -> Capability:
     """Pick a kernel; kept for tensors that look the same, as long as ``ranges`` lives.
 
@@ -321,6 +338,7 @@ def choose(
         v: values.
         ranges: what would be computed.
         use_lse: whether the result will depend on the log-sum-exp.
+        moved: whether rows would be gathered for a kernel that does not read them in place.
 
     Raises:
         Refusal: if the named kernel cannot take the inputs, with each reason.
@@ -328,9 +346,9 @@ def choose(
     if not isinstance(impl, str):
         raise _unknown(impl)
     kept = _chosen.setdefault(ranges, {})
-    name = (impl, use_lse, *looks(q, k, v))
+    name = (impl, use_lse, moved, *looks(q, k, v))
     if name not in kept:
-        kept[name] = _choose(impl, q, k, v, ranges, use_lse=use_lse)
+        kept[name] = _choose(impl, q, k, v, ranges, use_lse=use_lse, moved=moved)
     return kept[name]
 
 
@@ -345,14 +363,14 @@ def looks(*tensors: Tensor) -> tuple[Hashable, ...]:
 
 
 def _choose(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool
+    impl: str, q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, use_lse: bool, moved: bool
 ) -> Capability:
     def refused(kernel: Capability) -> list[str]:
         return kernel.reasons(q, k, v, ranges, use_lse=use_lse)
 
     if impl == "auto":
         able = (c for c in in_order(q, k, v, ranges)[0] if not refused(c))
-        return next(c for c in able if c.worth(q, k, v, ranges))
+        return next(c for c in able if c.worth(q, k, v, ranges, moved=moved))
     known = {kernel.name: kernel for kernel in KERNELS}
     if impl not in known:
         raise _unknown(impl)

@@ -43,6 +43,8 @@ from longspan.planning import Pass
 
 # Queries of a remainder that fill a tile: of fewer, most of it would be computed for nothing.
 _LEAST_ROWS = 128
+# Queries without gradients, as new tokens are, for which no order of rows is worth making.
+_FEW_ROWS = 8
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
@@ -82,7 +84,7 @@ def _load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
 
 
 def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Places]:
-    """The pass for a kernel on a GPU that needs no order of rows in memory, kept likewise.
+    """The pass for a few queries and a kernel that needs no order of rows, kept likewise.
 
     Orders are not turned round, which would take longer than the attention of a new token.
     """
@@ -93,8 +95,10 @@ def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Pla
         heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
         key_rows = None if one.key_order is None else one.key_order[:, None]
         query_rows = _rows_of_queries(one, heads)
+        dtype = torch.int64 if device.type == "cpu" else torch.int32
         found = [
-            None if x is None else torch.from_numpy(x).to(device) for x in (query_rows, key_rows)
+            None if x is None else torch.from_numpy(x).to(device, dtype).contiguous()
+            for x in (query_rows, key_rows)
         ]
         picked = [None if x is None else torch.tensor(x, device=device) for x in (heads, kv_heads)]
         places = keys if key_rows is None else key_rows.shape[-1]
@@ -109,6 +113,25 @@ def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Pla
             ),
         )
     return kept[name]
+
+
+def in_place(
+    passes: Sequence[Pass], q: Tensor, k: Tensor, v: Tensor, impl: str, *, use_lse: bool
+) -> Capability | None:
+    """The kernel that takes all passes and reads rows where they lie; None where none does."""
+    if not may_read_in_place(impl, q, k, v):
+        return None
+    if _new_tokens(q, k, v):
+        ranges, _ = load_where_rows_lie(passes[0], q, k)
+        moved = any(one.key_order is not None or one.query_order is not None for one in passes)
+    else:
+        ranges, moved = load(passes[0], q, k).ranges, False
+    kernel = choose(impl, q, k, v, ranges, use_lse=use_lse, moved=moved)
+    return kernel if kernel.reads_in_place else None
+
+
+def _new_tokens(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.shape[2] <= _FEW_ROWS and not needs_grad(q, k, v)
 
 
 def _covers(row_BGP: NDArray[np.int32] | None, rows: int) -> bool:
@@ -150,15 +173,11 @@ def compute(
 
     Without ``use_lse`` the log-sum-exp may be without gradient.
     """
-    if may_read_in_place(impl, q, k, v) and q.device.type == "cpu":
-        kernel = choose(impl, q, k, v, load(passes[0], q, k).ranges, use_lse=use_lse)
-        if kernel.reads_in_place:
-            return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
-    elif may_read_in_place(impl, q, k, v):
-        lying = [load_where_rows_lie(one, q, k) for one in passes]
-        kernel = choose(impl, q, k, v, lying[0][0], use_lse=use_lse)
-        if kernel.reads_in_place:
+    if (kernel := in_place(passes, q, k, v, impl, use_lse=use_lse)) is not None:
+        if _new_tokens(q, k, v):
+            lying = [load_where_rows_lie(one, q, k) for one in passes]
             return [Part(*kernel.load_passes()(q, k, v, lying, scale))]
+        return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
     if calls := calls_apart(passes, q, k):
         return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
     asked = as_computed(passes, q, k, v, impl, use_lse=use_lse)

@@ -8,6 +8,7 @@ ranges per query; nothing of size n x n.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +18,12 @@ from longspan.pattern.algebra import END, Pattern
 from longspan.pattern.text import parse
 from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
-from longspan.planning.layout import layouts
+from longspan.planning.layout import Layout, layouts
 from longspan.planning.passes import Pass
 from longspan.planning.trim import trimmed
+
+# Queries up to which the choice of an order is kept while keys become more.
+_FEW = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +146,26 @@ def plan(
     words = ("auto", "apart", "joined")
     if orders not in words and not (isinstance(orders, int) and orders >= 1):
         raise PlanError(f"orders must be one of {words} or a number from 1, got {orders!r}")
-    if orders == "auto":
+    if orders == "auto" and rows[0].counted and n <= _FEW:
+        together = _choice_for_few(own, n, _rounded(keys), heads)
+    elif orders == "auto":
         together = choose(own, rows[0], heads)
     else:
         together = orders if isinstance(orders, int) else None
     passes = passes_of(own, rows, heads, together, join=orders != "apart")
     return Plan(own, n, keys, heads, len(rows), tuple(map(trimmed, passes)))
+
+
+@lru_cache(maxsize=256)
+def _choice_for_few(pattern: Pattern, n: int, keys: int, heads: int) -> int | None:
+    """What the cost model chooses for the last few of many rows.
+
+    Each token is a row more: asked about all of them, it would take longer than the plan.
+    """
+    return choose(pattern, Layout.of_last(n, keys), heads)
+
+
+def _rounded(keys: int) -> int:
+    """Up to the next of eight sizes between powers of two."""
+    step = 1 << max(0, keys.bit_length() - 4)
+    return min(-(-keys // step) * step, END - 1)

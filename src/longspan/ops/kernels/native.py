@@ -41,7 +41,7 @@ from longspan.ops.workers import can_share_threads, run_compiled
 # Widths are multiples of these: a vector of float32, or a row of a tile register.
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
-_FEW_KEYS = 256
+_FEW_KEYS, _FEW_HALF_KEYS = 256, 4096
 # Tensors of so many bytes are mapped anew each time: the most that malloc keeps.
 _MAPPED = 32 << 20
 # Calls with fewer multiplications than this are over before other threads have started.
@@ -128,15 +128,18 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
     return []
 
 
-def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> bool:
+def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool) -> bool:
     """Whether ``auto`` should take it: not for so few queries that vectors stay nearly empty.
 
-    Decoding over many keys is up to twice as fast in ``tiled``, over few of them slower.
+    Decoding over many keys is up to twice as fast in ``tiled``, over few of them slower. Where
+    that would gather keys first it takes two to four times as long, but for many keys in half
+    precision, which are all turned to float32 here.
     """
     del v
     rows = ranges.queries * q.shape[1] // k.shape[1]
     few = 4 if q.dtype == torch.bfloat16 and level() == _AMX else _LANES
-    return rows >= few or ranges.keys <= _FEW_KEYS
+    spared = moved and (q.dtype == torch.float32 or ranges.keys <= _FEW_HALF_KEYS)
+    return rows >= few or spared or ranges.keys <= _FEW_KEYS
 
 
 def native(
