@@ -164,6 +164,7 @@ def test_an_order_is_not_chosen_anew_for_each_token(monkeypatch):
     monkeypatch.setattr(planning, "choose", lambda *given: calls.append(given) or choose(*given))
     for keys in range(1000, 1100):
         ls.plan("ssa(64, 8)", 1, 8, keys=keys)
+    ls.plan("ssa(64, 8)", np.int64(1), np.int64(8), keys=np.int64(1000))
     assert len(calls) == 2
     # Of few keys each number has its own.
     for keys in range(1, 9):

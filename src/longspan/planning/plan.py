@@ -147,7 +147,7 @@ def plan(
     if orders not in words and not (isinstance(orders, int) and orders >= 1):
         raise PlanError(f"orders must be one of {words} or a number from 1, got {orders!r}")
     if orders == "auto" and rows[0].counted and n <= _FEW:
-        together = _choice_for_few(own, n, _rounded(keys), heads)
+        together = _choice_for_few(own, n, _rounded(int(keys)), heads)
     elif orders == "auto":
         together = choose(own, rows[0], heads)
     else:
