@@ -905,6 +905,53 @@ def test_nothing_leaks_from_later_tokens():
                 assert torch.equal(a[:, :, :t], b[:, :, :t])
 
 
+def rising(shape, dtype, slope, every=1):
+    """Logits that rise by ``slope`` from tile to tile of keys, in each ``every``-th row."""
+    q, k, v = tensors(*shape)
+    q[..., 0] = torch.where(torch.arange(q.shape[2]) % every == 0, 8.0, 0.0)
+    k[..., 0] = slope * (torch.arange(k.shape[2]) // 128)
+    return [x.to("cuda", dtype) for x in (q, k, v)]
+
+
+@gpu
+@pytest.mark.parametrize("every", [1, 37])
+@pytest.mark.parametrize("slope", [-30.0, -3.0, 3.0, 9.0, 30.0, 200.0])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_logits_far_beyond_those_of_the_first_tile(dtype, width, slope, every):
+    here()
+    n, keys, heads = 1500, 1536, 4
+    for ranges in (
+        window(n, 900, keys=keys, heads=heads),
+        alternating(n, keys, 9, heads),
+        cases.dense(n, heads, keys),
+    ):
+        q, k, v = rising((1, heads, 2, n, keys, width, width), dtype, slope, every)
+        out, lse = module.hopper(q, k, v, to(ranges, "cuda"), 0.125)
+        wide = (x.double() for x in (q, k, v))
+        expected, expected_lse = for_each_row(*wide, to(ranges, "cuda"), 0.125)
+        seen = expected_lse > -math.inf
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=2e-2)
+        torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=1e-5, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_later_logits_beyond_all_earlier_ones_do_not_move_a_bit(dtype):
+    here()
+    for slope in (2.0, 40.0):
+        q, k, v = rising((1, 8, 2, 1500, 1500, 128, 128), dtype, slope, 3)
+        for pattern in ("window(900)", "causal()", "scca.flow(512)"):
+            before = ls.attend(q, k, v, pattern, impl="hopper", return_lse=True)
+            for t in (5, 700, 1450):
+                later = [x.clone() for x in (q, k, v)]
+                later[0][:, :, t:, 0] = 30.0
+                later[1][:, :, t:, 0] = 900.0
+                after = ls.attend(*later, pattern, impl="hopper", return_lse=True)
+                for a, b in zip(before, after, strict=True):
+                    assert torch.equal(a[:, :, :t], b[:, :, :t])
+
+
 @gpu
 def test_nan_is_not_hidden_and_rows_without_keys_have_none():
     here()

@@ -58,6 +58,8 @@ from triton.experimental.gluon.nvidia.hopper import (  # pyright: ignore[reportM
     TensorDescriptor,
 )
 
+from longspan.ops.kernels._hopper_softmax import first_weights, next_weights, shrunk
+
 _LN_2 = gl.constexpr(0.6931471805599453)
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _SCORES.value, 2))
@@ -342,11 +344,9 @@ def _multiply(
         own = row + rows_on
         if tile[1] & 15:
             s = _mask(s, tile, bound, bounds, own, _WHOLE, paired)
-        top = gl.full([64], float("-inf"), gl.float32, _BY_ROW)
-        total = gl.zeros([64], gl.float32, _BY_ROW)
-        p, _shrink, top, total = _softmax(s, top, total, scale)
+        p, total, base = first_weights(s, scale)
         acc = gl.zeros([64, width], gl.float32, sums)
-        flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), top, total
+        flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), base, total
         for j in range(1, edges):
             tile = tile1
             tile1 = _tile(entries, first + j + 1, paired)
@@ -362,7 +362,7 @@ def _multiply(
                     flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, paired)
         for _ in range(edges, tiles):
             flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired)
-        place, phase, v_place, v_phase, acc, p, top, total = flow
+        place, phase, v_place, v_phase, acc, p, base, total = flow
         out_batch, out_head, out_row = batch, head + (half if paired else 0), own
         product = _plus_values(p, acc, values, v_place, v_phase)
         q_place, q_phase = _next(queries, q_place, q_phase)
@@ -372,13 +372,15 @@ def _multiply(
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(values[2].index(v_place), count=1)
         v_place, v_phase = _next(values, v_place, v_phase)
+        total = gl.convert_layout(gl.sum(total, 1), _BY_ROW)
+        base = gl.convert_layout(gl.max(base, 1), _BY_ROW)
         # A row without keys is 0, whatever the keys hold that it was masked from.
         weight = gl.convert_layout(total, gl.SliceLayout(1, sums))
         share = 1.0 / weight
         acc = gl.where(weight[:, None] == 0.0, 0.0, acc * share[:, None])
         q.store(acc.to(q.dtype))
         hopper.fence_async_shared()
-        _put(results, out_batch, out_head, out_row, q_room, top, total)
+        _put(results, out_batch, out_head, out_row, q_room, base, total)
         done += 1
     tma.store_wait(0)
 
@@ -416,7 +418,7 @@ def _step(
 ):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
     keys, values = rings
-    place, phase, v_place, v_phase, acc, p, top, total = flow
+    place, phase, v_place, v_phase, acc, p, base, total = flow
     scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
     # Read before it is needed.
@@ -428,18 +430,17 @@ def _step(
     place, phase = _next(keys, place, phase)
     if masked:
         s = _mask(s, tile, bound, bounds, row, part, paired)
-    # Rows lie in the same threads, whatever the number of keys.
-    top, total = gl.convert_layout(top, by_row), gl.convert_layout(total, by_row)
-    p, shrink, top, total = _softmax(s, top, total, scale)
-    top, total = gl.convert_layout(top, _BY_ROW), gl.convert_layout(total, _BY_ROW)
+    p, more, new = next_weights(s, base, scale, q.dtype)
+    # Both may be -inf.
+    shrink = gl.where(new == base, 1.0, gl.exp2(base - new))
+    total = total * shrink + more
     # Waited for along with the product, weights need not be moved to where its own ones were.
     p = _weights(p, q, part)
     acc, p = hopper.warpgroup_mma_wait(0, deps=(product, p))
     mbarrier.arrive(values[2].index(v_place), count=1)
     v_place, v_phase = _next(values, v_place, v_phase)
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))
-    acc = acc * shrink[:, None]
-    return place, phase, v_place, v_phase, acc, p, top, total
+    acc = shrunk(acc, shrink)
+    return place, phase, v_place, v_phase, acc, p, new, total
 
 
 @gluon.jit
@@ -466,12 +467,11 @@ def _plus_values(p, acc, values, place, phase):
 @gluon.jit
 def _weights(p, q, part: gl.constexpr):
     """As the left side of a product, 0 for the keys that were left out."""
-    p = p.to(q.dtype)
     if part != _WHOLE:
         none = gl.zeros([64, 64], p.dtype, _HALF)
         p = gl.join(p, none) if part == _FIRST else gl.join(none, p)
         p = p.permute((0, 2, 1)).reshape([64, 128])
-    return gl.convert_layout(p, _WEIGHTS)
+    return gl.convert_layout(p.to(q.dtype), _WEIGHTS)
 
 
 @gluon.jit
@@ -552,23 +552,10 @@ def _first_key(bounds, about, row, by_row: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, top, total, scale):
-    """Weights, what earlier weights shrink by, and the greatest logit and the sum so far.
-
-    In powers of two. A row that has seen no key yet has the greatest logit -inf and the sum 0.
-    """
-    new = gl.maximum(top, gl.max(s, 1) * scale)
-    base = gl.where(new == float("-inf"), 0.0, new)
-    p = gl.exp2(s * scale - base[:, None])
-    shrink = gl.exp2(top - base)
-    return p, shrink, new, total * shrink + gl.sum(p, 1)
-
-
-@gluon.jit
-def _put(results, batch, head, row, out_room, top, total):
+def _put(results, batch, head, row, out_room, base, total):
     """Send an output on its way, and its log-sum-exp."""
     out_desc, lse, rows, heads = results
     tma.async_copy_shared_to_global(out_desc, [batch, head, row, 0], out_room)
     i = row + gl.arange(0, 64, _BY_ROW)
-    found = gl.where(total == 0.0, float("-inf"), top * _LN_2 + gl.log(total))
+    found = gl.where(total == 0.0, float("-inf"), base * _LN_2 + gl.log(total))
     gl.store(lse + (batch.to(gl.int64) * heads + head) * rows + i, found, mask=i < rows)
