@@ -516,19 +516,22 @@ def _bound(bounds, about, row, by_row: gl.constexpr):
 def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr):
     by_row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     j = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+    # A column is that of a register, a number in the machine code, and that of a thread.
+    fixed, own = j & ~6, j & 6
     key, about = tile[0] + (64 if part == _LAST else 0), tile[1]
     # Before the end, or not before the first one.
     if paired and part == _WHOLE:
         behind = j >= 64
         end = gl.where(behind, (bound[1] - tile[2] + 64)[:, None], (bound[0] - key)[:, None])
         turned = gl.where(behind, (tile[3] & 16) != 0, (about & 16) != 0)
-        s = gl.where((j < end) ^ turned, s, float("-inf"))
+        s = gl.where((fixed < end - own) ^ turned, s, float("-inf"))
         for _ in range(((about | tile[3]) >> 5) & 1):
             begin = (_first_key(bounds, about, row, by_row) - key)[:, None]
             other = (_first_key(bounds, tile[3], row, by_row) - tile[2] + 64)[:, None]
-            s = gl.where(j >= gl.where(behind, other, begin), s, float("-inf"))
+            s = gl.where(fixed >= gl.where(behind, other, begin) - own, s, float("-inf"))
     else:
-        s = gl.where((j < (bound[0] - key)[:, None]) ^ ((about & 16) != 0), s, float("-inf"))
+        turned = (_by_thread(about) & 16) != 0
+        s = gl.where((fixed < (bound[0] - key)[:, None] - own) ^ turned, s, float("-inf"))
         # A loop of one turn or none: a branch becomes a second comparison for all.
         for _ in range((about >> 5) & 1):
             if paired:
@@ -540,8 +543,21 @@ def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr)
                 i = row + gl.arange(0, 64, by_row)
                 at = (about >> 6).to(gl.int64) * rows + i
                 begin = gl.load(lo + at, mask=i < rows, other=0)
-            s = gl.where(j >= (begin - key)[:, None], s, float("-inf"))
+            s = gl.where(fixed >= (begin - key)[:, None] - own, s, float("-inf"))
     return s
+
+
+@gluon.jit
+def _by_thread(x):
+    """A number that all threads have, in a register of each."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+        "=r,r",
+        [x],
+        gl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
