@@ -14,6 +14,8 @@ rows are short, what happens once for a task decides, and that is where this one
   the last product of this one.
 * Outputs leave through the place of their own queries, and nobody waits for them until the next
   task has its first scores.
+* Weights do not wait for a maximum, which is looked for only where a logit exceeds that of the
+  first tile by far (see ``_hopper_softmax``).
 * Where ranges begin or end, each group of warps computes scores of the half of a tile that its own
   64 queries see, and compares keys with one bound.
 
@@ -549,7 +551,11 @@ def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr)
 
 @gluon.jit
 def _by_thread(x):
-    """A number that all threads have, in a register of each."""
+    """A number that all threads have, in a register of each.
+
+    Otherwise ptxas 12.8 keeps what is compared with it in a uniform register, and moves that once
+    for each score.
+    """
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;",
         "=r,r",

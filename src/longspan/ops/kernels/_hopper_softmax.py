@@ -12,7 +12,7 @@ warp look for maxima, moves the b_i of those rows, and computes its weights agai
 multiplied only in warps where one moved.
 
 FlashAttention-4 leaves sums as they are for the same reason, but looks for the maximum of each
-tile. Of 472 instructions of a step 330 are left.
+tile. Of 472 instructions of a step 332 are left.
 
 Whether b_i moves depends on the keys that row i sees and on nothing else: any weight beyond the
 slack makes a sum that is noticed, and a warp that looks on behalf of one row leaves the others as
