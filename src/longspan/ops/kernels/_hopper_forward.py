@@ -14,8 +14,8 @@ rows are short, what happens once for a task decides, and that is where this one
   the last product of this one.
 * Outputs leave through the place of their own queries, and nobody waits for them until the next
   task has its first scores.
-* Weights do not wait for a maximum, which is looked for only where a logit exceeds that of the
-  first tile by far (see ``_hopper_softmax``).
+* Weights do not wait for a maximum, which is looked for only where sums of weights tell that a
+  logit may exceed that of the first tile by far (see ``_hopper_softmax``).
 * Where ranges begin or end, each group of warps computes scores of the half of a tile that its own
   64 queries see, and compares keys with one bound.
 
