@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl  # pyright: ignore[reportMi
 
 from longspan.ops.kernels._hopper_ptx import shrinking, weighing
 
-PARTS = gl.constexpr(
+_PARTS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
@@ -41,12 +41,12 @@ _shrinking = gluon.constexpr_function(shrinking)
 @gluon.jit
 def first_weights(s, scale):
     """Weights of the first tile, their sums, and the greatest logits as bases."""
-    by_row: gl.constexpr = gl.SliceLayout(1, PARTS)
+    by_row: gl.constexpr = gl.SliceLayout(1, _PARTS)
     top = gl.max(s, 1) * scale
     p = gl.exp2(s * scale - gl.where(top == float("-inf"), 0.0, top)[:, None])
     total = gl.sum(gl.sum(p.reshape([64, s.shape[1] // 8, 4, 2]), 3), 1)
     base = gl.convert_layout(top, by_row)[:, None].broadcast_to([64, 4])
-    return p, gl.convert_layout(total, PARTS), base
+    return p, gl.convert_layout(total, _PARTS), base
 
 
 @gluon.jit
@@ -85,13 +85,13 @@ def _spread(by, like):
     """Numbers [64, 4] for all that each thread has."""
     gl.static_assert(like.shape[0] == 64)
     groups: gl.constexpr = like.shape[1] // 8
-    all = by.reshape([64, 1, 4, 1]).broadcast_to([64, groups, 4, 2])
-    return gl.convert_layout(all.reshape([64, like.shape[1]]), like.type.layout)
+    spread = by.reshape([64, 1, 4, 1]).broadcast_to([64, groups, 4, 2])
+    return gl.convert_layout(spread.reshape([64, like.shape[1]]), like.type.layout)
 
 
 @gluon.jit
 def _first(x):
-    """Of numbers [64, n, 4] those at the first of n, as PARTS."""
+    """Of numbers [64, n, 4] those at the first of n, as _PARTS."""
     for _ in gl.static_range(4 if x.shape[1] == 16 else 3):
         x, _ = gl.split(x.reshape([64, 2, x.shape[1] // 2, 4]).permute((0, 2, 3, 1)))
-    return gl.convert_layout(x.reshape([64, 4]), PARTS)
+    return gl.convert_layout(x.reshape([64, 4]), _PARTS)
