@@ -495,11 +495,12 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
     joined = []
 
     def launched(_, grid, args, **__):
-        *rows, room, lse = args[:5]
+        *rows, more_k, more_v, room, lse = args[:7]
+        assert more_k is more_v is None
         assert grid == (min(132, len(made.tasks)), 1, 1)
-        assert args[10] == len(made.tasks)
+        assert args[12] == len(made.tasks)
         # Every key that int32 can count lies in the batch row of the queries.
-        assert args[14:16] == (1, torch.iinfo(torch.int32).max)
+        assert args[16:18] == (1, torch.iinfo(torch.int32).max)
         for x, found in zip((room, lse), executed_parts(made, *rows, 0.3), strict=True):
             x.copy_(found.flatten(0, 1))
 

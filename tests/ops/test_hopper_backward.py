@@ -370,7 +370,7 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
     lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)
-    module._first(out, out, lse, None, 1.0)
+    module._first(out, out, lse, None)
     module._turn(torch.zeros(1), out, 1.0, 64)
     # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
     assert grids == [(2 * (1 << 16), 1, 1), (9 * (1 << 16), 1, 1)]

@@ -92,6 +92,7 @@ class Capability:
         shares_keys: where it takes keys with one batch row for queries with many: in calls
             without gradients alone, or in all.
         takes_keys_in_turn: whether keys may be counted through several batch rows.
+        takes_more_keys: whether ranges may count further keys behind those that are given.
         reads_in_place: whether it reads and writes rows where they lie, given their order.
         most_rows: query rows that it takes; None for any number.
         forward_only: whether it has no backward.
@@ -111,6 +112,7 @@ class Capability:
     adds_key_tiles: Literal["of a key head", "of a query head"] | None = None
     shares_keys: Literal["without gradients", "always"] | None = None
     takes_keys_in_turn: bool = False
+    takes_more_keys: bool = False
     reads_in_place: bool = False
     most_rows: int | None = None
     forward_only: bool = False
@@ -138,6 +140,8 @@ class Capability:
                 "no gradient flows through its log-sum-exp, which joining passes and return_lse "
                 "need"
             ]
+        if ranges.more is not None and not self.takes_more_keys:
+            return ["takes the keys that are given, and no further ones behind them"]
         if ranges.key_rows > 1:
             if not self.takes_keys_in_turn:
                 return ["takes the keys of one batch row at a time, not of several in turn"]
@@ -208,13 +212,16 @@ class Capability:
 # time: a kernel with halves is preferred from this share of the best rate on.
 _AS_GOOD = 0.9
 
+# Queries without gradients, as new tokens are, for which no order of rows is worth making.
+FEW_ROWS = 8
+
 KERNELS = (
     Capability(
         name="decode",
         devices=("cuda",),
         note="a few queries by parts of their keys, without gradients",
         reads_in_place=True,
-        most_rows=8,
+        most_rows=FEW_ROWS,
         forward_only=True,
     ),
     Capability(
@@ -238,6 +245,7 @@ KERNELS = (
         note="our own kernel for Hopper",
         shares_keys="always",
         takes_keys_in_turn=True,
+        takes_more_keys=True,
         has_halves=True,
         places=True,
         takes_long_rows=True,

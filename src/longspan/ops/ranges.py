@@ -6,9 +6,13 @@ Axes: B batch, H query heads, G range groups, N query rows, M key rows, m ranges
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from longspan.ops.more_keys import MoreKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,8 @@ class KeyRanges:
         key_rows: number of batch rows that keys are counted through, one after another: keys are
             then given as [key_rows, K, M / key_rows, D], whatever the batch of the queries, as
             the rows of remainders are, which are views of rows in their own order.
+        more: the keys that are counted behind those that are given, for a kernel that takes them;
+            ranges of a row need not be sorted then. None if there are none.
     """
 
     lo_GNm: Tensor
@@ -36,6 +42,7 @@ class KeyRanges:
     group_BH: Tensor
     keys: int
     key_rows: int = 1
+    more: MoreKeys | None = None
 
     @property
     def queries(self) -> int:

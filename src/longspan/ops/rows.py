@@ -301,14 +301,26 @@ class _Spread(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, None]:
         seen = [(g, o) for g, o in zip(grads, ctx.orders, strict=True) if g is not None]
-        if not seen:
-            return None, None
-        if (found := _added_to_one(seen)) is None:
-            found = add_rows([(g, None if o is None else o.back.row_cBGP) for g, o in seen])
-            for grad, order in seen:
-                if order is not None:
-                    order.add_rest(grad, found)
-        return found, None
+        return (added(seen) if seen else None), None
+
+
+def added(parts: Sequence[tuple[Tensor, Order | None]]) -> Tensor:
+    """The sum of gradients of rows that lie in several orders, each with ``back``; on a GPU.
+
+    What is given may be overwritten.
+    """
+    if (found := _added_to_one(parts)) is None:
+        tables = [None if order is None else order.back for _, order in parts]
+        found = add_rows(
+            [
+                (grad, None if table is None else table.row_cBGP)
+                for (grad, _), table in zip(parts, tables, strict=True)
+            ]
+        )
+        for grad, order in parts:
+            if order is not None:
+                order.add_rest(grad, found)
+    return found
 
 
 def _added_to_one(parts: Sequence[tuple[Tensor, Order | None]]) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.errors import Refusal
 from longspan.ops.apart import Own, apart, join, split
 from longspan.ops.capability import (
+    FEW_ROWS,
     Capability,
     Halves,
     choose,
@@ -33,6 +34,7 @@ from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
 from longspan.ops.merge import Part
+from longspan.ops.more_keys import more_keys
 from longspan.ops.own_keys import own_keys
 from longspan.ops.placed import attend_placed
 from longspan.ops.places import Places
@@ -43,12 +45,11 @@ from longspan.planning import Pass
 
 # Queries of a remainder that fill a tile: of fewer, most of it would be computed for nothing.
 _LEAST_ROWS = 128
-# Queries without gradients, as new tokens are, for which no order of rows is worth making.
-_FEW_ROWS = 8
 
 _Kept = dict[tuple[object, ...], "Loaded | Views"]
 _loaded: WeakKeyDictionary[Pass, _Kept] = WeakKeyDictionary()
 _lying: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+_more: WeakKeyDictionary[Loaded, dict[bool, Loaded | None]] = WeakKeyDictionary()
 _with_few: WeakKeyDictionary[Pass, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 _loaded_apart: WeakKeyDictionary[Pass, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
 
@@ -131,7 +132,7 @@ def in_place(
 
 
 def _new_tokens(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return q.shape[2] <= _FEW_ROWS and not needs_grad(q, k, v)
+    return q.shape[2] <= FEW_ROWS and not needs_grad(q, k, v)
 
 
 def _covers(row_BGP: NDArray[np.int32] | None, rows: int) -> bool:
@@ -315,19 +316,22 @@ def suited(
         if name not in kept:
             kept[name] = _with_copies(one, found, k.shape[2], programs)
         return kept[name]
-    shares = kernel.takes_shared_keys(q, k, v)
-    if len(q) == 1 and found.keys is not None and (shares or kernel.takes_keys_in_turn):
-        grads = needs_grad(q, k, v)
-        name = ("shared keys", q.device, q.shape[1], k.shape[1:3], kernel.name, grads, use_lse)
-        if name not in kept:
-            best = found
-            if shares:
-                best = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
-            if kernel.takes_keys_in_turn:
-                best = _with_keys_in_turn(one, best, k.shape[2])
-            kept[name] = best
-        return kept[name]
-    return found
+    if found.keys is None:
+        return found
+    grads = needs_grad(q, k, v)
+    name = ("keys", q.device, len(q), q.shape[1], k.shape[1:3], kernel.name, grads, use_lse)
+    if name not in kept:
+        best = found
+        if len(q) == 1 and kernel.takes_shared_keys(q, k, v):
+            best = _with_shared_keys(one, found, q, k, v, kernel, use_lse=use_lse)
+        if len(q) == 1 and kernel.takes_keys_in_turn:
+            best = _with_keys_in_turn(one, best, k.shape[2])
+        if best is found and kernel.takes_more_keys:
+            best = _with_more_keys(one, found, k)
+            if kernel.reasons(q, k, v, best.ranges, use_lse=use_lse):
+                best = found
+        kept[name] = best
+    return kept[name]
 
 
 def _with_shared_keys(
@@ -363,6 +367,25 @@ def _with_keys_in_turn(one: Pass, found: Loaded | Views, keys: int) -> Loaded | 
     if isinstance(found, Views):
         return replace(found, ranges=ranges, keys=None)
     return replace(found, ranges=ranges, keys=None, key_step=step)
+
+
+# As those of ``_load``.
+@torch.inference_mode(False)
+def _with_more_keys(one: Pass, found: Loaded, k: Tensor) -> Loaded:
+    """The pass with keys in their own order where they lie; kept likewise.
+
+    As it is where that is no part of its order.
+    """
+    kept = _more.setdefault(found, {})
+    name = len(k) == 1
+    if name not in kept:
+        more = more_keys(one, k.shape[2], len(k), k.device)
+        kept[name] = None
+        if more is not None:
+            lo, hi, others = more
+            ranges = _ranges(one, lo, hi, None, others.border + others.count, k.device)
+            kept[name] = replace(found, ranges=replace(ranges, more=others), keys=None)
+    return kept[name] or found
 
 
 def _with_copies(one: Pass, found: Loaded, keys: int, programs: int) -> Loaded:

@@ -32,7 +32,7 @@ from longspan.ops.rows import Order
 from longspan.planning import Pass
 
 # Keys of a tile: none has keys of two remainders.
-_TILE = 128
+TILE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +141,16 @@ def keys_in_turn(one: Pass, keys: int) -> int | None:
         keys: rows.
     """
     order, step = one.key_order, max(one.steps)
-    if len(one.steps) > 1 or step < 2 or keys % (step * _TILE) or order is None or len(order) > 1:
+    if len(one.steps) > 1 or order is None or len(order) > 1:
         return None
-    places = order.shape[-1]
-    return step if (order.ravel() == residue_order(keys, step)[:places]).all() else None
+    return step if lies_by_remainder(order[0], keys, step) else None
+
+
+def lies_by_remainder(order: NDArray[np.int32], keys: int, step: int) -> bool:
+    """Whether an order is that of all remainders, or of the first ones, of whole tiles each."""
+    if step < 2 or keys % (step * TILE):
+        return False
+    return np.array_equal(order, residue_order(keys, step)[: len(order)])
 
 
 def _is_residue(order: NDArray[np.int32] | None, rows: int, step: int) -> bool:

@@ -26,6 +26,8 @@ entries, X = G Q m.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -52,6 +54,8 @@ _LAST, _TAIL = PROGRAMS, 4 * PROGRAMS
 # than two thirds of what a program has to do.
 _MOST, _LEAST = 192, 32
 _STRETCH, _SHORT = 4096, 512
+# Row, key head and batch row of keys in memory, by batch row, key head and tile.
+Where = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 # Five numbers each, which are counted in int32.
 MOST_PARTS = (1 << 31) // 5 - 1
 
@@ -67,10 +71,10 @@ class HopperBackPlan:
         parts_P5: int32, the first entry of each part, those with a mask, all, and its query head
             and batch row.
         tasks_T7: int32, the row of the first key of each task, its key head, the batch row of its
-            keys, which of the C these are, -1 for none, its first part, the number of parts, and
-            its first key as the bounds count it.
-        cut_C4: int32, row of the first key, key head and batch row of keys that have several
-            tasks.
+            keys, ~ of it where these are further keys, which of the C these are, -1 for none, its
+            first part, the number of parts, and its first key as the bounds count it.
+        cut_C4: int32, row of the first key, key head and batch row, given alike, of keys that have
+            several tasks.
         empty: the rows [B, H, N] that see no key; None if every one sees some.
     """
 
@@ -118,7 +122,8 @@ def back_plan_of(
         length: None, or the keys in one batch row of several whose keys all queries share, one
             after another: a multiple of 128; A is 1 then.
     """
-    kind = (heads, key_heads, length, ranges.keys, ranges.lo_GNm.device)
+    more = ranges.more and (ranges.more.border, ranges.more.length)
+    kind = (heads, key_heads, length, more, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
@@ -129,7 +134,7 @@ def back_plan_of(
         entries_E2, about_GJY4 = _entries(ranges, group_AKS, heads[0] // key_heads[0])
         whose_AKS2 = torch.stack([by_key_head(x, key_heads) for x in heads_of(group_BH)], -1)
         tasks_T7, parts_P5, cut_C4 = _tasks(
-            about_GJY4, group_AKS, whose_AKS2, length or ranges.keys
+            about_GJY4, group_AKS, whose_AKS2, functools.partial(_where, ranges, length)
         )
         return HopperBackPlan(
             entries_E2,
@@ -143,7 +148,7 @@ def back_plan_of(
 
 
 def _tasks(
-    about_GJY4: Tensor, group_AKS: Tensor, whose_AKS2: Tensor, length: int
+    about_GJY4: Tensor, group_AKS: Tensor, whose_AKS2: Tensor, where: Where
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tasks, their parts, and the keys that are cut.
 
@@ -151,7 +156,7 @@ def _tasks(
         about_GJY4: what ``_entries`` says about its entries.
         group_AKS: range groups of the query heads.
         whose_AKS2: their numbers, and their batch rows.
-        length: keys of a batch row.
+        where: where keys lie in memory.
     """
     used_AKJY = torch.stack([about_GJY4[one_AK, ..., 2] > 0 for one_AK in group_AKS.unbind(2)])
     used_AKJY = used_AKJY.any(0)
@@ -165,7 +170,7 @@ def _tasks(
     last_T = about_TS4[..., 3].amax(1)
     head_AK = batch_T * group_AKS.shape[1] + head_T
     order_T = _order(head_AK * (last_T.max() + 1) - last_T, about_TS4[..., 2].sum(1))
-    tasks_T4 = torch.stack([*_where(batch_T, head_T, tile_T, length), slot_T], 1)[order_T]
+    tasks_T4 = torch.stack([*where(batch_T, head_T, tile_T), slot_T], 1)[order_T]
     about_TS4, whose_TS2 = about_TS4[order_T], whose_AKS2[batch_T, head_T][order_T]
     used_TS = about_TS4[..., 2] > 0
     count_T = used_TS.sum(1)
@@ -178,7 +183,7 @@ def _tasks(
         )
     more_T3 = torch.stack([count_T.cumsum(0) - count_T, count_T, KEYS * tile_T[order_T]], 1)
     batch_C, head_C, tile_C = cut_AKJ.nonzero().unbind(1)
-    cut_C = [*_where(batch_C, head_C, tile_C, length), torch.zeros_like(tile_C)]
+    cut_C = [*where(batch_C, head_C, tile_C), torch.zeros_like(tile_C)]
     return (
         torch.cat([tasks_T4, more_T3], 1).int(),
         parts_P5,
@@ -186,10 +191,21 @@ def _tasks(
     )
 
 
-def _where(batch: Tensor, head: Tensor, tile: Tensor, length: int) -> tuple[Tensor, ...]:
-    """Row, key head and batch row of tiles of keys."""
-    key = KEYS * tile
-    return key % length, head, batch + key // length
+def _where(
+    ranges: KeyRanges, length: int | None, batch: Tensor, head: Tensor, tile: Tensor
+) -> tuple[Tensor, ...]:
+    """Row, key head and batch row of tiles of keys; ~ of it where they are further keys."""
+    key, more = KEYS * tile, ranges.more
+    if more is None:
+        length = length or ranges.keys
+        return key % length, head, batch + key // length
+    behind, length = key >= more.border, more.length or ranges.keys
+    row = key - more.border
+    return (
+        torch.where(behind, row % length, key),
+        head,
+        torch.where(behind, ~(batch + row // length), batch),
+    )
 
 
 def _order(rank_T: Tensor, length_T: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ or for dq to leave.
 A task is int32 [7]: the row of its first key, key head, batch row of the keys, the tile of sums in
 memory, in float32, that its dk and dv are added to (-1 where it has all queries of its keys),
 first part, parts, one for each query head of a batch row that sees some of the keys, and the first
-key as bounds count it. A part is int32 [5]: first entry, entries with a mask (they come first),
+key as bounds count it. With a second pair of key tensors the batch row is ~ of one of these where
+the keys are in them. A part is int32 [5]: first entry, entries with a mask (they come first),
 entries, query head, batch row. An entry is int32 [2]: the first of 64 queries, and 16 times the
 row of ``lo`` and ``hi`` that says which keys each of them sees, with two bits for either half of
 the keys: 0 nobody sees any, 1 masked, 2 all see all. 10 D flops for each pair of a tile; of dq, 4
@@ -49,8 +50,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     tma,
 )
 
-from longspan.ops.kernels._hopper_forward import entry, meet
+from longspan.ops.kernels._hopper_forward import copy, entry, meet
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _BY_QUERY = gl.constexpr(gl.SliceLayout(0, _SCORES.value))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -87,11 +89,15 @@ def backward(
     q_desc,
     k_desc,
     v_desc,
+    more_k_desc,
+    more_v_desc,
     dout_desc,
     rows_desc,
     dq_desc,
     dk_desc,
     dv_desc,
+    more_dk_desc,
+    more_dv_desc,
     cut_desc,
     fetched,
     tasks,
@@ -111,7 +117,8 @@ def backward(
     v_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     dq_room = gl.allocate_shared_memory(gl.float32, [width // 64, 1, 1, 32, 128], dq_desc.layout)
     ds_room = gl.allocate_shared_memory(q_desc.dtype, [4, 64, 64], _DS_TILE)
-    # What the sums of a place begin with, the keys that its queries see, and how its tile is cut.
+    # What exponents of a place lack, what its sums begin with, the keys that its queries see, and
+    # how its tile is cut.
     row_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 2, 64], rows_desc.layout)
     seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], _FLAT)
     kind_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
@@ -133,7 +140,12 @@ def backward(
     fixed = (k_room, v_room, task_room, kv_full, kv_empty)
     work = (tasks, parts, entries, count)
     own = (dq_room, ds_room, ds_full, ds_empty)
-    results = (dq_desc, dk_desc, dv_desc, cut_desc)
+    if more_k_desc is None:
+        k_descs, v_descs, dk_descs, dv_descs = (k_desc,), (v_desc,), (dk_desc,), (dv_desc,)
+    else:
+        k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
+        dk_descs, dv_descs = (dk_desc, more_dk_desc), (dv_desc, more_dv_desc)
+    results = (dq_desc, dk_descs, dv_descs, cut_desc)
     scales = (scale, scale_log2)
     gl.warp_specialize(
         [
@@ -143,7 +155,7 @@ def backward(
             (
                 _load,
                 (
-                    (q_desc, k_desc, v_desc, dout_desc, rows_desc),
+                    (q_desc, k_descs, v_descs, dout_desc, rows_desc),
                     tiles,
                     fixed,
                     work,
@@ -173,9 +185,9 @@ def _load(descs, tiles, fixed, work, bounds, fetched):
         _tell(task_room, t)
         mbarrier.expect(kv_full, 2 * size)
         for half in gl.static_range(2):
-            at = [batch, k_head, key + 64 * half, 0]
-            tma.async_copy_global_to_shared(descs[1], at, kv_full, k_room.index(half))
-            tma.async_copy_global_to_shared(descs[2], at, kv_full, v_room.index(half))
+            row = key + 64 * half
+            copy(descs[1], batch, k_head, row, 0, kv_full, k_room.index(half))
+            copy(descs[2], batch, k_head, row, 0, kv_full, v_room.index(half))
         kv_phase ^= 1
         bound = gl.load(tasks + 7 * t + 6)
         for x in range(part, last):
@@ -291,7 +303,7 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         dk = dk * scales[0]
         cut = gl.load(tasks + 7 * t + 3)
         if cut < 0:
-            at = [batch, k_head, key + 64 * half, 0]
+            at = batch, k_head, key + 64 * half
             _put(results[2], at, dv, v_room.index(half))
             mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
             _put(results[1], at, dk, k_room.index(half))
@@ -315,16 +327,20 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     dtype: gl.constexpr = q_room.dtype
     left: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     first = row_room.index(place)._reinterpret(gl.float32, [128], _FLAT)
-    # Sums begin with what is to be subtracted.
-    s_token = _times(k_room.index(half), q_room.index(place), first.slice(0, 64))
+    # Read while the scores are computed.
+    less = first.slice(0, 64).load(_BY_QUERY)[None, :]
+    zero = gl.zeros([64, 64], gl.float32, _SCORES)
+    s_token = _times(k_room.index(half), q_room.index(place), zero, False)
     s = hopper.warpgroup_mma_wait(0, deps=(s_token,))
-    p = gl.exp2(s * scale_log2)
+    p = gl.exp2(s * scale_log2 + less)
     if masked:
         p = _mask(p, seen_room.index(place).load(_BY_QUERY), half)
     q, dout = q_room.index(place).reshape([64, width]), dout_room.index(place).reshape([64, width])
     p_small = p.to(dtype)
     p_left = gl.convert_layout(p_small, left)
-    dp_token = _times(v_room.index(half), dout_room.index(place), first.slice(64, 64))
+    # Sums begin with what is to be subtracted.
+    begun = gl.broadcast(first.slice(64, 64).load(_BY_QUERY)[None, :], zero)[0]
+    dp_token = _times(v_room.index(half), dout_room.index(place), begun, True)
     dv_token = hopper.warpgroup_mma(p_left, dout, dv, is_async=True)
     dp = hopper.warpgroup_mma_wait(1, deps=(dp_token,))
     ds = (_wide(p_small) * dp).to(dtype)
@@ -369,12 +385,11 @@ def _told(room):
 
 
 @gluon.jit
-def _times(keys, queries, first):
-    """64 keys by 64 queries, plus a number for each query."""
+def _times(keys, queries, acc, use_acc: gl.constexpr):
+    """64 keys by 64 queries."""
     width: gl.constexpr = keys.shape[3]
-    acc = gl.broadcast(first.load(_BY_QUERY)[None, :], gl.zeros([64, 64], gl.float32, _SCORES))[0]
     a, b = keys.reshape([64, width]), queries.reshape([64, width]).permute((1, 0))
-    return hopper.warpgroup_mma(a, b, acc, is_async=True)
+    return hopper.warpgroup_mma(a, b, acc, use_acc=use_acc, is_async=True)
 
 
 @gluon.jit
@@ -403,11 +418,17 @@ def _mask(p, seen, half: gl.constexpr):
 
 
 @gluon.jit
-def _put(desc, at, x, room):
+def _put(descs, at, x, room):
     """Send a gradient on its way."""
+    batch, head, row = at
     room.reshape([64, x.shape[1]]).store(x.to(room.dtype))
     hopper.fence_async_shared()
-    tma.async_copy_shared_to_global(desc, at, room)
+    if len(descs) == 1:
+        tma.async_copy_shared_to_global(descs[0], [batch, head, row, 0], room)
+    elif batch < 0:
+        tma.async_copy_shared_to_global(descs[1], [~batch, head, row, 0], room)
+    else:
+        tma.async_copy_shared_to_global(descs[0], [batch, head, row, 0], room)
 
 
 @gluon.jit
@@ -528,7 +549,6 @@ def deltas(
     lse,
     dlse,
     first,
-    unscale,
     rows,
     across,
     heads,
@@ -543,7 +563,7 @@ def deltas(
     wide: tl.constexpr,
     tall: tl.constexpr,
 ):
-    """-lse_i / scale and -delta_i, [B, H, 2, across]; lse and dlse [B, H, N] in memory."""
+    """-lse_i / log 2 and -delta_i, [B, H, 2, across]; lse and dlse [B, H, N] in memory."""
     plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, tall)
     one = tl.load(
         out + b * out_batch + h * out_head + i[:, None] * out_row + d, mask=inside, other=0.0
@@ -557,7 +577,7 @@ def deltas(
         delta -= tl.load(dlse + at, mask=i < rows, other=0.0)
     found = tl.load(lse + at, mask=i < rows, other=0.0)
     at = first + 2 * plane * across + i
-    tl.store(at, -unscale * found, mask=i < rows)
+    tl.store(at, -_LOG2_E * found, mask=i < rows)
     tl.store(at + across, -delta, mask=i < rows)
 
 
@@ -567,6 +587,7 @@ def scaled(
     out,
     cut,
     scale,
+    turned,
     rows,
     heads,
     out_batch,
@@ -579,15 +600,16 @@ def scaled(
 ):
     """out = scale sums, of tiles of 64 rows in the order of ``_by_thread``.
 
-    With ``few``, sums are those of tiles of 128 rows, int32 [C, 4]: first row, head, batch row.
+    With ``few``, sums are those of tiles of 128 rows, int32 [C, 4]: first row, head, batch row,
+    of which the bits are ``turned`` by -1 for the tensor whose batch rows are given as ~ of them.
     """
     tile = tl.program_id(0).to(tl.int64)
     if few:
         own = cut + tile // 2 * 4
-        h, b = tl.load(own + 1).to(tl.int64), tl.load(own + 2).to(tl.int64)
+        h, b = tl.load(own + 1).to(tl.int64), (tl.load(own + 2) ^ turned).to(tl.int64)
         i = tl.load(own).to(tl.int64) + tile % 2 * 64 + tl.arange(0, 64)
         d = tl.arange(0, wide)[None, :]
-        inside = (i < rows)[:, None] & (d < width)
+        inside = (i < rows)[:, None] & (d < width) & (b >= 0)
     else:
         _plane, b, h, i, d, inside = _own_rows(rows, heads, width, wide, 64)
     found = scale * tl.load(sums + tile * 64 * wide + tl.arange(0, 64 * wide))

@@ -37,7 +37,8 @@ second half.
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie at ``step`` times
 the batch row of the task, 0 where all batch rows share them. With more than ``length`` of them,
-these are the keys of the first batch row, then those of the next one.
+these are the keys of the first batch row, then those of the next one. With a second pair of
+tensors, keys from ``border`` on are those of it, and ``length`` counts there.
 """
 
 from __future__ import annotations
@@ -108,13 +109,15 @@ def _shaped(
 
 
 @gluon.jit(
-    do_not_specialize=["count", "rows", "heads", "group", "step", "length"],
+    do_not_specialize=["count", "rows", "heads", "group", "step", "length", "border"],
     do_not_specialize_on_alignment=["lse", "fetched", "tasks", "entries", "lo", "hi"],
 )
 def forward(
     q_desc,
     k_desc,
     v_desc,
+    more_k_desc,
+    more_v_desc,
     out_desc,
     lse,
     fetched,
@@ -128,6 +131,7 @@ def forward(
     group,
     step,
     length,
+    border,
     scale,
     places: gl.constexpr,
     width: gl.constexpr,
@@ -139,6 +143,10 @@ def forward(
     told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
+    if more_k_desc is None:
+        k_descs, v_descs = (k_desc,), (v_desc,)
+    else:
+        k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
     gl.warp_specialize(
         [
             (_multiply, (0, paired, queries, keys, values, told, entries, bounds, results, scale)),
@@ -146,12 +154,13 @@ def forward(
             (
                 _load_pairs if paired else _load,
                 (
-                    (q_desc, k_desc, v_desc),
+                    (q_desc, k_descs, v_descs),
                     queries,
                     keys,
                     values,
                     told,
-                    (fetched, tasks, entries, count, group, step, length),
+                    (fetched, tasks, entries, count, group, step),
+                    (length, border),
                 ),
             ),
         ],
@@ -184,9 +193,9 @@ def _next(ring, place, phase):
 
 
 @gluon.jit
-def _load(descs, queries, keys, values, told, work):
-    q_desc, k_desc, v_desc = descs
-    fetched, tasks, entries, count, group, step, length = work
+def _load(descs, queries, keys, values, told, work, stretches):
+    q_desc, k_descs, v_descs = descs
+    fetched, tasks, entries, count, group, step = work
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 8, _EIGHT)
     t = gl.program_id(0)
@@ -202,23 +211,23 @@ def _load(descs, queries, keys, values, told, work):
         q_at = batch, head, row, 0, 64
         q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
-        whose, key = _lies(key, k_batch, length)
-        place, phase = _bring(k_desc, whose, k_head, key, keys, place, phase)
+        whose, key = _lies(key, k_batch, stretches, len(k_descs))
+        place, phase = _bring(k_descs, whose, k_head, key, keys, place, phase)
         for j in range(1, tiles):
             after = gl.load(entries + 2 * (first + j))
-            whose_after, after = _lies(after, k_batch, length)
-            place, phase = _bring(k_desc, whose_after, k_head, after, keys, place, phase)
-            v_place, v_phase = _bring(v_desc, whose, k_head, key, values, v_place, v_phase)
+            whose_after, after = _lies(after, k_batch, stretches, len(k_descs))
+            place, phase = _bring(k_descs, whose_after, k_head, after, keys, place, phase)
+            v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
             whose, key = whose_after, after
-        v_place, v_phase = _bring(v_desc, whose, k_head, key, values, v_place, v_phase)
+        v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
 
 
 @gluon.jit
-def _load_pairs(descs, queries, keys, values, told, work):
-    q_desc, k_desc, v_desc = descs
-    fetched, tasks, entries, count, group, step, _length = work
+def _load_pairs(descs, queries, keys, values, told, work, stretches):
+    q_desc, k_descs, v_descs = descs
+    fetched, tasks, entries, count, group, step = work
     place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 16, _EIGHT)
     t = gl.program_id(0)
@@ -230,17 +239,18 @@ def _load_pairs(descs, queries, keys, values, told, work):
         k_head, k_batch = head // group, batch * step
         q_at = batch, head, row, 1, 0
         q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
-        place, phase = _bring_pair(k_desc, k_batch, k_head, key, other, keys, place, phase)
+        whose = k_batch, k_head
+        place, phase = _bring_pair(k_descs, stretches, whose, key, other, keys, place, phase)
         for j in range(1, tiles):
             next_entry = entries + 4 * (first + j)
             key1, other1 = gl.load(next_entry), gl.load(next_entry + 2)
-            place, phase = _bring_pair(k_desc, k_batch, k_head, key1, other1, keys, place, phase)
+            place, phase = _bring_pair(k_descs, stretches, whose, key1, other1, keys, place, phase)
             v_place, v_phase = _bring_pair(
-                v_desc, k_batch, k_head, key, other, values, v_place, v_phase
+                v_descs, stretches, whose, key, other, values, v_place, v_phase
             )
             key, other = key1, other1
         v_place, v_phase = _bring_pair(
-            v_desc, k_batch, k_head, key, other, values, v_place, v_phase
+            v_descs, stretches, whose, key, other, values, v_place, v_phase
         )
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
@@ -274,35 +284,57 @@ def _end(queries, told, number, place, phase):
 
 
 @gluon.jit
-def _lies(key, batch, length):
-    """The batch row of a key, and its row there."""
-    more = (key.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
-    return batch + more, key - more * length
+def _lies(key, batch, stretches, tensors: gl.constexpr):
+    """The batch row of a key, and its row there; ~ of it in the second one of two tensors."""
+    length, border = stretches
+    if tensors == 1:
+        more = (key.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
+        whose, row = batch + more, key - more * length
+    else:
+        behind = key >= border
+        row = key - gl.where(behind, border, 0)
+        more = (row.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
+        whose = gl.where(behind, ~(batch + more), batch)
+        row -= gl.where(behind, more * length, 0)
+    return whose, row
 
 
 @gluon.jit
-def _bring(desc, batch, head, row, ring, place, phase):
+def _bring(descs, whose, head, row, ring, place, phase):
     room, full, empty = ring
     mbarrier.wait(empty.index(place), phase ^ 1)
     mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    at = [batch, head, row, 0]
-    tma.async_copy_global_to_shared(desc, at, full.index(place), room.index(place))
+    copy(descs, whose, head, row, 0, full.index(place), room.index(place))
     return _next(ring, place, phase)
 
 
 @gluon.jit
-def _bring_pair(desc, batch, head, row, other, ring, place, phase):
+def copy(descs, whose, head, row, column, full, room):
+    """From the first of some tensors, or the second one where the batch row is ~ of one there."""
+    if len(descs) == 1:
+        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)
+    elif whose < 0:
+        tma.async_copy_global_to_shared(descs[1], [~whose, head, row, column], full, room)
+    else:
+        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)
+
+
+@gluon.jit
+def _bring_pair(descs, stretches, whose, row, other, ring, place, phase):
     """Two times 64 rows, 64 columns at a time, where those of one tile would lie."""
+    batch, head = whose
     room, full, empty = ring
     panels: gl.constexpr = room.shape[4] // 64
     mbarrier.wait(empty.index(place), phase ^ 1)
     mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    parts = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
+    rooms = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
     for panel in gl.static_range(panels):
         for half in gl.static_range(2):
-            at = [batch, head, other if half else row, 64 * panel]
-            to = parts.index(2 * panel + half)
-            tma.async_copy_global_to_shared(desc, at, full.index(place), to)
+            own, key = batch, other if half else row
+            if len(descs) > 1:
+                own, key = _lies(key, batch, stretches, 2)
+            to = rooms.index(2 * panel + half)
+            copy(descs, own, head, key, 64 * panel, full.index(place), to)
     return _next(ring, place, phase)
 
 

@@ -150,7 +150,8 @@ def plan_of(
             after another: a multiple of 128; A is 1 then.
     """
     section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
-    kind = (heads, key_heads, section, length, ranges.keys, ranges.lo_GNm.device)
+    more = ranges.more and (ranges.more.border, ranges.more.length)
+    kind = (heads, key_heads, section, length, more, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
     # Training reads what is made here, whoever asks first.
@@ -232,10 +233,10 @@ def _halves(
 
 def _find_runs(ranges: KeyRanges, in_row: int | None, size: int) -> _Runs:
     tiles = row_tiles(ranges, size)
-    if in_row is not None:
-        # No tile reads keys of two batch rows.
-        across = tiles.first // in_row != (tiles.last - 1) // in_row
-        tiles.first.sub_((tiles.first % size).masked_fill(~across, 0))
+    if in_row is not None or ranges.more is not None:
+        # No tile reads keys of two batch rows, or of two tensors.
+        first, last = (_part(ranges, in_row, x) for x in (tiles.first, tiles.last - 1))
+        tiles.first.sub_((tiles.first % size).masked_fill(first == last, 0))
     groups, rows, count = tiles.first.shape
     # A task without keys reads a tile that it does not see.
     none_GQ = (tiles.last == 0).all(-1)
@@ -275,6 +276,14 @@ def _find_runs(ranges: KeyRanges, in_row: int | None, size: int) -> _Runs:
     edge_R = ~(leads_R | full_R)
     runs = (key_R[used], length_R[used], at_R[used], edge_R[used])
     return _Runs(*runs, count_GQ, edges_GQ, tiles, size)
+
+
+def _part(ranges: KeyRanges, in_row: int | None, key: Tensor) -> Tensor:
+    """Which stretch of memory keys lie in."""
+    if in_row is not None:
+        return key // in_row
+    assert ranges.more is not None
+    return ranges.more.part(key)
 
 
 def _tiles(keys: Tensor, size: int) -> Tensor:

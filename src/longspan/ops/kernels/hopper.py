@@ -8,8 +8,9 @@ keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs ar
 dtype of the queries before they are joined, and heads stand as rows there (see ``_hopper_rows``).
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
-memory O(N D), the bounds and the lists of tiles, and in the backward 4 N D bytes for each head,
-and 8 M D for each key head whose keys many queries see. Where keys are split, an output and a
+memory O(N D), the bounds and the lists of tiles, keys and values that lie behind those that are
+given (see ``MoreKeys``), with their gradients, and in the backward 4 N D bytes for each head, and
+8 M D for each key head whose keys many queries see. Where keys are split, an output and a
 log-sum-exp for each part, 32 at most and on fewer than 132 tiles of queries.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head width.
@@ -45,6 +46,7 @@ from longspan.ops.kernels._hopper_plan import (
 from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
 from longspan.ops.launch import launch
 from longspan.ops.libraries import aligned, processors, why_missing
+from longspan.ops.more_keys import MoreKeys
 from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 
@@ -54,9 +56,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 1 << 30
 # Keys of a batch row where those of another one never follow: no range counts further.
 _ENDLESS = (1 << 31) - 1
-# Below it, logits differ by nothing that a weight would show, and a log-sum-exp over the scale
-# could be beyond float32.
-_LEAST_SCALE = 1e-30
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
 _LOG2_E = 1.4426950408889634
@@ -189,7 +188,8 @@ def hopper(
         k_BKMD: keys [B or 1, K, M, D]; K divides H, query head h reads key head ``h // (H // K)``.
             Or [r, K, M / r, D], M / r a multiple of 128, where ranges have ``key_rows`` r.
         v_BKMD: values with as many batch rows [B or 1, K, M, Dv], Dv as D.
-        ranges: visible keys, on the device of ``q``.
+        ranges: visible keys, on the device of ``q``; ``more`` may say which further keys they
+            count behind those of ``k``.
         scale: factor on the logits.
 
     Returns:
@@ -264,7 +264,7 @@ def _planned(
     row_bytes = sum(x.shape[3] * x.dtype.itemsize for x in (k_BKMD, v_BKMD))
     plan = plan_of(ranges, heads, key_heads, row_bytes, length)
     back = back_plan_of(ranges, heads, key_heads, length) if backward else None
-    return _Ready(plan, back, scale, length)
+    return _Ready(plan, back, scale, length, ranges.more)
 
 
 class _Attend(torch.autograd.Function):
@@ -299,12 +299,14 @@ class _Ready:
         back: of the backward, if there will be one.
         scale: factor on the logits.
         length: keys in one of several batch rows that all queries share; None if there are none.
+        more: keys that ranges count behind those that are given.
     """
 
     plan: HopperPlan
     back: HopperBackPlan | None
     scale: float
     length: int | None = None
+    more: MoreKeys | None = None
 
     @property
     def empty(self) -> Index | None:
@@ -327,6 +329,7 @@ class _Ready:
         compiled = _compiled(width, v.shape[3])
         tasks, parts, pairs = len(self.plan.tasks), self.plan.parts, self.plan.paired
         tile = (64, 64) if pairs else (128, compiled)
+        border, length = (self.more.border, self.more.length) if self.more else (0, self.length)
         lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
         to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
         described = _kernels().described
@@ -337,6 +340,7 @@ class _Ready:
                 described(q_BHND, 64, compiled),
                 described(k_BKMD, *tile),
                 described(v_BKMD, *tile),
+                *(x if x is None else described(x, *tile) for x in self._more(k_BKMD, v_BKMD)),
                 described(to, 64, compiled),
                 lse,
                 lse.new_zeros(1, dtype=torch.int32),
@@ -349,7 +353,8 @@ class _Ready:
                 heads,
                 heads // k.shape[1],
                 int(self.length is None and len(k) > 1),
-                self.length or _ENDLESS,
+                length or _ENDLESS,
+                border,
                 abs(self.scale or 1.0) * _LOG2_E,
                 _PLACES[compiled],
                 compiled,
@@ -357,7 +362,7 @@ class _Ready:
             ),
             device=q.device,
             # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled, pairs),
+            alike=(q.dtype, compiled, pairs, self.more is None),
         )
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
@@ -376,15 +381,15 @@ class _Ready:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v, laid out in memory as these are where there is no place.
 
-        All numbers are finite; with ``out``, ``lse`` may be that of more keys.
+        Those of keys that ``more`` gathers may be contiguous. All numbers are finite; with
+        ``out``, ``lse`` may be that of more keys.
         """
         assert self.back is not None
         q_BHND, k_BKMD, v_BKMD, out_BHND = self._queries(q), *map(aligned, (k, v, out))
         dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
         batch, heads, rows, width = q_BHND.shape
         scale = abs(self.scale or 1.0)
-        sharp = max(scale, _LEAST_SCALE)
-        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse, sharp)
+        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse)
         dq_BHND, dk_BKMD, dv_BKMD = (
             torch.empty_like(x) if place is None else place
             for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
@@ -401,16 +406,21 @@ class _Ready:
         zeros = q_BHND.new_zeros(sum(sizes), dtype=torch.float32)
         sums, cut_sums, fetched = zeros.split(sizes)
         sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
+        more = self._more(k_BKMD, v_BKMD)
+        more_grads: list[Any] = [None if x is None else torch.empty_like(x) for x in more]
+
+        def rows_of(x: Tensor | None) -> Any:
+            return None if x is None else described(x, 64, compiled)
+
         described = _kernels().described
         launch(
             _back_kernels().backward,
             (min(processors(q.device), tasks), 1, 1),
             (
-                *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, dout_BHND)),
+                *map(rows_of, (q_BHND, k_BKMD, v_BKMD, *more, dout_BHND)),
                 described(first_BH2N, 2, 64, swizzle=0),
                 described(sums_BHX, 32, 128, swizzle=0),
-                described(dk_BKMD, 64, compiled),
-                described(dv_BKMD, 64, compiled),
+                *map(rows_of, (dk_BKMD, dv_BKMD, *more_grads)),
                 described(cut_sums, compiled // 4, 128, swizzle=0),
                 fetched.view(torch.int32),
                 self.back.tasks_T7,
@@ -421,18 +431,34 @@ class _Ready:
                 tasks,
                 rows,
                 scale,
-                sharp * _LOG2_E,
+                scale * _LOG2_E,
                 compiled,
             ),
             device=q.device,
-            alike=(q.dtype, compiled),
+            alike=(q.dtype, compiled, self.more is None),
         )
         _turn(sums_BHX, dq_BHND, self.scale, compiled)
         if cut:
-            for own_sums, found in zip(cut_sums, (dk_BKMD, dv_BKMD), strict=True):
-                _turn(own_sums, found, 1.0, compiled, self.back.cut_C4)
+            for own_sums, own, behind in zip(
+                cut_sums, (dk_BKMD, dv_BKMD), more_grads, strict=True
+            ):
+                _turn(own_sums, own, 1.0, compiled, self.back.cut_C4)
+                if behind is not None:
+                    _turn(own_sums, behind, 1.0, compiled, self.back.cut_C4, behind=True)
+        if self.more is not None:
+            dk_BKMD, dv_BKMD = (
+                self.more.add(own, behind)
+                for own, behind in zip((dk_BKMD, dv_BKMD), more_grads, strict=True)
+            )
+            for place, whole in zip(into[1:], (dk_BKMD, dv_BKMD), strict=False):
+                if place is not None:
+                    place.copy_(whole)
         # The log-sum-exp does not depend on the values.
         return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
+
+    def _more(self, *tensors: Tensor) -> list[Any]:
+        """Further keys, and values, behind those that are given; None where there are none."""
+        return [None if self.more is None else aligned(self.more.of(x)) for x in tensors]
 
     def _queries(self, q_BHND: Tensor) -> Tensor:
         """As the kernels take them, with a scale above 0.
@@ -449,9 +475,8 @@ def _first(
     dout_BHND: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    scale: float,
 ) -> Tensor:
-    """What the sums over D of each row begin with, those of logits and those of gradients."""
+    """What is added to exponents of 2 in each row, and what its sums of gradients begin with."""
     batch, heads, rows, width = out_BHND.shape
     # Rows that the copy unit can take.
     across = -(-rows // 4) * 4
@@ -468,7 +493,6 @@ def _first(
             lse_BHN,
             dlse_BHN,
             first_BH2N,
-            1 / scale,
             rows,
             across,
             heads,
@@ -485,9 +509,18 @@ def _first(
 
 
 def _turn(
-    sums: Tensor, out_BHND: Tensor, scale: float, compiled: int, cut_C4: Tensor | None = None
+    sums: Tensor,
+    out_BHND: Tensor,
+    scale: float,
+    compiled: int,
+    cut_C4: Tensor | None = None,
+    *,
+    behind: bool = False,
 ) -> None:
-    """Write sums times a factor, of all rows or of tiles of 128 of them."""
+    """Write sums times a factor, of all rows or of tiles of 128 of them.
+
+    With ``behind``, ``out_BHND`` belongs to further keys.
+    """
     batch, heads, rows, width = out_BHND.shape
     tiles = batch * heads * -(-rows // 64) if cut_C4 is None else 2 * len(cut_C4)
     launch(
@@ -498,6 +531,7 @@ def _turn(
             out_BHND,
             sums if cut_C4 is None else cut_C4,
             scale,
+            -behind,
             rows,
             heads,
             *out_BHND.stride(),
