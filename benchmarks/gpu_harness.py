@@ -98,6 +98,14 @@ class Log:
         shown.pop("trace", None)
         print(json.dumps(shown, default=str), flush=True)
 
+    def without_superseded(self) -> None:
+        """Leave out of the file what a later record says anew."""
+        rows = [*self.earlier, *self.rows]
+        last = {_what(row): i for i, row in enumerate(rows)}
+        kept = [row for i, row in enumerate(rows) if last[_what(row)] == i]
+        text = "".join(json.dumps(row, default=str) + "\n" for row in kept)
+        self.path.write_text(text, encoding="utf-8")
+
     def machine(self, **more: Any) -> None:
         """Versions and hardware."""
         stack = {name: version(name) for name in STACK}
@@ -106,6 +114,14 @@ class Log:
 
 def _case(row: Mapping[str, Any], way: str | None) -> tuple[Any, ...]:
     return row["kind"], row["pattern"], row["n"], row["width"], way, row["kernel"]
+
+
+def _what(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record is of; all of it where each run has one of its own."""
+    if "kernel" not in row:
+        return (json.dumps(row, default=str),)
+    names = ("kind", "kernel", "width", "pattern", "case", "n", "way")
+    return tuple(row.get(name) for name in names)
 
 
 def failed(error: Exception) -> dict[str, str]:

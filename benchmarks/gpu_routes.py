@@ -17,7 +17,8 @@ A kernel that is wrong is not timed, nor one that refuses a pattern. Every finis
 line of FOLDER/routes.jsonl; what fails is a line too, with its error. FOLDER/measured.json is the
 table that ``auto`` goes by: copy it to src/longspan/ops/measured.json. FOLDER/routes.md is for
 people. Records of an ``--earlier`` run stand in front, and those of its cases and kernels that
-this one did not try again stay in the tables.
+this one did not try again stay in the tables; at the end those that it made anew are left out.
+Kernels of different runs are held against each other by their shares of the dense rate.
 """
 
 from __future__ import annotations
@@ -368,19 +369,29 @@ def growth(log: Log) -> str:
 
 
 def measured(log: Log, command: str) -> dict[str, Any]:
-    """The table of rates that ``auto`` goes by."""
+    """The table of rates that ``auto`` goes by.
+
+    Each kernel at its share of the dense rate of its own run, times that of the last one.
+    """
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in log.rows:
-        if row["kind"] != "speed" or row.get("kernel") not in KERNELS or "tflops" not in row:
+    timed = log.timed()
+    dense: dict[tuple[Any, ...], float] = {}
+    for row in timed:
+        if row["kernel"].startswith("dense"):
+            name = (row["pattern"], row["n"], row["width"], row["way"])
+            dense[name] = max(row["tflops"], dense.get(name, 0.0))
+    for row in timed:
+        if row["kind"] != "speed" or row["kernel"] not in KERNELS or not row["of_dense"]:
             continue
         # Passes are chosen for one by one, unless they have one backward.
         several, joined = row["passes"] > 1, row.get("joined", False)
         if row["n"] != 32768 or (several and (row["way"] == "forward" or not joined)):
             continue
         name = (row["pattern"], row["width"], row["way"])
-        case = cases.setdefault(
-            name,
-            {
+        case = cases.setdefault(name, {"tflops": {}})
+        # Early records do not say it.
+        if "several" in row:
+            case |= {
                 "pattern": row["pattern"],
                 "width": row["width"],
                 "keys": round(row["keys"]),
@@ -388,11 +399,10 @@ def measured(log: Log, command: str) -> dict[str, Any]:
                 "several": row["several"],
                 **({"passes": row["passes"]} if several else {}),
                 "backward": row["way"] != "forward",
-                "tflops": {},
-            },
-        )
-        case["tflops"][row["kernel"]] = round(row["tflops"], 1)
-    return gpu_race.rates_table(list(cases.values()), command)
+            }
+        rate = row["of_dense"] * dense[row["pattern"], row["n"], row["width"], row["way"]]
+        case["tflops"][row["kernel"]] = round(rate, 1)
+    return gpu_race.rates_table([case for case in cases.values() if "pattern" in case], command)
 
 
 def main() -> None:
@@ -506,6 +516,7 @@ def main() -> None:
         work = [one for one in work if any(word in one[0] for word in options.match)]
     do(work, log, left(), tables)
     log.add(kind="done", seconds=time.monotonic() - begin)
+    log.without_superseded()
 
 
 if __name__ == "__main__":
