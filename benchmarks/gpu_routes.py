@@ -448,7 +448,8 @@ def main() -> None:
         return tuple(k for k in among if k in options.kernels and not found[k, width])
 
     length: list[Work] = [
-        (f"length {text} {n}", needed, lambda text=text, n=n: long(text, log, n=n))
+        # Both lengths of a run, or none.
+        (f"length {short}", needed, lambda text=text, n=n: long(text, log, n=n))
         for short, far in GROWTH
         for text, n, needed in ((short, SHORT_N, 5), (far, LONG_N, 25))
     ]
