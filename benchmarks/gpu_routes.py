@@ -10,8 +10,8 @@
    with each other, and some rows with float32.
 3. More patterns at N 32768, also beside FlexAttention with a mask by hand where one is written;
    then at N 131072 beside FlashAttention-4 alone, and at width 64.
-4. Length: forward at N 131072 and 1,048,576 with peak memory, some rows against float32; alone
-   with ``--only length`` (``--seconds 85``).
+4. Length: forward of ``hopper`` and ``cudnn`` at N 131072 and 1,048,576 with peak memory, some
+   rows against float32; alone with ``--only length`` (``--seconds 170``).
 
 A kernel that is wrong is not timed, nor one that refuses a pattern. Every finished record is a
 line of FOLDER/routes.jsonl; what fails is a line too, with its error. FOLDER/measured.json is the
@@ -24,6 +24,7 @@ Kernels of different runs are held against each other by their shares of the den
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -102,6 +103,7 @@ LONG = ("window(1024)", "window(4096)", "shifted_chunk(8192)", "scca.flow(2048)"
 BY_HAND = "FlexAttention by hand"
 LONGNET = "longnet([2048, 32768, 524288], [1, 16, 256])"
 SHORT_N, LONG_N = 1 << 17, 1 << 20
+LENGTH_BY = ("hopper", "cudnn")
 # What grows eightfold: the same pattern, or SSA with as many strided keys for a query.
 GROWTH = (
     ("scca.flow(1024)", "scca.flow(1024)"),
@@ -286,9 +288,9 @@ def compare(
 # Step 3.
 
 
-def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
+def long(text: str, kernel: str, log: Log, *, n: int, width: int = 128) -> None:
     """Forward of one layer: time, and peak memory as a share of q, k, v and out."""
-    about = {"kind": "long", "pattern": text, "n": n, "kernel": "cudnn", "width": width}
+    about = {"kind": "long", "pattern": text, "n": n, "kernel": kernel, "width": width}
     try:
         start = time.perf_counter()
         plan = ls.plan(ls.parse(text), n, HEADS)
@@ -297,7 +299,7 @@ def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
         own = sum(x.nbytes for x in inputs) + inputs[0].nbytes
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        call = both_ways(through("cudnn", plan), inputs)["forward"]
+        call = both_ways(through(kernel, plan), inputs)["forward"]
         start = time.perf_counter()
         out = call()
         torch.cuda.synchronize()
@@ -328,7 +330,7 @@ def long(text: str, log: Log, *, n: int, width: int = 128) -> None:
 
 def growth(log: Log) -> str:
     """Time and memory against length, as a table."""
-    rows = {(r["pattern"], r["n"]): r for r in log.timed() if r["kind"] == "long"}
+    rows = {(r["kernel"], r["pattern"], r["n"]): r for r in log.timed() if r["kind"] == "long"}
     lines = [
         "",
         "## Length",
@@ -338,13 +340,13 @@ def growth(log: Log) -> str:
         "memory over that of q, k, v and out; *held*: what of it stays between calls (ranges, "
         "plan, tables).",
         "",
-        "| pattern | N | ms | TFLOP/s | linear | pair | peak | held | plan, s |",
-        "|" + "---|" * 9,
+        "| pattern | kernel | N | ms | TFLOP/s | linear | pair | peak | held | plan, s |",
+        "|" + "---|" * 10,
     ]
-    for short, long in GROWTH:
-        first = rows.get((short, SHORT_N))
-        for text, n in ((short, SHORT_N), (long, LONG_N)):
-            row = rows.get((text, n))
+    for (short, far), kernel in itertools.product(GROWTH, LENGTH_BY):
+        first = rows.get((kernel, short, SHORT_N))
+        for text, n in ((short, SHORT_N), (far, LONG_N)):
+            row = rows.get((kernel, text, n))
             if row is None:
                 continue
             linear = pair = ""
@@ -355,6 +357,7 @@ def growth(log: Log) -> str:
             held = f"{row['held_of_qkvo']:.2f}" if "held_of_qkvo" in row else ""
             cells = (
                 text,
+                kernel,
                 f"{n:,}",
                 f"{row['seconds'] * 1e3:.2f}",
                 f"{row['tflops']:.0f}",
@@ -449,7 +452,13 @@ def main() -> None:
 
     length: list[Work] = [
         # Both lengths of a run, or none.
-        (f"length {short}", needed, lambda text=text, n=n: long(text, log, n=n))
+        (
+            f"length {short}",
+            needed,
+            lambda text=text, kernel=kernel, n=n: long(text, kernel, log, n=n),
+        )
+        for kernel in LENGTH_BY
+        if kernel in options.kernels
         for short, far in GROWTH
         for text, n, needed in ((short, SHORT_N, 5), (far, LONG_N, 25))
     ]
