@@ -13,7 +13,7 @@ import torch
 from tests.ops import cases
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, regrouped, relative, scattered, shifted, tensors, to, window
-from tests.ops.test_hopper import alternating
+from tests.ops.test_hopper_plan import alternating
 
 import longspan as ls
 from longspan.errors import Refusal

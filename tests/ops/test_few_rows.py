@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops import test_hopper, test_hopper_backward
+from tests.ops import test_hopper, test_hopper_backward, test_hopper_plan
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative
 
@@ -88,7 +88,7 @@ def test_the_same_pairs_of_patterns(name, monkeypatch):
         assert np.array_equal(x.lo, lo)
         assert np.array_equal(x.hi, hi)
     given = ranges_of(one, N), batch, HEADS, KEY_HEADS
-    test_hopper.check_plan(*given)
+    test_hopper_plan.check_plan(*given)
     test_hopper_backward.check_back_plan(*given)
 
 

@@ -18,12 +18,14 @@ from tests.ops.test_flex import gpu, relative, scattered, tensors, to, window
 from tests.ops.test_hopper import (
     GPU_CASES,
     LAID_OUT,
+    here,
+    on_gpu,
+)
+from tests.ops.test_hopper_plan import (
     PLANNED,
     any_ranges,
     for_each_row,
-    here,
     in_rows,
-    on_gpu,
     plan,
     split_keys,
 )

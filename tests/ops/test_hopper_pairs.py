@@ -10,17 +10,19 @@ from hypothesis import given, settings
 from tests.ops import cases
 from tests.ops.test_flex import gpu, tensors, to, window
 from tests.ops.test_hopper import (
+    compare,
+    here,
+    on_gpu,
+)
+from tests.ops.test_hopper_backward import equals_the_oracle
+from tests.ops.test_hopper_plan import (
     PLANNED,
     alternating,
     any_ranges,
-    compare,
     forget_plans,
-    here,
     in_rows,
-    on_gpu,
     plan,
 )
-from tests.ops.test_hopper_backward import equals_the_oracle
 
 from longspan.ops.kernels import _hopper_plan
 from longspan.ops.ranges import KeyRanges

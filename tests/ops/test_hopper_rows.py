@@ -8,8 +8,7 @@ import pytest
 import torch
 from tests.ops import cases
 from tests.ops.cases import On
-from tests.ops.test_flex import tensors, window
-from tests.ops.test_hopper import regrouped, scattered
+from tests.ops.test_flex import regrouped, scattered, tensors, window
 
 from longspan.ops.empty import empty_rows
 from longspan.ops.kernels import _hopper_rows

@@ -14,20 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ops.test_flex import gpu, relative, tensors
 from tests.ops.test_hopper import (
+    here,
+    nothing_leaks,
+)
+from tests.ops.test_hopper_backward import back_plan, cut_finely, gradients
+from tests.ops.test_hopper_backward import executed as executed_back
+from tests.ops.test_hopper_pairs import always, by_twos, check_pairs, half
+from tests.ops.test_hopper_plan import (
     any_ranges,
     check_plan,
     executed,
     forget_plans,
-    here,
-    nothing_leaks,
     plan,
     seen,
     split_keys,
     unpacked,
 )
-from tests.ops.test_hopper_backward import back_plan, cut_finely, gradients
-from tests.ops.test_hopper_backward import executed as executed_back
-from tests.ops.test_hopper_pairs import always, by_twos, check_pairs, half
 
 import longspan as ls
 from longspan.ops.capability import Capability

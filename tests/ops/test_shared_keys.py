@@ -14,9 +14,13 @@ import pytest
 import torch
 from tests.ops.cases import On
 from tests.ops.test_flex import gpu, relative, window
-from tests.ops.test_hopper import executed, here, module
+from tests.ops.test_hopper import (
+    here,
+    module,
+)
 from tests.ops.test_hopper import on_hopper as on_hopper
 from tests.ops.test_hopper_backward import executed as executed_back
+from tests.ops.test_hopper_plan import executed
 
 import longspan as ls
 from longspan.ops import capability, run
