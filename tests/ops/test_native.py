@@ -168,6 +168,45 @@ def test_kept_rows_are_those_of_the_keys(apart: int, shift: int) -> None:
         assert_same(run(native, [q, *moved], ranges), wanted, 1e-5)
 
 
+# Slots are kept for what all tiles see, or not.
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("width", [16, 40, 128])
+@pytest.mark.parametrize("n", [1, 17, 200])
+@pytest.mark.parametrize("keys", [300, 9000])
+def test_keys_in_bfloat16_are_turned_as_they_are_read(
+    keys: int, n: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit what they give when all of them are turned at first."""
+    if module.level() == module._AMX:
+        pytest.skip("AMX computes bfloat16 itself")
+    far = np.arange(n)[:, None] % 7 + np.array([0, 100, 200])
+    ranges = key_ranges(
+        np.stack([far, far * 0 + [3, 150, 300]]),
+        np.stack([far + 64, far * 0 + [100, 280, keys]]),
+        [[0, 0, 1, 1], [1, 1, 0, 0]],
+        heads=4,
+        keys=keys,
+    )
+    case = Case(name="", make=lambda c: ranges, B=2, H=4, K=2, N=n, M=keys, D=width)
+    q, k, v = make_qkv(case, torch.bfloat16)
+    order = torch.randperm(keys).expand(1, 1, -1)
+    for own_k, own_v in ((k, v), (by_rows(k), v), (by_rows(k), by_rows(v))):
+        for places in (None, Places(key_rows=order)):
+            found = []
+            for most in (1 << 30, 0):
+                monkeypatch.setattr(module, "_FEW_ROWS", most)
+                with torch.no_grad():
+                    found.append(native(q, own_k, own_v, ranges, 0.3, places))
+            for a, b in zip(*found, strict=True):
+                assert torch.equal(a, b)
+    wanted = reference(q.double(), k.double(), v.double(), ranges, 0.3)
+    assert_same(
+        dict(zip(("out", "lse"), native(q, k, v, ranges, 0.3), strict=True)),
+        dict(zip(("out", "lse"), wanted, strict=True)),
+        TOLERANCE[torch.bfloat16],
+    )
+
+
 def by_rows(x: torch.Tensor) -> torch.Tensor:
     """The same with heads side by side, as models have them."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -13,7 +13,7 @@ O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradi
 The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
 compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX where
 there is one: products of bfloat16, summed in float32 and with softmax in float32. All else in half
-precision is computed in float32.
+precision is computed in float32; keys in bfloat16 that few queries see stay as they are in memory.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
 G range groups, m ranges per query.
@@ -42,6 +42,9 @@ from longspan.ops.workers import can_share_threads, run_compiled
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
 _FEW_KEYS, _FEW_HALF_KEYS = 256, 4096
+# Keys that so many queries see are turned to float32 as they are read; with more, each is read so
+# often that dense attention takes 5 % longer than with all of them turned at first.
+_FEW_ROWS = 128
 # Tensors of so many bytes are mapped anew each time: the most that malloc keeps.
 _MAPPED = 32 << 20
 # Calls with fewer multiplications than this are over before other threads have started.
@@ -65,7 +68,7 @@ class _Task(ctypes.Structure):
 
     _fields_ = [
         *_fields("batch heads key_heads rows keys width value_width ranges", ctypes.c_int64),
-        *_fields("share level add half", ctypes.c_int64),
+        *_fields("share level add half narrow", ctypes.c_int64),
         ("scale", ctypes.c_float),
         *_fields("q k v", ctypes.c_void_p),
         *_fields("q_steps k_steps v_steps", _Steps),
@@ -132,13 +135,13 @@ def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool) ->
     """Whether ``auto`` should take it: not for so few queries that vectors stay nearly empty.
 
     Decoding over many keys is up to twice as fast in ``tiled``, over few of them slower. Where
-    that would gather keys first it takes two to four times as long, but for many keys in half
-    precision, which are all turned to float32 here.
+    that would gather keys first it takes two to four times as long, but for many keys in float16,
+    which are all turned to float32 here.
     """
     del v
     rows = ranges.queries * q.shape[1] // k.shape[1]
     few = 4 if q.dtype == torch.bfloat16 and level() == _AMX else _LANES
-    spared = moved and (q.dtype == torch.float32 or ranges.keys <= _FEW_HALF_KEYS)
+    spared = moved and (q.dtype != torch.float16 or ranges.keys <= _FEW_HALF_KEYS)
     return rows >= few or spared or ranges.keys <= _FEW_KEYS
 
 
@@ -192,7 +195,8 @@ class _Native(torch.autograd.Function):
         passes: tuple[tuple[KeyRanges, Places], ...],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = _rows(q_BHND, k_BKMD, v_BKMD)
+        few = q_BHND.shape[2] <= _FEW_ROWS
+        q, k, v = _rows(q_BHND, k_BKMD, v_BKMD, narrow=(1, 2) if few else ())
         covers = passes[0][1].covers
         # What several passes give is rounded once, at the end.
         half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
@@ -278,6 +282,7 @@ class _Call:
         task.keys, task.scale = ranges.keys, scale
         task.level = _AMX if q.dtype == torch.bfloat16 else min(level(), _AMX - 1)
         task.width, task.value_width, task.add = q.shape[-1], v.shape[-1], add
+        task.narrow = k.dtype != q.dtype
         for name, x in (("q", q), ("k", k), ("v", v)):
             self.set(name, x)
         self.group_BH = ranges.group_BH.expand(len(q), -1).contiguous()
@@ -374,12 +379,19 @@ class _Call:
         return min(reversed(fit), key=tiles)
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """As the compiled code takes them: columns side by side, a multiple of its lanes of them."""
-    amx = level() == _AMX and all(x.dtype == torch.bfloat16 for x in tensors)
-    dtype, lanes = (torch.bfloat16, _AMX_LANES) if amx else (torch.float32, _LANES)
+def _rows(*tensors: Tensor, narrow: tuple[int, ...] = ()) -> list[Tensor]:
+    """As the compiled code takes them: columns side by side, a multiple of its lanes of them.
+
+    Args:
+        tensors: all of one dtype.
+        narrow: which of them may stay in bfloat16 where others become float32.
+    """
+    half = all(x.dtype == torch.bfloat16 for x in tensors)
+    amx = level() == _AMX and half
+    lanes = _AMX_LANES if amx else _LANES
     found = []
-    for x in tensors:
+    for i, x in enumerate(tensors):
+        dtype = torch.bfloat16 if amx or (half and i in narrow) else torch.float32
         own, rest = x.to(dtype).resolve_neg(), -x.shape[-1] % lanes
         if rest:
             own = pad(own, (0, rest))

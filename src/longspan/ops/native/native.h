@@ -23,6 +23,8 @@ typedef struct {
     int64_t add;
     /* Level 3: whether out is in bfloat16, not in float32; then nothing is joined. */
     int64_t half;
+    /* Forward, levels 1 and 2: whether keys and values are in bfloat16, not in float32. */
+    int64_t narrow;
     float scale;
     const void *q, *k, *v;
     Steps q_steps, k_steps, v_steps;
