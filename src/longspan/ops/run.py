@@ -69,7 +69,7 @@ def _load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
     device, key_heads, keys = q.device, k.shape[1], k.shape[2]
     if len(q) == 1 and (views := views_of(one, q.shape[2], keys, device)):
         return views
-    heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
+    heads, picked = _taking_part(one, q.shape[1], key_heads, device)
     lo, hi, key_order = one.lo, one.hi, one.key_order
     # On a GPU grouped queries share what is gathered, and copies of keys need one order.
     if device.type == "cpu" and heads is None and (own := own_keys(one, key_heads)):
@@ -78,8 +78,7 @@ def _load(one: Pass, q: Tensor, k: Tensor) -> Loaded | Views:
         _ranges(one, lo, hi, heads, keys if key_order is None else key_order.shape[-1], device),
         None if key_order is None else Order.of(key_order, keys, device),
         _queries(one, heads, q.shape[2], device),
-        None if heads is None else torch.tensor(heads, device=device),
-        None if kv_heads is None else torch.tensor(kv_heads, device=device),
+        *picked,
         q.shape[1],
     )
 
@@ -93,7 +92,7 @@ def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Pla
     name = (q.device, *k.shape[1:3])
     if name not in kept:
         device, (key_heads, keys) = q.device, k.shape[1:3]
-        heads, kv_heads = _taking_part(one, q.shape[1], key_heads)
+        heads, picked = _taking_part(one, q.shape[1], key_heads, device)
         key_rows = None if one.key_order is None else one.key_order[:, None]
         query_rows = _rows_of_queries(one, heads)
         dtype = torch.int64 if device.type == "cpu" else torch.int32
@@ -101,7 +100,6 @@ def load_where_rows_lie(one: Pass, q: Tensor, k: Tensor) -> tuple[KeyRanges, Pla
             None if x is None else torch.from_numpy(x).to(device, dtype).contiguous()
             for x in (query_rows, key_rows)
         ]
-        picked = [None if x is None else torch.tensor(x, device=device) for x in (heads, kv_heads)]
         places = keys if key_rows is None else key_rows.shape[-1]
         kept[name] = (
             _ranges(one, one.lo, one.hi, heads, places, device),
@@ -452,12 +450,16 @@ def _rows_of_queries(one: Pass, heads: tuple[int, ...] | None) -> NDArray[np.int
 
 
 def _taking_part(
-    one: Pass, heads: int, key_heads: int
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Query and key heads that see anything, where leaving the others out keeps equal groups."""
+    one: Pass, heads: int, key_heads: int, device: torch.device
+) -> tuple[tuple[int, ...] | None, tuple[Tensor | None, Tensor | None]]:
+    """Query heads that see anything, where leaving the others out keeps equal groups.
+
+    With these and their key heads on the device; None for all.
+    """
     group = heads // key_heads
     kv = sorted({h // group for h in one.heads})
     each = {sum(h // group == own for h in one.heads) for own in kv}
     if len(one.heads) == heads or len(each) != 1:
-        return None, None
-    return one.heads, tuple(kv) if len(kv) < key_heads else None
+        return None, (None, None)
+    own = None if len(kv) == key_heads else torch.tensor(kv, device=device)
+    return one.heads, (torch.tensor(one.heads, device=device), own)
