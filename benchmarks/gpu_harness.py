@@ -101,10 +101,12 @@ class Log:
     def without_superseded(self) -> None:
         """Leave out of the file what a later record says anew."""
         rows = [*self.earlier, *self.rows]
-        last = {_what(row): i for i, row in enumerate(rows)}
-        kept = [row for i, row in enumerate(rows) if last[_what(row)] == i]
+        last = {what: i for i, row in enumerate(rows) for what in _what(row)}
+        kept = [row for i, row in enumerate(rows) if last[_what(row)[-1]] == i]
         text = "".join(json.dumps(row, default=str) + "\n" for row in kept)
-        self.path.write_text(text, encoding="utf-8")
+        whole = self.path.with_suffix(".new")
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(self.path)
 
     def machine(self, **more: Any) -> None:
         """Versions and hardware."""
@@ -116,12 +118,16 @@ def _case(row: Mapping[str, Any], way: str | None) -> tuple[Any, ...]:
     return row["kind"], row["pattern"], row["n"], row["width"], way, row["kernel"]
 
 
-def _what(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a record is of; all of it where each run has one of its own."""
+def _what(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What a record is of, without its way and with it; all of it where each run has its own.
+
+    What failed before it was timed has no way, and any later record stands for it.
+    """
     if "kernel" not in row:
-        return (json.dumps(row, default=str),)
-    names = ("kind", "kernel", "width", "pattern", "case", "n", "way")
-    return tuple(row.get(name) for name in names)
+        return [(json.dumps(row, default=str),)]
+    names = ("kind", "kernel", "width", "pattern", "case", "n")
+    case = tuple(row.get(name) for name in names)
+    return [case, (*case, row["way"])] if "way" in row else [case]
 
 
 def failed(error: Exception) -> dict[str, str]:

@@ -6,7 +6,7 @@ Dense causal attention takes part in every race: figures are shares of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,13 +189,19 @@ def race(
             )
 
 
-def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, Any]:
+def rates_table(
+    cases: Sequence[Mapping[str, Any]],
+    command: str,
+    without: Mapping[tuple[Any, ...], Collection[str]] | None = None,
+) -> dict[str, Any]:
     """The stored table that ``auto`` goes by, with cases of this GPU added or replaced.
 
     Args:
         cases: pattern, width, keys, apart, backward, tflops; several if queries have several
             ranges, and fill where it is not 1.
         command: what measured them.
+        without: kernels that were tried on a case, by pattern, width and whether with backward,
+            and have no rate any more.
     """
     gpu = torch.cuda.get_device_name()
     found = measured.stored()
@@ -210,8 +216,10 @@ def rates_table(cases: Sequence[Mapping[str, Any]], command: str) -> dict[str, A
         for case in cases
         if len(case["tflops"]) > 1 or case.get("fill", 1.0) < 0.9
     }
-    # Kernels that this run left out keep their rates.
     for case in old["cases"]:
+        for kernel in (without or {}).get(name(case), ()):
+            case["tflops"].pop(kernel, None)
+        # Kernels that this run left out keep their rates.
         if name(case) in new:
             new[name(case)]["tflops"] = {**case["tflops"], **new[name(case)]["tflops"]}
     kept = [case for case in old["cases"] if name(case) not in new]

@@ -30,7 +30,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -288,7 +288,14 @@ def compare(
 # Step 3.
 
 
-def long(text: str, kernel: str, log: Log, *, n: int, width: int = 128) -> None:
+def lengths(short: str, far: str, kernel: str, log: Log) -> None:
+    """Both lengths of a pattern, or none: they are held against each other."""
+    found = [long(text, kernel, n=n) for text, n in ((short, SHORT_N), (far, LONG_N))]
+    for row in [row for row in found if "tflops" not in row] or found:
+        log.add(**row)
+
+
+def long(text: str, kernel: str, *, n: int, width: int = 128) -> dict[str, Any]:
     """Forward of one layer: time, and peak memory as a share of q, k, v and out."""
     about = {"kind": "long", "pattern": text, "n": n, "kernel": kernel, "width": width}
     try:
@@ -309,23 +316,24 @@ def long(text: str, kernel: str, log: Log, *, n: int, width: int = 128) -> None:
         del out
         torch.cuda.reset_peak_memory_stats()
         seconds = in_turns({"": call}, rounds=3, device="cuda", warm_up=1)[""]
-        log.add(
+        found = {
             **about,
-            rows=rows,
-            right=rows <= 1e-2,
+            "rows": rows,
+            "right": rows <= 1e-2,
             **summary(seconds),
-            tflops=4 * width * plan.pairs / summary(seconds)["seconds"] / 1e12,
-            peak_of_qkvo=torch.cuda.max_memory_allocated() / own,
-            peak_of_qkvo_with_plan=peak_first / own,
-            held_of_qkvo=(torch.cuda.memory_allocated() - sum(x.nbytes for x in inputs)) / own,
-            passes=len(plan.passes),
-            pairs=plan.pairs,
-            plan_seconds=planned,
-            first_seconds=first,
-        )
+            "tflops": 4 * width * plan.pairs / summary(seconds)["seconds"] / 1e12,
+            "peak_of_qkvo": torch.cuda.max_memory_allocated() / own,
+            "peak_of_qkvo_with_plan": peak_first / own,
+            "held_of_qkvo": (torch.cuda.memory_allocated() - sum(x.nbytes for x in inputs)) / own,
+            "passes": len(plan.passes),
+            "pairs": plan.pairs,
+            "plan_seconds": planned,
+            "first_seconds": first,
+        }
     except Exception as error:
-        log.add(**about, **failed(error))
+        found = {**about, **failed(error)}
     free()
+    return found
 
 
 def growth(log: Log) -> str:
@@ -374,17 +382,13 @@ def growth(log: Log) -> str:
 def measured(log: Log, command: str) -> dict[str, Any]:
     """The table of rates that ``auto`` goes by.
 
-    Each kernel at its share of the dense rate of its own run, times that of the last one.
+    Each kernel at its share of the dense rate of its own run, times that of the newest record.
     """
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
-    timed = log.timed()
-    dense: dict[tuple[Any, ...], float] = {}
+    timed = [row for row in log.timed() if row["kind"] == "speed" and row.get("of_dense")]
+    dense = {_case_of(row): row["tflops"] / row["of_dense"] for row in timed}
     for row in timed:
-        if row["kernel"].startswith("dense"):
-            name = (row["pattern"], row["n"], row["width"], row["way"])
-            dense[name] = max(row["tflops"], dense.get(name, 0.0))
-    for row in timed:
-        if row["kind"] != "speed" or row["kernel"] not in KERNELS or not row["of_dense"]:
+        if row["kernel"] not in KERNELS:
             continue
         # Passes are chosen for one by one, unless they have one backward.
         several, joined = row["passes"] > 1, row.get("joined", False)
@@ -403,9 +407,27 @@ def measured(log: Log, command: str) -> dict[str, Any]:
                 **({"passes": row["passes"]} if several else {}),
                 "backward": row["way"] != "forward",
             }
-        rate = row["of_dense"] * dense[row["pattern"], row["n"], row["width"], row["way"]]
-        case["tflops"][row["kernel"]] = round(rate, 1)
-    return gpu_race.rates_table([case for case in cases.values() if "pattern" in case], command)
+        case["tflops"][row["kernel"]] = round(row["of_dense"] * dense[_case_of(row)], 1)
+    told = [case for case in cases.values() if "pattern" in case]
+    return gpu_race.rates_table(told, command, without=_failed(log))
+
+
+def _case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["pattern"], row["n"], row["width"], row["way"]
+
+
+def _failed(log: Log) -> dict[tuple[Any, ...], set[str]]:
+    """Kernels that were tried on a case of the table, and have no time now."""
+    found: dict[tuple[Any, ...], set[str]] = {}
+    timed = {(row["kernel"], _case_of(row)) for row in log.timed() if row["kind"] == "speed"}
+    for row in (*log.earlier, *log.rows):
+        if row["kind"] != "speed" or row["n"] != 32768:
+            continue
+        for way in (row["way"],) if "way" in row else gpu_race.WAYS:
+            if (row["kernel"], _case_of({**row, "way": way})) not in timed:
+                name = row["pattern"], row["width"], way != "forward"
+                found.setdefault(name, set()).add(row["kernel"])
+    return found
 
 
 def main() -> None:
@@ -451,16 +473,10 @@ def main() -> None:
         return tuple(k for k in among if k in options.kernels and not found[k, width])
 
     length: list[Work] = [
-        # Both lengths of a run, or none.
-        (
-            f"length {short}",
-            needed,
-            lambda text=text, kernel=kernel, n=n: long(text, kernel, log, n=n),
-        )
+        (f"length {short}", 30, partial(lengths, short, far, kernel, log))
         for kernel in LENGTH_BY
         if kernel in options.kernels
         for short, far in GROWTH
-        for text, n, needed in ((short, SHORT_N, 5), (far, LONG_N, 25))
     ]
     work: list[Work] = [
         *(

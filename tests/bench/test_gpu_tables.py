@@ -52,15 +52,55 @@ def test_kernels_of_several_runs_are_held_against_each_other_by_their_shares(scr
     assert "a GPU" not in measured.stored()["gpus"]
 
 
-def test_a_kernel_that_fails_today_has_no_rate(scripts, tmp_path):
+def test_a_kernel_that_fails_today_has_no_rate(scripts, tmp_path, monkeypatch):
     harness, routes = scripts
+    stored = {"pattern": "window(64)", "width": 128, "backward": False}
+    rates = {"hopper": 8.0, "flash": 7.0}
+    other = {"pattern": "chunk(64)", "width": 128, "backward": True, "tflops": {"hopper": 1.0}}
+
+    def found():
+        cases = [{**stored, "tflops": dict(rates)}, {**other, "tflops": dict(other["tflops"])}]
+        return {"gpus": {"a GPU": {"command": "", "cases": cases}}}
+
+    monkeypatch.setattr(measured, "stored", found)
     log = harness.Log(tmp_path / "routes.jsonl")
     for row in (speed(DENSE, 9.0, 9.0), speed("flex", 1.0, 9.0), speed("cudnn", 3.0, 9.0)):
         log.add(**row)
     log.add(**speed("hopper", 5.0, 9.0))
     log.add(**{k: x for k, x in speed("hopper", 1, 1).items() if k != "tflops"}, error="no")
+    # In both ways, and without a case of its own.
+    wrong = {"kind": "speed", "pattern": "chunk(64)", "n": 32768, "width": 128}
+    log.add(**wrong, kernel="hopper", error="wrong")
+    cases = routes.measured(log, "a command")["gpus"]["a GPU"]["cases"]
+    # What was not tried keeps its rate.
+    assert [case["tflops"] for case in cases] == [{}, {"flash": 7.0, "flex": 1.0, "cudnn": 3.0}]
+
+
+def test_dense_attention_that_fails_today_leaves_the_earlier_scale(scripts, tmp_path):
+    harness, routes = scripts
+    earlier = tmp_path / "earlier.jsonl"
+    rows = [
+        speed("cudnn", 300.0, 600.0),
+        speed("hopper", 360.0, 600.0),
+        speed(DENSE, 600.0, 600.0),
+    ]
+    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log.add(**{k: x for k, x in rows[2].items() if k not in ("tflops", "of_dense")}, error="OOM")
     (case,) = routes.measured(log, "a command")["gpus"]["a GPU"]["cases"]
-    assert case["tflops"] == {"flex": 1.0, "cudnn": 3.0}
+    assert case["tflops"] == {"cudnn": 300.0, "hopper": 360.0}
+
+
+def test_the_scale_is_that_of_the_newest_record(scripts, tmp_path):
+    harness, routes = scripts
+    earlier = tmp_path / "earlier.jsonl"
+    rows = [speed("cudnn", 350.0, 700.0), speed("dense cuDNN", 700.0, 700.0)]
+    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log.add(**speed("hopper", 400.0, 500.0))
+    log.add(**speed(DENSE, 500.0, 500.0))
+    (case,) = routes.measured(log, "a command")["gpus"]["a GPU"]["cases"]
+    assert case["tflops"] == {"cudnn": 250.0, "hopper": 400.0}
 
 
 def test_records_made_anew_are_left_out_of_the_file(scripts, tmp_path):
@@ -72,10 +112,13 @@ def test_records_made_anew_are_left_out_of_the_file(scripts, tmp_path):
         speed("hopper", 1.0, 2.0, way="forward+backward"),
         {"kind": "check", "kernel": "hopper", "width": 64, "case": "window", "wrong": {}},
         {"kind": "done", "seconds": 1.0},
+        # Failed before it was timed, in both ways: not so today.
+        {"kind": "speed", "kernel": "flex", "pattern": "window(64)", "n": 32768, "width": 128},
     ]
     earlier.write_text("".join(json.dumps(row) + "\n" for row in old))
     log = harness.Log(tmp_path / "routes.jsonl", earlier)
     new = [{"kind": "machine", "gpu": "two"}, speed("hopper", 1.5, 2.0), {**old[3], "wrong": 1}]
+    new.append(speed("flex", 1.0, 2.0))
     for row in new:
         log.add(**row)
     log.without_superseded()
@@ -106,3 +149,15 @@ def test_both_lengths_are_of_one_kernel(scripts, tmp_path):
     lines = [line for line in routes.growth(log).splitlines() if "1,048,576" in line]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert [(row[2], row[6]) for row in cells] == [("hopper", "1.10"), ("cudnn", "1.50")]
+
+
+def test_both_lengths_are_of_one_run(scripts, tmp_path, monkeypatch):
+    harness, routes = scripts
+    log = harness.Log(tmp_path / "routes.jsonl")
+    told = {routes.SHORT_N: {"tflops": 1.0}, routes.LONG_N: {"error": "no memory"}}
+    monkeypatch.setattr(routes, "long", lambda text, kernel, *, n: {"kind": "long", **told[n]})
+    routes.lengths("a", "b", "hopper", log)
+    assert log.rows == [{"kind": "long", "error": "no memory"}]
+    told[routes.LONG_N] = {"tflops": 2.0}
+    routes.lengths("a", "b", "hopper", log)
+    assert [row.get("tflops") for row in log.rows] == [None, 1.0, 2.0]

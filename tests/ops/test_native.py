@@ -179,6 +179,13 @@ def test_keys_in_bfloat16_are_turned_as_they_are_read(
     """To the bit what they give when all of them are turned at first."""
     if module.level() == module._AMX:
         pytest.skip("AMX computes bfloat16 itself")
+    narrow, ran = [], module._Call.run
+
+    def run_noted(call, what):
+        narrow.append(call.task.narrow)
+        ran(call, what)
+
+    monkeypatch.setattr(module._Call, "run", run_noted)
     far = np.arange(n)[:, None] % 7 + np.array([0, 100, 200])
     ranges = key_ranges(
         np.stack([far, far * 0 + [3, 150, 300]]),
@@ -197,6 +204,7 @@ def test_keys_in_bfloat16_are_turned_as_they_are_read(
                 monkeypatch.setattr(module, "_FEW_ROWS", most)
                 with torch.no_grad():
                     found.append(native(q, own_k, own_v, ranges, 0.3, places))
+            assert narrow[-2:] == [1, 0]
             for a, b in zip(*found, strict=True):
                 assert torch.equal(a, b)
     wanted = reference(q.double(), k.double(), v.double(), ranges, 0.3)
@@ -558,6 +566,22 @@ def test_few_queries_over_many_keys_are_left_to_tiled() -> None:
 
     assert chosen(2, 1, 4096) == chosen(4, 2, 4096) == "tiled"
     assert chosen(2, 1, 200) == chosen(2, 16, 4096) == chosen(8, 4, 4096) == "native"
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_queries_over_keys_in_another_order_are_not_gathered_for_tiled(
+    dtype: torch.dtype,
+) -> None:
+    def chosen(keys: int) -> str:
+        q, k = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (1, keys))
+        ranges = key_ranges(np.zeros(1), np.full(1, keys // 8), heads=2, keys=keys)
+        return choose("auto", q, k, k, ranges, moved=True).name
+
+    assert chosen(4096) == "native"
+    turned = dtype == torch.float16
+    amx = dtype == torch.bfloat16 and module.level() == module._AMX
+    assert chosen(4224) == ("tiled" if turned or amx else "native")
 
 
 def test_a_library_of_other_sources_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

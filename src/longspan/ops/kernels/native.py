@@ -136,12 +136,13 @@ def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool) ->
 
     Decoding over many keys is up to twice as fast in ``tiled``, over few of them slower. Where
     that would gather keys first it takes two to four times as long, but for many keys in float16,
-    which are all turned to float32 here.
+    which are all turned to float32 here (and with AMX, where it was not measured).
     """
     del v
     rows = ranges.queries * q.shape[1] // k.shape[1]
-    few = 4 if q.dtype == torch.bfloat16 and level() == _AMX else _LANES
-    spared = moved and (q.dtype != torch.float16 or ranges.keys <= _FEW_HALF_KEYS)
+    amx = q.dtype == torch.bfloat16 and level() == _AMX
+    many = ranges.keys > _FEW_HALF_KEYS
+    few, spared = 4 if amx else _LANES, moved and not (many and (amx or q.dtype == torch.float16))
     return rows >= few or spared or ranges.keys <= _FEW_KEYS
 
 

@@ -63,7 +63,8 @@ typedef struct {
 /* Which sources this was made of (build.py): a caller of others stays away. */
 int64_t longspan_sources(void);
 /* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which bfloat16 is
- * computed (D and E multiples of 32); all else is float32 and level 2. */
+ * computed (D and E multiples of 32); all else is float32 and level 2, but for keys that are
+ * `narrow`. */
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
