@@ -30,9 +30,15 @@ def speed(kernel, rate, dense, *, pattern="window(64)", **more):
     return {**about, **own, "tflops": rate, "of_dense": rate / dense, "seconds": 1.0, **more}
 
 
+def log_of(harness, folder, *earlier):
+    """The log of a run that begins with records of an earlier one."""
+    path = folder / "earlier.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    return harness.Log(folder / "routes.jsonl", path)
+
+
 def test_kernels_of_several_runs_are_held_against_each_other_by_their_shares(scripts, tmp_path):
     harness, routes = scripts
-    earlier = tmp_path / "earlier.jsonl"
     rows = [
         speed("cudnn", 300.0, 600.0),
         speed("hopper", 360.0, 600.0),
@@ -41,8 +47,7 @@ def test_kernels_of_several_runs_are_held_against_each_other_by_their_shares(scr
         {k: x for k, x in speed("cudnn", 1.0, 2.0, pattern="chunk(64)").items() if k != "several"},
         speed(DENSE, 2.0, 2.0, pattern="chunk(64)"),
     ]
-    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log = log_of(harness, tmp_path, *rows)
     # The machine is slower today.
     log.add(**speed("hopper", 400.0, 500.0))
     log.add(**speed(DENSE, 500.0, 500.0))
@@ -78,14 +83,12 @@ def test_a_kernel_that_fails_today_has_no_rate(scripts, tmp_path, monkeypatch):
 
 def test_dense_attention_that_fails_today_leaves_the_earlier_scale(scripts, tmp_path):
     harness, routes = scripts
-    earlier = tmp_path / "earlier.jsonl"
     rows = [
         speed("cudnn", 300.0, 600.0),
         speed("hopper", 360.0, 600.0),
         speed(DENSE, 600.0, 600.0),
     ]
-    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log = log_of(harness, tmp_path, *rows)
     log.add(**{k: x for k, x in rows[2].items() if k not in ("tflops", "of_dense")}, error="OOM")
     (case,) = routes.measured(log, "a command")["gpus"]["a GPU"]["cases"]
     assert case["tflops"] == {"cudnn": 300.0, "hopper": 360.0}
@@ -93,10 +96,8 @@ def test_dense_attention_that_fails_today_leaves_the_earlier_scale(scripts, tmp_
 
 def test_the_scale_is_that_of_the_newest_record(scripts, tmp_path):
     harness, routes = scripts
-    earlier = tmp_path / "earlier.jsonl"
     rows = [speed("cudnn", 350.0, 700.0), speed("dense cuDNN", 700.0, 700.0)]
-    earlier.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log = log_of(harness, tmp_path, *rows)
     log.add(**speed("hopper", 400.0, 500.0))
     log.add(**speed(DENSE, 500.0, 500.0))
     (case,) = routes.measured(log, "a command")["gpus"]["a GPU"]["cases"]
@@ -105,7 +106,6 @@ def test_the_scale_is_that_of_the_newest_record(scripts, tmp_path):
 
 def test_records_made_anew_are_left_out_of_the_file(scripts, tmp_path):
     harness, _ = scripts
-    earlier = tmp_path / "earlier.jsonl"
     old = [
         {"kind": "machine", "gpu": "one"},
         speed("hopper", 1.0, 2.0),
@@ -115,8 +115,7 @@ def test_records_made_anew_are_left_out_of_the_file(scripts, tmp_path):
         # Failed before it was timed, in both ways: not so today.
         {"kind": "speed", "kernel": "flex", "pattern": "window(64)", "n": 32768, "width": 128},
     ]
-    earlier.write_text("".join(json.dumps(row) + "\n" for row in old))
-    log = harness.Log(tmp_path / "routes.jsonl", earlier)
+    log = log_of(harness, tmp_path, *old)
     new = [{"kind": "machine", "gpu": "two"}, speed("hopper", 1.5, 2.0), {**old[3], "wrong": 1}]
     new.append(speed("flex", 1.0, 2.0))
     for row in new:

@@ -46,6 +46,11 @@ class MoreKeys:
     order: Order | None
     length: int | None
 
+    @property
+    def numbering(self) -> tuple[int, int | None]:
+        """What plans of equal bounds may differ by."""
+        return self.border, self.length
+
     def of(self, x_BKMD: Tensor) -> Tensor:
         """These rows of keys or values [B, K, P, D]; remainders are a view [r, K, length, D]."""
         if self.order is not None:

@@ -122,7 +122,7 @@ def back_plan_of(
         length: None, or the keys in one batch row of several whose keys all queries share, one
             after another: a multiple of 128; A is 1 then.
     """
-    more = ranges.more and (ranges.more.border, ranges.more.length)
+    more = ranges.more and ranges.more.numbering
     kind = (heads, key_heads, length, more, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 
@@ -199,12 +199,12 @@ def _where(
     if more is None:
         length = length or ranges.keys
         return key % length, head, batch + key // length
-    behind, length = key >= more.border, more.length or ranges.keys
-    row = key - more.border
+    part = more.part(key)
+    row = (key - more.border) % (more.length or ranges.keys)
     return (
-        torch.where(behind, row % length, key),
+        torch.where(part > 0, row, key),
         head,
-        torch.where(behind, ~(batch + row // length), batch),
+        torch.where(part > 0, ~(batch + part - 1), batch),
     )
 
 

@@ -423,9 +423,7 @@ def _put(descs, at, x, room):
     batch, head, row = at
     room.reshape([64, x.shape[1]]).store(x.to(room.dtype))
     hopper.fence_async_shared()
-    if len(descs) == 1:
-        tma.async_copy_shared_to_global(descs[0], [batch, head, row, 0], room)
-    elif batch < 0:
+    if len(descs) > 1 and batch < 0:
         tma.async_copy_shared_to_global(descs[1], [~batch, head, row, 0], room)
     else:
         tma.async_copy_shared_to_global(descs[0], [batch, head, row, 0], room)

@@ -83,8 +83,13 @@ _LAST = gl.constexpr(2)
 meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-def described(x_BHND: Tensor, rows: int, width: int, swizzle: int = 128) -> Any:
-    """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head."""
+def described(x_BHND: Tensor | None, rows: int, width: int, swizzle: int = 128) -> Any:
+    """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head.
+
+    None for None.
+    """
+    if x_BHND is None:
+        return None
     known = _shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle)
     # As copy.copy does it, which takes four times as long.
     found = object.__new__(TensorDescriptor)
@@ -311,9 +316,7 @@ def _bring(descs, whose, head, row, ring, place, phase):
 @gluon.jit
 def copy(descs, whose, head, row, column, full, room):
     """From the first of some tensors, or the second one where the batch row is ~ of one there."""
-    if len(descs) == 1:
-        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)
-    elif whose < 0:
+    if len(descs) > 1 and whose < 0:
         tma.async_copy_global_to_shared(descs[1], [~whose, head, row, column], full, room)
     else:
         tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)

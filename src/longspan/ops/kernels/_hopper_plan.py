@@ -150,7 +150,7 @@ def plan_of(
             after another: a multiple of 128; A is 1 then.
     """
     section = max(1, _SECTION_BYTES // max(1, ranges.keys * row_bytes))
-    more = ranges.more and (ranges.more.border, ranges.more.length)
+    more = ranges.more and ranges.more.numbering
     kind = (heads, key_heads, section, length, more, ranges.keys, ranges.lo_GNm.device)
     content = (ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH)
 

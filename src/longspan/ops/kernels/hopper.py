@@ -338,9 +338,7 @@ class _Ready:
             (min(processors(q.device), tasks), 1, 1),
             (
                 described(q_BHND, 64, compiled),
-                described(k_BKMD, *tile),
-                described(v_BKMD, *tile),
-                *(x if x is None else described(x, *tile) for x in self._more(k_BKMD, v_BKMD)),
+                *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
                 described(to, 64, compiled),
                 lse,
                 lse.new_zeros(1, dtype=torch.int32),
@@ -408,19 +406,15 @@ class _Ready:
         sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
         more = self._more(k_BKMD, v_BKMD)
         more_grads: list[Any] = [None if x is None else torch.empty_like(x) for x in more]
-
-        def rows_of(x: Tensor | None) -> Any:
-            return None if x is None else described(x, 64, compiled)
-
         described = _kernels().described
         launch(
             _back_kernels().backward,
             (min(processors(q.device), tasks), 1, 1),
             (
-                *map(rows_of, (q_BHND, k_BKMD, v_BKMD, *more, dout_BHND)),
+                *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, *more, dout_BHND)),
                 described(first_BH2N, 2, 64, swizzle=0),
                 described(sums_BHX, 32, 128, swizzle=0),
-                *map(rows_of, (dk_BKMD, dv_BKMD, *more_grads)),
+                *(described(x, 64, compiled) for x in (dk_BKMD, dv_BKMD, *more_grads)),
                 described(cut_sums, compiled // 4, 128, swizzle=0),
                 fetched.view(torch.int32),
                 self.back.tasks_T7,

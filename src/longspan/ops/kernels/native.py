@@ -141,8 +141,9 @@ def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool) ->
     del v
     rows = ranges.queries * q.shape[1] // k.shape[1]
     amx = q.dtype == torch.bfloat16 and level() == _AMX
-    many = ranges.keys > _FEW_HALF_KEYS
-    few, spared = 4 if amx else _LANES, moved and not (many and (amx or q.dtype == torch.float16))
+    few = 4 if amx else _LANES
+    half = amx or q.dtype == torch.float16
+    spared = moved and (ranges.keys <= _FEW_HALF_KEYS or not half)
     return rows >= few or spared or ranges.keys <= _FEW_KEYS
 
 
