@@ -368,7 +368,7 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
             return lambda *_: None
 
     kernels = SimpleNamespace(deltas=Rows(), scaled=Rows())
-    monkeypatch.setattr(module, "_back_kernels", lambda: kernels)
+    monkeypatch.setattr(module, "_sums", lambda: kernels)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
     lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)

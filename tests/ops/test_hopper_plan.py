@@ -508,6 +508,7 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
 
     kernels = SimpleNamespace(forward=None, described=lambda x, *_: x)
     monkeypatch.setattr(module, "_kernels", lambda: kernels)
+    monkeypatch.setattr(module, "_tiles", lambda: kernels)
     monkeypatch.setattr(module, "launch", launched)
     monkeypatch.setattr(module, "merge_stacked", stacked)
     monkeypatch.setattr(module, "processors", lambda _: 132)

@@ -8,8 +8,8 @@ follows from a call's shapes is remembered here, and the compiled kernel called 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def launch(
     *,
     device: torch.device,
     alike: Hashable = None,
+    compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Launch a kernel of Triton, with its options as they are.
 
@@ -39,6 +40,7 @@ def launch(
         device: where it runs.
         alike: what alone decides which compilation fits, where the kernel specializes on nothing
             else; None for all that Triton looks at.
+        compiling: within which the kernel is compiled.
     """
     here = torch.cuda.current_device() == device.index
     name = (id(kernel), device, _signs(args) if alike is None else alike)
@@ -47,7 +49,8 @@ def launch(
         if known is not None:
             known[grid](*args)
             return
-        found = kernel[grid](*args)
+        with compiling():
+            found = kernel[grid](*args)
     # Nothing is compiled where kernels are interpreted.
     if found is not None:
         if len(_compiled) >= _MOST:

@@ -43,11 +43,6 @@ tensors, keys from ``border`` on are those of it, and ``length`` counts there.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
-from torch import Tensor
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon.language.nvidia import (  # pyright: ignore[reportMissingImports]
@@ -57,11 +52,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     mbarrier,
     tma,
 )
-from triton.experimental.gluon.nvidia.hopper import (  # pyright: ignore[reportMissingImports]
-    TensorDescriptor,
-)
 
+from longspan.ops.kernels._hopper_load import begin, load, load_pairs
 from longspan.ops.kernels._hopper_softmax import first_weights, next_weights, shrunk
+from longspan.ops.kernels._hopper_tiles import entry, next_place, ring_of
 
 _LN_2 = gl.constexpr(0.6931471805599453)
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
@@ -69,48 +63,12 @@ _WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _SCORES.value, 2))
 _BY_ROW = gl.constexpr(gl.SliceLayout(1, _SCORES.value))
 _HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# Numbers that each thread of one warp, or of four, has.
-_EIGHT = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+# A number that each thread of four warps has.
 _ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-# Of the task behind the last one.
-_NO_ROW = gl.constexpr(1 << 30)
 # Parts of a tile.
 _WHOLE = gl.constexpr(0)
 _FIRST = gl.constexpr(1)
 _LAST = gl.constexpr(2)
-
-# Let the threads of a group of warps meet, by the name that Gluon has for it from Triton 3.7 on.
-meet = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-def described(x_BHND: Tensor | None, rows: int, width: int, swizzle: int = 128) -> Any:
-    """A tensor [B, H, N, D] for the unit that copies tiles of some rows and columns of a head.
-
-    None for None.
-    """
-    if x_BHND is None:
-        return None
-    known = _shaped(x_BHND.shape, x_BHND.stride(), x_BHND.dtype, rows, width, swizzle)
-    # As copy.copy does it, which takes four times as long.
-    found = object.__new__(TensorDescriptor)
-    found.__dict__.update(known.__dict__)
-    found.base = x_BHND
-    return found
-
-
-# A description takes longer to make than a small tensor to attend to.
-@functools.lru_cache(maxsize=1024)
-def _shaped(
-    shape: torch.Size,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    rows: int,
-    width: int,
-    swizzle: int,
-) -> Any:
-    layout = gl.NVMMASharedLayout(swizzle, 8 * dtype.itemsize, 4)
-    nothing = torch.empty(0, dtype=dtype, device="meta")
-    return TensorDescriptor(nothing, list(shape), list(strides), [1, 1, rows, width], layout)
 
 
 @gluon.jit(
@@ -141,10 +99,12 @@ def forward(
     places: gl.constexpr,
     width: gl.constexpr,
     paired: gl.constexpr,
+    cluster: gl.constexpr,
+    edition: gl.constexpr,
 ):
-    queries = _ring(q_desc, 2, 2, 64, width)
-    keys = _ring(k_desc, places // 2, 1, 128, width)
-    values = _ring(v_desc, places - places // 2, 1, 128, width)
+    queries = ring_of(q_desc, 2, 2, 64, width, 2)
+    keys = ring_of(k_desc, places // 2, 1, 128, width, 2 * cluster)
+    values = ring_of(v_desc, places - places // 2, 1, 128, width, 2 * cluster)
     told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
@@ -152,20 +112,21 @@ def forward(
         k_descs, v_descs = (k_desc,), (v_desc,)
     else:
         k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
+    rings = (queries, keys, values)
+    begin(fetched, cluster)
     gl.warp_specialize(
         [
-            (_multiply, (0, paired, queries, keys, values, told, entries, bounds, results, scale)),
-            (_multiply, (1, paired, queries, keys, values, told, entries, bounds, results, scale)),
+            (_multiply, (0, paired, cluster, rings, told, entries, bounds, results, scale)),
+            (_multiply, (1, paired, cluster, rings, told, entries, bounds, results, scale)),
             (
-                _load_pairs if paired else _load,
+                load_pairs if paired else load,
                 (
                     (q_desc, k_descs, v_descs),
-                    queries,
-                    keys,
-                    values,
+                    rings,
                     told,
                     (fetched, tasks, entries, count, group, step),
                     (length, border),
+                    cluster,
                 ),
             ),
         ],
@@ -175,192 +136,21 @@ def forward(
 
 
 @gluon.jit
-def _ring(
-    desc, places: gl.constexpr, tiles: gl.constexpr, rows: gl.constexpr, width: gl.constexpr
-):
-    """Places of some tiles each, with a barrier for full and one for empty."""
-    room = gl.allocate_shared_memory(desc.dtype, [places * tiles, 1, 1, rows, width], desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(places):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    return room, full, empty
-
-
-@gluon.jit
-def _next(ring, place, phase):
-    turn = place + 1 == ring[2].shape[0]
-    return gl.where(turn, 0, place + 1), gl.where(turn, phase ^ 1, phase)
-
-
-# One warp loads.
-
-
-@gluon.jit
-def _load(descs, queries, keys, values, told, work, stretches):
-    q_desc, k_descs, v_descs = descs
-    fetched, tasks, entries, count, group, step = work
-    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
-    number = gl.arange(0, 8, _EIGHT)
-    t = gl.program_id(0)
-    while t < count:
-        at = tasks + t * 8
-        row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-        tiles, key = gl.load(at + 5), gl.load(at + 6)
-        # That of the output says which part of the keys it is of, too. With a sign, the division
-        # takes more registers than this warp has.
-        batch = (batch.to(gl.uint32) % q_desc.shape[0].to(gl.uint32)).to(gl.int32)
-        whole = gl.load(at + number)
-        k_head, k_batch = head // group, batch * step
-        q_at = batch, head, row, 0, 64
-        q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
-        # The keys of a tile are needed before the values of the tile before it.
-        whose, key = _lies(key, k_batch, stretches, len(k_descs))
-        place, phase = _bring(k_descs, whose, k_head, key, keys, place, phase)
-        for j in range(1, tiles):
-            after = gl.load(entries + 2 * (first + j))
-            whose_after, after = _lies(after, k_batch, stretches, len(k_descs))
-            place, phase = _bring(k_descs, whose_after, k_head, after, keys, place, phase)
-            v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
-            whose, key = whose_after, after
-        v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
-        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
-    _end(queries, told, number, q_place, q_phase)
-
-
-@gluon.jit
-def _load_pairs(descs, queries, keys, values, told, work, stretches):
-    q_desc, k_descs, v_descs = descs
-    fetched, tasks, entries, count, group, step = work
-    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
-    number = gl.arange(0, 16, _EIGHT)
-    t = gl.program_id(0)
-    while t < count:
-        at = tasks + t * 16
-        row, head, batch, first = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-        tiles, key, other = gl.load(at + 5), gl.load(at + 6), gl.load(at + 8)
-        whole = gl.load(at + number)
-        k_head, k_batch = head // group, batch * step
-        q_at = batch, head, row, 1, 0
-        q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
-        whose = k_batch, k_head
-        place, phase = _bring_pair(k_descs, stretches, whose, key, other, keys, place, phase)
-        for j in range(1, tiles):
-            next_entry = entries + 4 * (first + j)
-            key1, other1 = gl.load(next_entry), gl.load(next_entry + 2)
-            place, phase = _bring_pair(k_descs, stretches, whose, key1, other1, keys, place, phase)
-            v_place, v_phase = _bring_pair(
-                v_descs, stretches, whose, key, other, values, v_place, v_phase
-            )
-            key, other = key1, other1
-        v_place, v_phase = _bring_pair(
-            v_descs, stretches, whose, key, other, values, v_place, v_phase
-        )
-        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
-    _end(queries, told, number, q_place, q_phase)
-
-
-@gluon.jit
-def _bring_queries(desc, at, queries, told, whole, place, phase):
-    """Those of both groups of warps, which are some heads and rows apart, and their task."""
-    room, full, empty = queries
-    batch, head, row, heads_on, rows_on = at
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    told.index(place).store(whole)
-    # All threads have written before one of them says so.
-    meet()
-    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    for half in gl.static_range(2):
-        from_row = [batch, head + heads_on * half, row + rows_on * half, 0]
-        to = room.index(2 * place + half)
-        tma.async_copy_global_to_shared(desc, from_row, full.index(place), to)
-    return _next(queries, place, phase)
-
-
-@gluon.jit
-def _end(queries, told, number, place, phase):
-    """Say that there is no further task."""
-    _room, full, empty = queries
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    told.index(place).store(gl.where(number == 0, _NO_ROW, 0))
-    meet()
-    mbarrier.arrive(full.index(place), count=1)
-
-
-@gluon.jit
-def _lies(key, batch, stretches, tensors: gl.constexpr):
-    """The batch row of a key, and its row there; ~ of it in the second one of two tensors."""
-    length, border = stretches
-    if tensors == 1:
-        more = (key.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
-        whose, row = batch + more, key - more * length
-    else:
-        behind = key >= border
-        row = key - gl.where(behind, border, 0)
-        more = (row.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
-        whose = gl.where(behind, ~(batch + more), batch)
-        row -= gl.where(behind, more * length, 0)
-    return whose, row
-
-
-@gluon.jit
-def _bring(descs, whose, head, row, ring, place, phase):
-    room, full, empty = ring
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    copy(descs, whose, head, row, 0, full.index(place), room.index(place))
-    return _next(ring, place, phase)
-
-
-@gluon.jit
-def copy(descs, whose, head, row, column, full, room):
-    """From the first of some tensors, or the second one where the batch row is ~ of one there."""
-    if len(descs) > 1 and whose < 0:
-        tma.async_copy_global_to_shared(descs[1], [~whose, head, row, column], full, room)
-    else:
-        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)
-
-
-@gluon.jit
-def _bring_pair(descs, stretches, whose, row, other, ring, place, phase):
-    """Two times 64 rows, 64 columns at a time, where those of one tile would lie."""
-    batch, head = whose
-    room, full, empty = ring
-    panels: gl.constexpr = room.shape[4] // 64
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    rooms = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
-    for panel in gl.static_range(panels):
-        for half in gl.static_range(2):
-            own, key = batch, other if half else row
-            if len(descs) > 1:
-                own, key = _lies(key, batch, stretches, 2)
-            to = rooms.index(2 * panel + half)
-            copy(descs, own, head, key, 64 * panel, full.index(place), to)
-    return _next(ring, place, phase)
-
-
-# Two groups of warps multiply.
-
-
-@gluon.jit
 def _multiply(
     half: gl.constexpr,
     paired: gl.constexpr,
-    queries,
-    keys,
-    values,
+    cluster: gl.constexpr,
+    rings,
     told,
     entries,
     bounds,
     results,
     scale,
 ):
+    queries, keys, values = rings
     width: gl.constexpr = queries[0].shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     room, full, empty = queries
-    rings = keys, values
     place, phase, v_place, v_phase, q_place, q_phase, done = 0, 0, 0, 0, 0, 0, 0
     mbarrier.wait(full.index(0), 0)
     row, head, batch, first, edges, tiles, tile = _task(told, 0, paired)
@@ -376,8 +166,8 @@ def _multiply(
         tma.store_wait(0)
         mbarrier.arrive(empty.index(q_place ^ 1), count=1, pred=done > 0)
         s = hopper.warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(keys[2].index(place), count=1)
-        place, phase = _next(keys, place, phase)
+        mbarrier.arrive(keys[2].index(place), count=cluster)
+        place, phase = next_place(keys, place, phase)
         own = row + rows_on
         if tile[1] & 15:
             s = _mask(s, tile, bound, bounds, own, _WHOLE, paired)
@@ -391,24 +181,30 @@ def _multiply(
             # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
             # another one sets.
             for _ in range((kind < 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired)
+                flow = _step(
+                    q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired, cluster
+                )
             for _ in range((kind == 3 if paired else kind == 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired)
+                flow = _step(
+                    q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired, cluster
+                )
             if not paired:
                 for _ in range((kind == 3).to(gl.int32)):
-                    flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, paired)
+                    flow = _step(
+                        q, rings, flow, scale, tile, bounds, own, True, _LAST, paired, cluster
+                    )
         for _ in range(edges, tiles):
-            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired)
+            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired, cluster)
         place, phase, v_place, v_phase, acc, p, base, total = flow
         out_batch, out_head, out_row = batch, head + (half if paired else 0), own
         product = _plus_values(p, acc, values, v_place, v_phase)
-        q_place, q_phase = _next(queries, q_place, q_phase)
+        q_place, q_phase = next_place(queries, q_place, q_phase)
         mbarrier.wait(full.index(q_place), q_phase)
         row, head, batch, first, edges, tiles, tile = _task(told, q_place, paired)
         bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(values[2].index(v_place), count=1)
-        v_place, v_phase = _next(values, v_place, v_phase)
+        mbarrier.arrive(values[2].index(v_place), count=cluster)
+        v_place, v_phase = next_place(values, v_place, v_phase)
         total = gl.convert_layout(gl.sum(total, 1), _BY_ROW)
         base = gl.convert_layout(gl.max(base, 1), _BY_ROW)
         # A row without keys is 0, whatever the keys hold that it was masked from.
@@ -452,9 +248,10 @@ def _step(
     masked: gl.constexpr,
     part: gl.constexpr,
     paired: gl.constexpr,
+    cluster: gl.constexpr,
 ):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
-    keys, values = rings
+    _queries, keys, values = rings
     place, phase, v_place, v_phase, acc, p, base, total = flow
     scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
@@ -463,8 +260,8 @@ def _step(
     scores = _times_keys(q, keys, place, phase, part)
     product = _plus_values(p, acc, values, v_place, v_phase)
     s = hopper.warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(keys[2].index(place), count=1)
-    place, phase = _next(keys, place, phase)
+    mbarrier.arrive(keys[2].index(place), count=cluster)
+    place, phase = next_place(keys, place, phase)
     if masked:
         s = _mask(s, tile, bound, bounds, row, part, paired)
     p, more, new = next_weights(s, base, scale, q.dtype)
@@ -474,8 +271,8 @@ def _step(
     # Waited for along with the product, weights need not be moved to where its own ones were.
     p = _weights(p, q, part)
     acc, p = hopper.warpgroup_mma_wait(0, deps=(product, p))
-    mbarrier.arrive(values[2].index(v_place), count=1)
-    v_place, v_phase = _next(values, v_place, v_phase)
+    mbarrier.arrive(values[2].index(v_place), count=cluster)
+    v_place, v_phase = next_place(values, v_place, v_phase)
     acc = shrunk(acc, shrink)
     return place, phase, v_place, v_phase, acc, p, new, total
 
@@ -509,11 +306,6 @@ def _weights(p, q, part: gl.constexpr):
         p = gl.join(p, none) if part == _FIRST else gl.join(none, p)
         p = p.permute((0, 2, 1)).reshape([64, 128])
     return gl.convert_layout(p.to(q.dtype), _WEIGHTS)
-
-
-@gluon.jit
-def entry(entries, at):
-    return gl.load(entries + 2 * at), gl.load(entries + 2 * at + 1)
 
 
 @gluon.jit

@@ -74,6 +74,7 @@ class HopperPlan:
         parts: into which each task is split by keys.
         paired: whether tasks and tiles are those of ``_hopper_pairs``: int32 [T, 16], ten of
             which count, and [E, 4].
+        together: whether tasks 2 t and 2 t + 1 read the same tiles of one key head.
     """
 
     lo_PN: Tensor
@@ -82,6 +83,7 @@ class HopperPlan:
     tasks: Tensor
     parts: int
     paired: bool = False
+    together: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -173,6 +175,7 @@ def plan_of(
             tasks,
             parts,
             halves is not None,
+            _together(tasks, heads, key_heads),
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
@@ -437,6 +440,17 @@ def _tasks(
     grid[..., 2] = row_AKS[:, :, None]
     grid[..., 3 : 3 + about_GQc.shape[2]] = about_GQc[group_AKS].transpose(2, 3)
     return grid
+
+
+def _together(tasks: Tensor, heads: tuple[int, ...], key_heads: tuple[int, ...]) -> bool:
+    """Whether tasks 2 t and 2 t + 1 read the same tiles."""
+    if len(tasks) % 2:
+        return False
+    whose_T = tasks[:, 1] // (heads[1] // key_heads[1])
+    if key_heads[0] > 1:
+        whose_T += tasks[:, 2] * key_heads[1]
+    read_T3 = torch.stack([whose_T, tasks[:, 3], tasks[:, 5]], 1)
+    return bool((read_T3[::2] == read_T3[1::2]).all())
 
 
 def _in_order(grid: Tensor, section: int) -> Tensor:

@@ -33,6 +33,7 @@ from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, looks, needs_grad
 from longspan.ops.empty import Index, empty_rows, harmless
 from longspan.ops.fused import merge_stacked, tile_of
+from longspan.ops.kernels import _hopper_cluster
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
@@ -58,6 +59,8 @@ MOST_ROWS = 1 << 30
 _ENDLESS = (1 << 31) - 1
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
+# Where programs that share keys are faster: at 64 nothing waits for energy.
+_SHARED = 128
 _LOG2_E = 1.4426950408889634
 _kept: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], _Ready | HeadsAsRows]] = (
     WeakKeyDictionary()
@@ -171,8 +174,18 @@ def _kernels() -> Any:
 
 
 @functools.cache
+def _tiles() -> Any:
+    return importlib.import_module("longspan.ops.kernels._hopper_tiles")
+
+
+@functools.cache
 def _back_kernels() -> Any:
     return importlib.import_module("longspan.ops.kernels._hopper_backward")
+
+
+@functools.cache
+def _sums() -> Any:
+    return importlib.import_module("longspan.ops.kernels._hopper_sums")
 
 
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
@@ -332,16 +345,19 @@ class _Ready:
         border, length = (self.more.border, self.more.length) if self.more else (0, self.length)
         lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
         to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
-        described = _kernels().described
+        cluster = _cluster(self.plan, compiled)
+        programs = max(min(processors(q.device), tasks) // cluster, 1)
+        described = _tiles().described
         launch(
             _kernels().forward,
-            (min(processors(q.device), tasks), 1, 1),
+            (programs, 1, 1),
             (
                 described(q_BHND, 64, compiled),
                 *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
                 described(to, 64, compiled),
                 lse,
-                lse.new_zeros(1, dtype=torch.int32),
+                # With what the programs of each cluster tell each other.
+                lse.new_zeros(8 + 8 * programs if cluster > 1 else 1, dtype=torch.int32),
                 self.plan.tasks,
                 self.plan.entries,
                 self.plan.lo_PN,
@@ -357,10 +373,13 @@ class _Ready:
                 _PLACES[compiled],
                 compiled,
                 pairs,
+                cluster,
+                _hopper_cluster.EDITION if cluster > 1 else 0,
             ),
             device=q.device,
             # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled, pairs, self.more is None),
+            alike=(q.dtype, compiled, pairs, self.more is None, cluster),
+            compiling=functools.partial(_hopper_cluster.compiled, cluster),
         )
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
@@ -406,7 +425,7 @@ class _Ready:
         sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
         more = self._more(k_BKMD, v_BKMD)
         more_grads: list[Any] = [None if x is None else torch.empty_like(x) for x in more]
-        described = _kernels().described
+        described = _tiles().described
         launch(
             _back_kernels().backward,
             (min(processors(q.device), tasks), 1, 1),
@@ -479,7 +498,7 @@ def _first(
     dlse_BHN = lse_BHN if dlse is None else dlse.float().contiguous()
     wide, tall = tile_of(width, numbers=4096)
     launch(
-        _back_kernels().deltas,
+        _sums().deltas,
         (batch * heads * -(-rows // tall), 1, 1),
         (
             out_BHND,
@@ -518,7 +537,7 @@ def _turn(
     batch, heads, rows, width = out_BHND.shape
     tiles = batch * heads * -(-rows // 64) if cut_C4 is None else 2 * len(cut_C4)
     launch(
-        _back_kernels().scaled,
+        _sums().scaled,
         (tiles, 1, 1),
         (
             sums,
@@ -535,6 +554,12 @@ def _turn(
         ),
         device=sums.device,
     )
+
+
+def _cluster(plan: HopperPlan, compiled: int) -> int:
+    """How many programs read keys together."""
+    together = plan.together and compiled == _SHARED and _hopper_cluster.available()
+    return _hopper_cluster.PROGRAMS if together else 1
 
 
 def _compiled(*widths: int) -> int:
