@@ -7,9 +7,9 @@ groups of four warps multiply, each 64 of a task's 128 queries. The product of t
 tile of keys with their values runs beside the scores of the next tile and their softmax. Where
 rows are short, what happens once for a task decides, and that is where this one differs:
 
-* Programs persist and fetch tasks from a list as they finish. Queries have two places, keys and
-  values a ring of places each, so that the next task is loaded while the last one is computed and
-  written; the warp that loads leaves the numbers of a task beside its queries.
+* Programs persist and fetch tasks from a list as they finish (see ``_hopper_load``). Queries have
+  two places, keys and values a ring of places each, so that the next task is loaded while the last
+  one is computed and written; the warp that loads leaves the numbers of a task beside its queries.
 * What the next task needs to begin (where it lies, the bounds in its first tile) is read before
   the last product of this one.
 * Outputs leave through the place of their own queries, and nobody waits for them until the next
@@ -39,6 +39,10 @@ are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie
 the batch row of the task, 0 where all batch rows share them. With more than ``length`` of them,
 these are the keys of the first batch row, then those of the next one. With a second pair of
 tensors, keys from ``border`` on are those of it, and ``length`` counts there.
+
+With ``cluster`` programs that read keys together, as many tasks that follow each other have the
+same tiles, and a group of warps says to each of these programs that it needs a place no more.
+``edition`` is that of the text that edits the machine code for it (see ``_hopper_cluster``).
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@ It fetches tasks, leaves the numbers of each beside its queries, and brings the 
 values that its entries name: the scores of a tile are computed before the values of the tile
 before it are needed. What tasks and entries are is in ``_hopper_forward``.
 
-Programs of a cluster have query heads that see the same keys, tasks that follow each other in the
-list: the first program copies all keys, to itself and to the others, the second one all values.
-So a place is empty when all groups of warps of all of them have said so, and each program expects
-what another one copies (see ``_hopper_cluster``). The first one fetches tasks for all, one ahead.
+Programs of a cluster have tasks that follow each other in the list and read the same tiles: those
+of query heads, or of batch rows, that share keys. The first program copies all keys, to itself and
+to the others, the second one all values. So a place is empty when all groups of warps of all of
+them have said so, and each program expects what another one copies (see ``_hopper_cluster``). The
+first one fetches tasks for all, a set ahead, so that no program waits for another one to fetch.
 
 ``fetched``, all zeros at first, begins with the number of tasks, or of sets of them, that have
 been fetched. Each cluster has eight more numbers behind the first eight: how many of its programs
-have begun, and from the fifth on the first tasks of four sets by turns.
+have begun, and from the fifth on the first tasks of four sets by turns. No set is forgotten before
+all have seen it: a program has places for the queries of two tasks, and finishes none without what
+the others copy, so that it is two sets ahead at most.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from longspan.ops.kernels._hopper_tiles import copy, meet, next_place
 
 # Numbers that each thread of one warp has.
 _EIGHT = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+# Sets of tasks that a cluster remembers.
+_TURNS = gl.constexpr(4)
 # Of the task behind the last one.
 _NO_ROW = gl.constexpr(1 << 30)
 
@@ -35,6 +40,7 @@ _NO_ROW = gl.constexpr(1 << 30)
 def begin(fetched, cluster: gl.constexpr):
     """Let no program of a cluster signal to another one whose barriers are not there yet."""
     if cluster > 1:
+        # What is added comes out of the fence, so that no program is counted before it.
         code: gl.constexpr = (
             "fence.mbarrier_init.release.cluster; fence.proxy.async; mov.b32 $0, $1;"
         )
@@ -62,10 +68,13 @@ def _is(rank: gl.constexpr, cluster: gl.constexpr):
 
 @gluon.jit
 def _offer_task(fetched, turn, cluster: gl.constexpr):
-    """Fetch the next tasks for all programs of a cluster, behind what this one begins with."""
+    """Fetch the next tasks for all programs of a cluster.
+
+    Once for each task, when its first keys are on their way: nothing of it waits for the number.
+    """
     if cluster > 1 and gl.program_id(0) % cluster == 0:
         t = gl.num_programs(0) + cluster * gl.atomic_add(fetched, 1, sem="relaxed")
-        gl.atomic_xchg(_board(fetched, cluster) + 4 + turn % 4, t, sem="relaxed")
+        gl.atomic_xchg(_board(fetched, cluster) + 4 + turn % _TURNS, t, sem="relaxed")
 
 
 @gluon.jit
@@ -74,7 +83,7 @@ def _next_task(fetched, t, turn, cluster: gl.constexpr):
         # Those of a cluster go up, so that one of four turns ago is none.
         found = t
         while found <= t:
-            found = gl.load(_board(fetched, cluster) + 4 + turn % 4, volatile=True)
+            found = gl.load(_board(fetched, cluster) + 4 + turn % _TURNS, volatile=True)
         found += gl.program_id(0) % cluster
     else:
         found = gl.num_programs(0) + gl.atomic_add(fetched, 1)
@@ -83,7 +92,11 @@ def _next_task(fetched, t, turn, cluster: gl.constexpr):
 
 @gluon.jit
 def _wait_for_readers(ring, place, phase, cluster: gl.constexpr):
-    """A program that has ended has no barriers: others must have said all that they will."""
+    """Let all programs have said what they will, and all copies have arrived.
+
+    A program that has ended has no barriers and no places. To be called when the others know that
+    there is no further task: they hold their last place until then.
+    """
     if cluster > 1:
         for _ in range(ring[2].shape[0]):
             mbarrier.wait(ring[2].index(place), phase ^ 1)
@@ -251,9 +264,11 @@ def _bring_pair(
     rooms = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
     for panel in gl.static_range(panels):
         for half in gl.static_range(2):
-            own, key = batch, other if half else row
+            whose_key, key = batch, other if half else row
             if len(descs) > 1:
-                own, key = _lies(key, batch, stretches, 2)
+                whose_key, key = _lies(key, batch, stretches, 2)
             to = rooms.index(2 * panel + half)
-            copy(descs, own, head, key, 64 * panel, full.index(place), to, _is(rank, cluster))
+            copy(
+                descs, whose_key, head, key, 64 * panel, full.index(place), to, _is(rank, cluster)
+            )
     return next_place(ring, place, phase)

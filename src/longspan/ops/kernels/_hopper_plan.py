@@ -444,13 +444,14 @@ def _tasks(
 
 def _together(tasks: Tensor, heads: tuple[int, ...], key_heads: tuple[int, ...]) -> bool:
     """Whether tasks 2 t and 2 t + 1 read the same tiles."""
-    if len(tasks) % 2:
+    if len(tasks) % 2 or heads == key_heads:
         return False
     whose_T = tasks[:, 1] // (heads[1] // key_heads[1])
     if key_heads[0] > 1:
         whose_T += tasks[:, 2] * key_heads[1]
-    read_T3 = torch.stack([whose_T, tasks[:, 3], tasks[:, 5]], 1)
-    return bool((read_T3[::2] == read_T3[1::2]).all())
+    # Of split tasks, parts without keys have first tiles of their own at the place of others.
+    read_T = torch.cat([whose_T[:, None], tasks[:, 3:]], 1)
+    return bool((read_T[::2] == read_T[1::2]).all())
 
 
 def _in_order(grid: Tensor, section: int) -> Tensor:
@@ -470,4 +471,7 @@ def _in_order(grid: Tensor, section: int) -> Tensor:
     left_T = count_T.flip(0).cumsum(0).flip(0)
     # What all programs would wait for at the end: as global rows of the last section.
     late_T = (count_T * PROGRAMS > left_T) & (count_T * len(count_T) > 2 * left_T[0])
+    if grid.shape[3] % 2 == 0:
+        # Query heads that may read keys together stay together.
+        late_T = late_T.view(-1, 2).all(1).repeat_interleave(2)
     return grid.flatten(0, 3)[order_T[(~late_T).int().argsort(stable=True)]]

@@ -81,8 +81,7 @@ def scaled(
     width: tl.constexpr,
     wide: tl.constexpr,
 ):
-    """out = scale sums, of tiles of 64 rows in the order of ``_by_thread`` of
-    ``_hopper_backward``.
+    """out = scale sums, of tiles of 64 rows, in an order of their own (see ``_hopper_backward``).
 
     With ``few``, sums are those of tiles of 128 rows, int32 [C, 4]: first row, head, batch row,
     of which the bits are ``turned`` by -1 for the tensor whose batch rows are given as ~ of them.

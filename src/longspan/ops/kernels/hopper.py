@@ -2,10 +2,12 @@
 
 Of the FlashAttention-3 kind (Shah et al., arXiv 2407.08608), for short rows: persistent programs
 that load the next task while they write the last one (see ``_hopper_forward``), over tiles of keys
-that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width
-alone, so that a new pattern is a new plan of a few milliseconds. A few queries that see very many
-keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs are rounded to the
-dtype of the queries before they are joined, and heads stand as rows there (see ``_hopper_rows``).
+that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width,
+and on few properties of a plan: a new pattern is a plan of a few milliseconds. A few queries that
+see very many keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs are
+rounded to the dtype of the queries before they are joined, and heads stand as rows there (see
+``_hopper_rows``). Query heads that share a key head and see the same keys read them together (see
+``_hopper_cluster``), by the same arithmetic.
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
 memory O(N D), the bounds and the lists of tiles, keys and values that lie behind those that are
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -348,39 +350,43 @@ class _Ready:
         cluster = _cluster(self.plan, compiled)
         programs = max(min(processors(q.device), tasks) // cluster, 1)
         described = _tiles().described
-        launch(
-            _kernels().forward,
-            (programs, 1, 1),
-            (
-                described(q_BHND, 64, compiled),
-                *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
-                described(to, 64, compiled),
-                lse,
-                # With what the programs of each cluster tell each other.
-                lse.new_zeros(8 + 8 * programs if cluster > 1 else 1, dtype=torch.int32),
-                self.plan.tasks,
-                self.plan.entries,
-                self.plan.lo_PN,
-                self.plan.hi_PN,
-                tasks,
-                rows,
-                heads,
-                heads // k.shape[1],
-                int(self.length is None and len(k) > 1),
-                length or _ENDLESS,
-                border,
-                abs(self.scale or 1.0) * _LOG2_E,
-                _PLACES[compiled],
-                compiled,
-                pairs,
-                cluster,
-                _hopper_cluster.EDITION if cluster > 1 else 0,
-            ),
-            device=q.device,
-            # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled, pairs, self.more is None, cluster),
-            compiling=functools.partial(_hopper_cluster.compiled, cluster),
-        )
+        try:
+            launch(
+                _kernels().forward,
+                (programs, 1, 1),
+                (
+                    described(q_BHND, 64, compiled),
+                    *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
+                    described(to, 64, compiled),
+                    lse,
+                    # With what the programs of each cluster tell each other.
+                    lse.new_zeros(8 + 8 * programs if cluster > 1 else 1, dtype=torch.int32),
+                    self.plan.tasks,
+                    self.plan.entries,
+                    self.plan.lo_PN,
+                    self.plan.hi_PN,
+                    tasks,
+                    rows,
+                    heads,
+                    heads // k.shape[1],
+                    int(self.length is None and len(k) > 1),
+                    length or _ENDLESS,
+                    border,
+                    abs(self.scale or 1.0) * _LOG2_E,
+                    _PLACES[compiled],
+                    compiled,
+                    pairs,
+                    cluster,
+                    _hopper_cluster.edition() if cluster > 1 else 0,
+                ),
+                device=q.device,
+                # Nothing else makes a difference to what is compiled.
+                alike=(q.dtype, compiled, pairs, self.more is None, cluster),
+                compiled=_for_clusters(cluster, compiled),
+            )
+        except _hopper_cluster.Unknown as error:
+            _hopper_cluster.give_up(error)
+            return self.forward(q, k, v, out)
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
         return out_BHND, lse
@@ -560,6 +566,15 @@ def _cluster(plan: HopperPlan, compiled: int) -> int:
     """How many programs read keys together."""
     together = plan.together and compiled == _SHARED and _hopper_cluster.available()
     return _hopper_cluster.PROGRAMS if together else 1
+
+
+def _for_clusters(cluster: int, compiled: int) -> Callable[..., Any] | None:
+    """What compiles the forward, if Triton alone does not."""
+    if cluster == 1:
+        return None
+    # Both halves of the queries of a task, 64 columns at a time.
+    copies = 2 * (compiled // 64)
+    return functools.partial(_hopper_cluster.compiled, programs=cluster, copies=copies)
 
 
 def _compiled(*widths: int) -> int:
