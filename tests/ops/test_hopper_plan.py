@@ -443,12 +443,6 @@ def test_far_longer_tasks_do_not_begin_last(monkeypatch):
     # Tasks that differ little stay in their sections, as the last ones do.
     grid[:, :, 7, 0, 5] = 6
     assert order(1) == rest
-    # Two query heads of a key head stay side by side, also where one alone would end behind all.
-    grid = grid.repeat(1, 1, 1, 2, 1)
-    twice = [one for one in rest for _ in range(2)]
-    for tiles, first in ((24, []), (30, late * 2)):
-        grid[:, :, 7, :, 5] = tiles
-        assert order(1) == first + [one for one in twice if one not in first]
 
 
 def test_what_is_kept_for_ranges_tells_calls_apart(monkeypatch):

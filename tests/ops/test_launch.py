@@ -148,18 +148,3 @@ def test_nothing_is_kept_where_kernels_are_interpreted(monkeypatch):
         module.launch(kernel, (3, 1, 1), (1,), device=DEVICE)
     assert calls == [(1,), (1,)]
     assert not module._compiled
-
-
-def test_what_another_one_compiles(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(module, "_compiled", {})
-    kernel, asked = Kernel(), []
-
-    def compiled(*given):
-        asked.append(given)
-        return Compiled(kernel)
-
-    for _ in range(2):
-        module.launch(kernel, (3, 1, 1), (1, 2), device=DEVICE, compiled=compiled)
-    assert asked == [(kernel, (3, 1, 1), (1, 2))]
-    assert (kernel.looks, kernel.launches) == (0, 2)

@@ -8,7 +8,7 @@ follows from a call's shapes is remembered here, and the compiled kernel called 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +29,6 @@ def launch(
     *,
     device: torch.device,
     alike: Hashable = None,
-    compiled: Callable[..., Any] | None = None,
 ) -> None:
     """Launch a kernel of Triton, with its options as they are.
 
@@ -40,8 +39,6 @@ def launch(
         device: where it runs.
         alike: what alone decides which compilation fits, where the kernel specializes on nothing
             else; None for all that Triton looks at.
-        compiled: what compiles it for a kernel, its grid and arguments, where Triton alone does
-            not.
     """
     here = torch.cuda.current_device() == device.index
     name = (id(kernel), device, _signs(args) if alike is None else alike)
@@ -50,11 +47,7 @@ def launch(
         if known is not None:
             known[grid](*args)
             return
-        if compiled is None:
-            found = kernel[grid](*args)
-        else:
-            found = compiled(kernel, grid, args)
-            found[grid](*args)
+        found = kernel[grid](*args)
     # Nothing is compiled where kernels are interpreted.
     if found is not None:
         if len(_compiled) >= _MOST:

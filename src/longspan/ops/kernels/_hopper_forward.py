@@ -39,10 +39,6 @@ are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie
 the batch row of the task, 0 where all batch rows share them. With more than ``length`` of them,
 these are the keys of the first batch row, then those of the next one. With a second pair of
 tensors, keys from ``border`` on are those of it, and ``length`` counts there.
-
-With ``cluster`` programs that read keys together, as many tasks that follow each other have the
-same tiles, and a group of warps says to each of these programs that it needs a place no more.
-``edition`` is that of the text that edits the machine code for it (see ``_hopper_cluster``).
 """
 
 from __future__ import annotations
@@ -57,7 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     tma,
 )
 
-from longspan.ops.kernels._hopper_load import begin, load, load_pairs
+from longspan.ops.kernels._hopper_load import load, load_pairs
 from longspan.ops.kernels._hopper_softmax import first_weights, next_weights, shrunk
 from longspan.ops.kernels._hopper_tiles import entry, next_place, ring_of
 
@@ -103,12 +99,10 @@ def forward(
     places: gl.constexpr,
     width: gl.constexpr,
     paired: gl.constexpr,
-    cluster: gl.constexpr,
-    edition: gl.constexpr,
 ):
-    queries = ring_of(q_desc, 2, 2, 64, width, 2)
-    keys = ring_of(k_desc, places // 2, 1, 128, width, 2 * cluster)
-    values = ring_of(v_desc, places - places // 2, 1, 128, width, 2 * cluster)
+    queries = ring_of(q_desc, 2, 2, 64, width)
+    keys = ring_of(k_desc, places // 2, 1, 128, width)
+    values = ring_of(v_desc, places - places // 2, 1, 128, width)
     told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
@@ -117,11 +111,10 @@ def forward(
     else:
         k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
     rings = (queries, keys, values)
-    begin(fetched, cluster)
     gl.warp_specialize(
         [
-            (_multiply, (0, paired, cluster, rings, told, entries, bounds, results, scale)),
-            (_multiply, (1, paired, cluster, rings, told, entries, bounds, results, scale)),
+            (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
+            (_multiply, (1, paired, rings, told, entries, bounds, results, scale)),
             (
                 load_pairs if paired else load,
                 (
@@ -130,7 +123,6 @@ def forward(
                     told,
                     (fetched, tasks, entries, count, group, step),
                     (length, border),
-                    cluster,
                 ),
             ),
         ],
@@ -143,7 +135,6 @@ def forward(
 def _multiply(
     half: gl.constexpr,
     paired: gl.constexpr,
-    cluster: gl.constexpr,
     rings,
     told,
     entries,
@@ -170,7 +161,7 @@ def _multiply(
         tma.store_wait(0)
         mbarrier.arrive(empty.index(q_place ^ 1), count=1, pred=done > 0)
         s = hopper.warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(keys[2].index(place), count=cluster)
+        mbarrier.arrive(keys[2].index(place), count=1)
         place, phase = next_place(keys, place, phase)
         own = row + rows_on
         if tile[1] & 15:
@@ -185,20 +176,14 @@ def _multiply(
             # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
             # another one sets.
             for _ in range((kind < 2).to(gl.int32)):
-                flow = _step(
-                    q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired, cluster
-                )
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired)
             for _ in range((kind == 3 if paired else kind == 2).to(gl.int32)):
-                flow = _step(
-                    q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired, cluster
-                )
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired)
             if not paired:
                 for _ in range((kind == 3).to(gl.int32)):
-                    flow = _step(
-                        q, rings, flow, scale, tile, bounds, own, True, _LAST, paired, cluster
-                    )
+                    flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, paired)
         for _ in range(edges, tiles):
-            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired, cluster)
+            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired)
         place, phase, v_place, v_phase, acc, p, base, total = flow
         out_batch, out_head, out_row = batch, head + (half if paired else 0), own
         product = _plus_values(p, acc, values, v_place, v_phase)
@@ -207,7 +192,7 @@ def _multiply(
         row, head, batch, first, edges, tiles, tile = _task(told, q_place, paired)
         bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(values[2].index(v_place), count=cluster)
+        mbarrier.arrive(values[2].index(v_place), count=1)
         v_place, v_phase = next_place(values, v_place, v_phase)
         total = gl.convert_layout(gl.sum(total, 1), _BY_ROW)
         base = gl.convert_layout(gl.max(base, 1), _BY_ROW)
@@ -252,7 +237,6 @@ def _step(
     masked: gl.constexpr,
     part: gl.constexpr,
     paired: gl.constexpr,
-    cluster: gl.constexpr,
 ):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
     _queries, keys, values = rings
@@ -264,7 +248,7 @@ def _step(
     scores = _times_keys(q, keys, place, phase, part)
     product = _plus_values(p, acc, values, v_place, v_phase)
     s = hopper.warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(keys[2].index(place), count=cluster)
+    mbarrier.arrive(keys[2].index(place), count=1)
     place, phase = next_place(keys, place, phase)
     if masked:
         s = _mask(s, tile, bound, bounds, row, part, paired)
@@ -275,7 +259,7 @@ def _step(
     # Waited for along with the product, weights need not be moved to where its own ones were.
     p = _weights(p, q, part)
     acc, p = hopper.warpgroup_mma_wait(0, deps=(product, p))
-    mbarrier.arrive(values[2].index(v_place), count=cluster)
+    mbarrier.arrive(values[2].index(v_place), count=1)
     v_place, v_phase = next_place(values, v_place, v_phase)
     acc = shrunk(acc, shrink)
     return place, phase, v_place, v_phase, acc, p, new, total

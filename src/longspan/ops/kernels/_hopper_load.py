@@ -3,18 +3,6 @@
 It fetches tasks, leaves the numbers of each beside its queries, and brings the tiles of keys and
 values that its entries name: the scores of a tile are computed before the values of the tile
 before it are needed. What tasks and entries are is in ``_hopper_forward``.
-
-Programs of a cluster have tasks that follow each other in the list and read the same tiles: those
-of query heads, or of batch rows, that share keys. The first program copies all keys, to itself and
-to the others, the second one all values. So a place is empty when all groups of warps of all of
-them have said so, and each program expects what another one copies (see ``_hopper_cluster``). The
-first one fetches tasks for all, a set ahead, so that no program waits for another one to fetch.
-
-``fetched``, all zeros at first, begins with the number of tasks, or of sets of them, that have
-been fetched. Each cluster has eight more numbers behind the first eight: how many of its programs
-have begun, and from the fifth on the first tasks of four sets by turns. No set is forgotten before
-all have seen it: a program has places for the queries of two tasks, and finishes none without what
-the others copy, so that it is two sets ahead at most.
 """
 
 from __future__ import annotations
@@ -30,86 +18,17 @@ from longspan.ops.kernels._hopper_tiles import copy, meet, next_place
 
 # Numbers that each thread of one warp has.
 _EIGHT = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-# Sets of tasks that a cluster remembers.
-_TURNS = gl.constexpr(4)
 # Of the task behind the last one.
 _NO_ROW = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def begin(fetched, cluster: gl.constexpr):
-    """Let no program of a cluster signal to another one whose barriers are not there yet."""
-    if cluster > 1:
-        # What is added comes out of the fence, so that no program is counted before it.
-        code: gl.constexpr = (
-            "fence.mbarrier_init.release.cluster; fence.proxy.async; mov.b32 $0, $1;"
-        )
-        one = gl.inline_asm_elementwise(code, "=r,r", [1], gl.int32, is_pure=False, pack=1)
-        meet()
-        begun = _board(fetched, cluster)
-        seen = gl.atomic_add(begun, one) + 1
-        while seen < cluster:
-            seen = gl.atomic_add(begun, 0)
-
-
-@gluon.jit
-def _board(fetched, cluster: gl.constexpr):
-    return fetched + 8 + 8 * (gl.program_id(0) // cluster)
-
-
-@gluon.jit
-def _is(rank: gl.constexpr, cluster: gl.constexpr):
-    """Whether this is the program of its cluster with that number; one alone is all of them."""
-    found = True
-    if cluster > 1:
-        found = gl.program_id(0) % cluster == rank
-    return found
-
-
-@gluon.jit
-def _offer_task(fetched, turn, cluster: gl.constexpr):
-    """Fetch the next tasks for all programs of a cluster.
-
-    Once for each task, when its first keys are on their way: nothing of it waits for the number.
-    """
-    if cluster > 1 and gl.program_id(0) % cluster == 0:
-        t = gl.num_programs(0) + cluster * gl.atomic_add(fetched, 1, sem="relaxed")
-        gl.atomic_xchg(_board(fetched, cluster) + 4 + turn % _TURNS, t, sem="relaxed")
-
-
-@gluon.jit
-def _next_task(fetched, t, turn, cluster: gl.constexpr):
-    if cluster > 1:
-        # Those of a cluster go up, so that one of four turns ago is none.
-        found = t
-        while found <= t:
-            found = gl.load(_board(fetched, cluster) + 4 + turn % _TURNS, volatile=True)
-        found += gl.program_id(0) % cluster
-    else:
-        found = gl.num_programs(0) + gl.atomic_add(fetched, 1)
-    return found
-
-
-@gluon.jit
-def _wait_for_readers(ring, place, phase, cluster: gl.constexpr):
-    """Let all programs have said what they will, and all copies have arrived.
-
-    A program that has ended has no barriers and no places. To be called when the others know that
-    there is no further task: they hold their last place until then.
-    """
-    if cluster > 1:
-        for _ in range(ring[2].shape[0]):
-            mbarrier.wait(ring[2].index(place), phase ^ 1)
-            place, phase = next_place(ring, place, phase)
-
-
-@gluon.jit
-def load(descs, rings, told, work, stretches, cluster: gl.constexpr):
+def load(descs, rings, told, work, stretches):
     """Tiles of 128 keys."""
     q_desc, k_descs, v_descs = descs
     queries, keys, values = rings
     fetched, tasks, entries, count, group, step = work
-    place, phase, v_place, v_phase, q_place, q_phase, turn = 0, 0, 0, 0, 0, 0, 0
+    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 8, _EIGHT)
     t = gl.program_id(0)
     while t < count:
@@ -125,35 +44,25 @@ def load(descs, rings, told, work, stretches, cluster: gl.constexpr):
         q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
         # The keys of a tile are needed before the values of the tile before it.
         whose, key = _lies(key, k_batch, stretches, len(k_descs))
-        place, phase = _bring(k_descs, whose, k_head, key, keys, place, phase, 0, cluster)
-        _offer_task(fetched, turn, cluster)
+        place, phase = _bring(k_descs, whose, k_head, key, keys, place, phase)
         for j in range(1, tiles):
             after = gl.load(entries + 2 * (first + j))
             whose_after, after = _lies(after, k_batch, stretches, len(k_descs))
-            place, phase = _bring(
-                k_descs, whose_after, k_head, after, keys, place, phase, 0, cluster
-            )
-            v_place, v_phase = _bring(
-                v_descs, whose, k_head, key, values, v_place, v_phase, 1, cluster
-            )
+            place, phase = _bring(k_descs, whose_after, k_head, after, keys, place, phase)
+            v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
             whose, key = whose_after, after
-        v_place, v_phase = _bring(
-            v_descs, whose, k_head, key, values, v_place, v_phase, 1, cluster
-        )
-        t = _next_task(fetched, t, turn, cluster)
-        turn += 1
+        v_place, v_phase = _bring(v_descs, whose, k_head, key, values, v_place, v_phase)
+        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
-    _wait_for_readers(keys, place, phase, cluster)
-    _wait_for_readers(values, v_place, v_phase, cluster)
 
 
 @gluon.jit
-def load_pairs(descs, rings, told, work, stretches, cluster: gl.constexpr):
+def load_pairs(descs, rings, told, work, stretches):
     """Tiles of two times 64 keys, for two heads."""
     q_desc, k_descs, v_descs = descs
     queries, keys, values = rings
     fetched, tasks, entries, count, group, step = work
-    place, phase, v_place, v_phase, q_place, q_phase, turn = 0, 0, 0, 0, 0, 0, 0
+    place, phase, v_place, v_phase, q_place, q_phase = 0, 0, 0, 0, 0, 0
     number = gl.arange(0, 16, _EIGHT)
     t = gl.program_id(0)
     while t < count:
@@ -165,28 +74,20 @@ def load_pairs(descs, rings, told, work, stretches, cluster: gl.constexpr):
         q_at = batch, head, row, 1, 0
         q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
         whose = k_batch, k_head
-        place, phase = _bring_pair(
-            k_descs, stretches, whose, key, other, keys, place, phase, 0, cluster
-        )
-        _offer_task(fetched, turn, cluster)
+        place, phase = _bring_pair(k_descs, stretches, whose, key, other, keys, place, phase)
         for j in range(1, tiles):
             next_entry = entries + 4 * (first + j)
             key1, other1 = gl.load(next_entry), gl.load(next_entry + 2)
-            place, phase = _bring_pair(
-                k_descs, stretches, whose, key1, other1, keys, place, phase, 0, cluster
-            )
+            place, phase = _bring_pair(k_descs, stretches, whose, key1, other1, keys, place, phase)
             v_place, v_phase = _bring_pair(
-                v_descs, stretches, whose, key, other, values, v_place, v_phase, 1, cluster
+                v_descs, stretches, whose, key, other, values, v_place, v_phase
             )
             key, other = key1, other1
         v_place, v_phase = _bring_pair(
-            v_descs, stretches, whose, key, other, values, v_place, v_phase, 1, cluster
+            v_descs, stretches, whose, key, other, values, v_place, v_phase
         )
-        t = _next_task(fetched, t, turn, cluster)
-        turn += 1
+        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
-    _wait_for_readers(keys, place, phase, cluster)
-    _wait_for_readers(values, v_place, v_phase, cluster)
 
 
 @gluon.jit
@@ -233,28 +134,16 @@ def _lies(key, batch, stretches, tensors: gl.constexpr):
 
 
 @gluon.jit
-def _bring(descs, whose, head, row, ring, place, phase, rank: gl.constexpr, cluster: gl.constexpr):
+def _bring(descs, whose, head, row, ring, place, phase):
     room, full, empty = ring
     mbarrier.wait(empty.index(place), phase ^ 1)
     mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    own = _is(rank, cluster)
-    copy(descs, whose, head, row, 0, full.index(place), room.index(place), own)
+    copy(descs, whose, head, row, 0, full.index(place), room.index(place))
     return next_place(ring, place, phase)
 
 
 @gluon.jit
-def _bring_pair(
-    descs,
-    stretches,
-    whose,
-    row,
-    other,
-    ring,
-    place,
-    phase,
-    rank: gl.constexpr,
-    cluster: gl.constexpr,
-):
+def _bring_pair(descs, stretches, whose, row, other, ring, place, phase):
     """Two times 64 rows, 64 columns at a time, where those of one tile would lie."""
     batch, head = whose
     room, full, empty = ring
@@ -268,7 +157,5 @@ def _bring_pair(
             if len(descs) > 1:
                 whose_key, key = _lies(key, batch, stretches, 2)
             to = rooms.index(2 * panel + half)
-            copy(
-                descs, whose_key, head, key, 64 * panel, full.index(place), to, _is(rank, cluster)
-            )
+            copy(descs, whose_key, head, key, 64 * panel, full.index(place), to)
     return next_place(ring, place, phase)

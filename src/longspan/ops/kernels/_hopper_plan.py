@@ -74,7 +74,6 @@ class HopperPlan:
         parts: into which each task is split by keys.
         paired: whether tasks and tiles are those of ``_hopper_pairs``: int32 [T, 16], ten of
             which count, and [E, 4].
-        together: whether tasks 2 t and 2 t + 1 read the same tiles of one key head.
     """
 
     lo_PN: Tensor
@@ -83,7 +82,6 @@ class HopperPlan:
     tasks: Tensor
     parts: int
     paired: bool = False
-    together: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -175,7 +173,6 @@ def plan_of(
             tasks,
             parts,
             halves is not None,
-            _together(tasks, heads, key_heads),
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
@@ -442,18 +439,6 @@ def _tasks(
     return grid
 
 
-def _together(tasks: Tensor, heads: tuple[int, ...], key_heads: tuple[int, ...]) -> bool:
-    """Whether tasks 2 t and 2 t + 1 read the same tiles."""
-    if len(tasks) % 2 or heads == key_heads:
-        return False
-    whose_T = tasks[:, 1] // (heads[1] // key_heads[1])
-    if key_heads[0] > 1:
-        whose_T += tasks[:, 2] * key_heads[1]
-    # Of split tasks, parts without keys have first tiles of their own at the place of others.
-    read_T = torch.cat([whose_T[:, None], tasks[:, 3:]], 1)
-    return bool((read_T[::2] == read_T[1::2]).all())
-
-
 def _in_order(grid: Tensor, section: int) -> Tensor:
     """The tasks one after another, [T, 8 or 16].
 
@@ -471,7 +456,4 @@ def _in_order(grid: Tensor, section: int) -> Tensor:
     left_T = count_T.flip(0).cumsum(0).flip(0)
     # What all programs would wait for at the end: as global rows of the last section.
     late_T = (count_T * PROGRAMS > left_T) & (count_T * len(count_T) > 2 * left_T[0])
-    if grid.shape[3] % 2 == 0:
-        # Query heads that may read keys together stay together.
-        late_T = late_T.view(-1, 2).all(1).repeat_interleave(2)
     return grid.flatten(0, 3)[order_T[(~late_T).int().argsort(stable=True)]]

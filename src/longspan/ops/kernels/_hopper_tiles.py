@@ -64,7 +64,6 @@ def ring_of(
     tiles: gl.constexpr,
     rows: gl.constexpr,
     width: gl.constexpr,
-    readers: gl.constexpr,
 ):
     """Places of some tiles each, with a barrier for full and one for empty."""
     room = gl.allocate_shared_memory(desc.dtype, [places * tiles, 1, 1, rows, width], desc.layout)
@@ -72,7 +71,7 @@ def ring_of(
     empty = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(places):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=readers)
+        mbarrier.init(empty.index(i), count=2)
     return room, full, empty
 
 
@@ -83,12 +82,12 @@ def next_place(ring, place, phase):
 
 
 @gluon.jit
-def copy(descs, whose, head, row, column, full, room, pred=True):
+def copy(descs, whose, head, row, column, full, room):
     """From the first of some tensors, or the second one where the batch row is ~ of one there."""
     if len(descs) > 1 and whose < 0:
-        tma.async_copy_global_to_shared(descs[1], [~whose, head, row, column], full, room, pred)
+        tma.async_copy_global_to_shared(descs[1], [~whose, head, row, column], full, room)
     else:
-        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room, pred)
+        tma.async_copy_global_to_shared(descs[0], [whose, head, row, column], full, room)
 
 
 @gluon.jit

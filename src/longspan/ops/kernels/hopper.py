@@ -3,11 +3,10 @@
 Of the FlashAttention-3 kind (Shah et al., arXiv 2407.08608), for short rows: persistent programs
 that load the next task while they write the last one (see ``_hopper_forward``), over tiles of keys
 that begin where the ranges do (see ``_hopper_plan``). What is compiled depends on dtype and width,
-and on few properties of a plan: a new pattern is a plan of a few milliseconds. A few queries that
+and on two properties of a plan: a new pattern is a plan of a few milliseconds. A few queries that
 see very many keys are computed by parts of the keys (see ``_hopper_parts``), whose outputs are
 rounded to the dtype of the queries before they are joined, and heads stand as rows there (see
-``_hopper_rows``). Query heads that share a key head and see the same keys read them together (see
-``_hopper_cluster``), by the same arithmetic.
+``_hopper_rows``).
 
 4 D flops for each pair of a tile that is visited, 10 D in the backward (see ``_hopper_backward``);
 memory O(N D), the bounds and the lists of tiles, keys and values that lie behind those that are
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -35,7 +34,6 @@ from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, looks, needs_grad
 from longspan.ops.empty import Index, empty_rows, harmless
 from longspan.ops.fused import merge_stacked, tile_of
-from longspan.ops.kernels import _hopper_cluster
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
@@ -61,8 +59,6 @@ MOST_ROWS = 1 << 30
 _ENDLESS = (1 << 31) - 1
 # What is compiled, and the tiles of keys and values that then fit into shared memory.
 _PLACES = {64: 8, 128: 5}
-# Where programs that share keys are faster: at 64 nothing waits for energy.
-_SHARED = 128
 _LOG2_E = 1.4426950408889634
 _kept: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], _Ready | HeadsAsRows]] = (
     WeakKeyDictionary()
@@ -347,46 +343,36 @@ class _Ready:
         border, length = (self.more.border, self.more.length) if self.more else (0, self.length)
         lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
         to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
-        cluster = _cluster(self.plan, compiled)
-        programs = max(min(processors(q.device), tasks) // cluster, 1)
         described = _tiles().described
-        try:
-            launch(
-                _kernels().forward,
-                (programs, 1, 1),
-                (
-                    described(q_BHND, 64, compiled),
-                    *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
-                    described(to, 64, compiled),
-                    lse,
-                    # With what the programs of each cluster tell each other.
-                    lse.new_zeros(8 + 8 * programs if cluster > 1 else 1, dtype=torch.int32),
-                    self.plan.tasks,
-                    self.plan.entries,
-                    self.plan.lo_PN,
-                    self.plan.hi_PN,
-                    tasks,
-                    rows,
-                    heads,
-                    heads // k.shape[1],
-                    int(self.length is None and len(k) > 1),
-                    length or _ENDLESS,
-                    border,
-                    abs(self.scale or 1.0) * _LOG2_E,
-                    _PLACES[compiled],
-                    compiled,
-                    pairs,
-                    cluster,
-                    _hopper_cluster.edition() if cluster > 1 else 0,
-                ),
-                device=q.device,
-                # Nothing else makes a difference to what is compiled.
-                alike=(q.dtype, compiled, pairs, self.more is None, cluster),
-                compiled=_for_clusters(cluster, compiled),
-            )
-        except _hopper_cluster.Unknown as error:
-            _hopper_cluster.give_up(error)
-            return self.forward(q, k, v, out)
+        launch(
+            _kernels().forward,
+            (min(processors(q.device), tasks), 1, 1),
+            (
+                described(q_BHND, 64, compiled),
+                *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
+                described(to, 64, compiled),
+                lse,
+                lse.new_zeros(1, dtype=torch.int32),
+                self.plan.tasks,
+                self.plan.entries,
+                self.plan.lo_PN,
+                self.plan.hi_PN,
+                tasks,
+                rows,
+                heads,
+                heads // k.shape[1],
+                int(self.length is None and len(k) > 1),
+                length or _ENDLESS,
+                border,
+                abs(self.scale or 1.0) * _LOG2_E,
+                _PLACES[compiled],
+                compiled,
+                pairs,
+            ),
+            device=q.device,
+            # Nothing else makes a difference to what is compiled.
+            alike=(q.dtype, compiled, pairs, self.more is None),
+        )
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
         return out_BHND, lse
@@ -560,21 +546,6 @@ def _turn(
         ),
         device=sums.device,
     )
-
-
-def _cluster(plan: HopperPlan, compiled: int) -> int:
-    """How many programs read keys together."""
-    together = plan.together and compiled == _SHARED and _hopper_cluster.available()
-    return _hopper_cluster.PROGRAMS if together else 1
-
-
-def _for_clusters(cluster: int, compiled: int) -> Callable[..., Any] | None:
-    """What compiles the forward, if Triton alone does not."""
-    if cluster == 1:
-        return None
-    # Both halves of the queries of a task, 64 columns at a time.
-    copies = 2 * (compiled // 64)
-    return functools.partial(_hopper_cluster.compiled, programs=cluster, copies=copies)
 
 
 def _compiled(*widths: int) -> int:
