@@ -504,8 +504,27 @@ def test_second_derivative_is_refused(loss: Callable[[torch.Tensor], torch.Tenso
     q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
     out, _ = native(q, k, v, case.ranges(), 0.25)
     (dq,) = torch.autograd.grad(loss(out), q, create_graph=True)
-    with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
-        dq.sum().backward()
+    further = dq.square().sum() + q.square().sum()
+    for again in (
+        lambda: dq.sum().backward(retain_graph=True),
+        lambda: further.backward(inputs=[k], retain_graph=True),
+        *(lambda x=x: torch.autograd.grad(further, x, retain_graph=True) for x in (q, k, v)),
+    ):
+        with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
+            again()
+    # What attention does not depend on has one.
+    other = torch.ones(3, dtype=q.dtype, requires_grad=True)
+    (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
+    assert torch.equal(found, dq.sum().detach().expand(3))
+
+
+def test_a_batch_of_gradients_is_refused() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
+    out, _ = native(q, k, v, case.ranges(), 0.25)
+    batch = torch.ones(2, *out.shape)
+    with pytest.raises(Refusal, match="no batch of gradients"):
+        torch.autograd.grad(out, q, batch, is_grads_batched=True)
 
 
 @pytest.mark.parametrize(
@@ -565,6 +584,34 @@ def test_few_queries_over_many_keys_are_left_to_tiled() -> None:
 
     assert chosen(2, 1, 4096) == chosen(4, 2, 4096) == "tiled"
     assert chosen(2, 1, 200) == chosen(2, 16, 4096) == chosen(8, 4, 4096) == "native"
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_few_queries_see_and_where_it_lies(dtype: torch.dtype) -> None:
+    """``tiled`` would copy a cache with room to grow; no kernel reads what nobody sees."""
+    turned = dtype == torch.float16
+    amx = dtype == torch.bfloat16 and module.level() == module._AMX
+
+    def chosen(seen: int, *, room: bool) -> str:
+        q, k = (torch.randn(1, 2, n, 16, dtype=dtype) for n in (1, 6000 + 50 * room))
+        ranges = key_ranges(np.full(1, 6000 - seen), np.full(1, 6000), heads=2, keys=6000)
+        found = [choose("auto", q, x, x, ranges).name for x in (k[:, :, :6000], k[:, :, -6000:])]
+        assert found[0] == found[1]
+        return found[0]
+
+    native = "tiled" if turned or amx else "native"
+    assert chosen(2048, room=False) == native
+    assert chosen(2049, room=False) == "tiled"
+    assert chosen(2049, room=True) == chosen(6000, room=True) == native
+
+
+def test_a_choice_for_new_tokens_depends_on_where_keys_lie() -> None:
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 6050, 16)
+    ranges = key_ranges(np.zeros(1), np.full(1, 6000), heads=2, keys=6000)
+    keys = k[:, :, :6000]
+    found = [choose("auto", q, x, x, ranges).name for x in (keys, keys.contiguous(), keys)]
+    assert found == ["native", "tiled", "native"]
 
 
 @pytest.mark.usefixtures("instructions")

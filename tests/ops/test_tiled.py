@@ -280,8 +280,27 @@ def test_second_derivative_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
     q, k, v = (x.requires_grad_() for x in make_qkv(case))
     out, _ = tiled(q, k, v, case.ranges(), 0.25)
     (dq,) = torch.autograd.grad(loss(out), q, create_graph=True)
-    with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
-        dq.sum().backward()
+    further = dq.square().sum() + q.square().sum()
+    for again in (
+        lambda: dq.sum().backward(retain_graph=True),
+        lambda: further.backward(inputs=[k], retain_graph=True),
+        *(lambda x=x: torch.autograd.grad(further, x, retain_graph=True) for x in (q, k, v)),
+    ):
+        with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
+            again()
+    # What attention does not depend on has one.
+    other = torch.ones(3, dtype=q.dtype, requires_grad=True)
+    (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
+    assert torch.equal(found, dq.sum().detach().expand(3))
+
+
+def test_a_batch_of_gradients_is_refused() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case))
+    out, _ = tiled(q, k, v, case.ranges(), 0.25)
+    batch = torch.ones(2, *out.shape)
+    with pytest.raises(Refusal, match="no batch of gradients"):
+        torch.autograd.grad(out, q, batch, is_grads_batched=True)
 
 
 @pytest.mark.parametrize("name", ["window", "scca-flow", "shifted-chunk", "sink-window", "causal"])

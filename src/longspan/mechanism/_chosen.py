@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.mechanism._chosen_lists import cut, sorted_entries
 from longspan.ops.fused import can_fuse
+from longspan.ops.once import once
 
 # Numbers of the parts that exist at a time, half a GiB in bfloat16.
 _PARTS = 1 << 28
@@ -111,7 +111,7 @@ class _OverChosen(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from longspan.mechanism._linear_chunks import lowest
 from longspan.mechanism.feature_maps import Elu, FeatureMap, Mega, Relu
 from longspan.ops.fused import can_fuse, rows_dense
+from longspan.ops.once import once
 
 # Fewer rows, such as those of decoding, are a few small products.
 _LEAST_ROWS = 16
@@ -237,7 +237,7 @@ class _Attention(torch.autograd.Function):
         return out, states[:, -1].clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, d_out: Tensor | None, d_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:

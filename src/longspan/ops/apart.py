@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.ops.empty import Index, empty_rows
 from longspan.ops.fused import add_rows, can_fuse
+from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.views import by_remainder, residue_order, row_after_row, views_of
 from longspan.planning import Pass
@@ -113,7 +113,7 @@ class _Split(torch.autograd.Function):
         return tuple(x for one in calls for x in one.inputs(*given))
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -143,7 +143,7 @@ class _Join(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Any, ...]:

@@ -214,6 +214,8 @@ _AS_GOOD = 0.9
 
 # Queries without gradients, as new tokens are, for which no order of rows is worth making.
 FEW_ROWS = 8
+# Queries that fill a vector of any CPU.
+_NEW_TOKENS = 16
 
 KERNELS = (
     Capability(
@@ -354,10 +356,18 @@ def choose(
     if not isinstance(impl, str):
         raise _unknown(impl)
     kept = _chosen.setdefault(ranges, {})
-    name = (impl, use_lse, moved, *looks(q, k, v))
+    # Only kernels for CPUs ask, for a few new tokens, whether a cache has room to grow.
+    few = q.device.type == "cpu" and q.shape[2] < _NEW_TOKENS
+    apart = few and lie_apart(k, v)
+    name = (impl, use_lse, moved, apart, *looks(q, k, v))
     if name not in kept:
         kept[name] = _choose(impl, q, k, v, ranges, use_lse=use_lse, moved=moved)
     return kept[name]
+
+
+def lie_apart(*tensors: Tensor) -> bool:
+    """Whether some do not lie in one piece, rows side by side."""
+    return not all(x.is_contiguous() for x in tensors)
 
 
 def looks(*tensors: Tensor) -> tuple[Hashable, ...]:

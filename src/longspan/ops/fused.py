@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.ops.launch import launch
 from longspan.ops.libraries import has_triton
+from longspan.ops.once import once
 
 # Numbers that one program holds.
 _NUMBERS = 2048
@@ -271,7 +271,7 @@ class _Merge(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -21,13 +21,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.ops.capability import Halves
 from longspan.ops.empty import Index, harmless, index_of
 from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
 from longspan.ops.merge import Part, merge_parts
+from longspan.ops.once import once
 from longspan.ops.views import Views
 
 _unseen: WeakKeyDictionary[object, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -78,7 +78,7 @@ class _Joint(torch.autograd.Function):
         return out_BHND, lse_BHN
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout_BHND: Tensor | None, dlse_BHN: Tensor | None
     ) -> tuple[Any, ...]:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longspan.ops.capability import needs_grad, transforming
 from longspan.ops.fused import add_into, add_rows, can_fuse, gather
+from longspan.ops.once import once
 from longspan.ops.workers import can_share_threads, run_parts
 
 # A few rows may stand at more places than this; if many do, their gradients are scattered.
@@ -296,7 +296,7 @@ class _Spread(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, None]:

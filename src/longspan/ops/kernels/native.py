@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longspan.ops.capability import lie_apart
 from longspan.ops.native.build import LIBRARY, fingerprint
 from longspan.ops.once import once
 from longspan.ops.places import Places
@@ -41,7 +42,7 @@ from longspan.ops.workers import can_share_threads, run_compiled
 # Widths are multiples of these: a vector of float32, or a row of a tile register.
 _LANES, _AMX_LANES = 16, 32
 _AMX = 3
-_FEW_KEYS, _FEW_HALF_KEYS = 256, 4096
+_FEW_KEYS, _FEW_HALF_KEYS, _FEW_SEEN = 256, 4096, 2048
 # Keys that so many queries see are turned to float32 as they are read; with more, each is read so
 # often that dense attention takes 5 % longer than with all of them turned at first.
 _FEW_ROWS = 128
@@ -134,17 +135,21 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
 def worth(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, *, moved: bool) -> bool:
     """Whether ``auto`` should take it: not for so few queries that vectors stay nearly empty.
 
-    Decoding over many keys is up to twice as fast in ``tiled``, over few of them slower. Where
-    that would gather keys first it takes two to four times as long, but for many keys in float16,
-    which are all turned to float32 here (and with AMX, where it was not measured).
+    Decoding where many keys are seen is up to twice as fast in ``tiled``, where few are slower.
+    Where that would gather all keys first, or copy them, as those of a cache with room to grow, it
+    takes two to 300 times as long, but for many keys in float16, which are all turned to float32
+    here (and with AMX, where it was not measured).
     """
-    del v
     rows = ranges.queries * q.shape[1] // k.shape[1]
     amx = q.dtype == torch.bfloat16 and level() == _AMX
-    few = 4 if amx else _LANES
-    half = amx or q.dtype == torch.float16
-    spared = moved and (ranges.keys <= _FEW_HALF_KEYS or not half)
-    return rows >= few or spared or ranges.keys <= _FEW_KEYS
+    if rows >= (4 if amx else _LANES):
+        return True
+    if amx or q.dtype == torch.float16:
+        return ranges.keys <= (_FEW_HALF_KEYS if moved else _FEW_KEYS)
+    if moved or lie_apart(k, v):
+        return True
+    seen_GN = (ranges.hi_GNm - ranges.lo_GNm).clamp(min=0).sum(-1)
+    return not seen_GN.numel() or int(seen_GN.amax()) <= _FEW_SEEN
 
 
 def native(
