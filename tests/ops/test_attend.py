@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import longspan as ls
-from longspan.errors import InputError, PlanError, Refusal
+from longspan.errors import InputError, PatternError, PlanError, Refusal
 
 PATTERNS = [
     "causal()",
@@ -333,7 +333,70 @@ def test_torch_func(text):
         torch.vmap(lambda q: ls.attend(q, k, v, text, impl="tiled"))(several)
 
 
+# What torch.func.jvp itself imports.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mixture(window(3), sink(2))",
+        "longnet([8, 16], [1, 2])",
+        "heads(mixture(sda(8, 2), window(3)), window(2))",
+    ],
+)
+def test_torch_func_of_keys_that_count_twice(text):
+    q, k, v = (x.detach() for x in qkv())
+
+    def ours(q):
+        return ls.attend(q, k, v, text)
+
+    several = torch.stack([q, 2 * q])
+    found = torch.vmap(ours)(several)
+    for x, y in zip(found, several, strict=True):
+        torch.testing.assert_close(x, ls.attend(y, k, v, text, impl="reference"))
+    own = q.clone().requires_grad_()
+    out = ls.attend(own, k, v, text, impl="reference")
+    (wanted,) = torch.autograd.grad(out.square().sum(), own)
+    torch.testing.assert_close(torch.func.grad(lambda q: ours(q).square().sum())(q), wanted)
+    slope = torch.randn_like(q)
+    _, along = torch.func.jvp(lambda q: ours(q).square().sum(), (q,), (slope,))
+    torch.testing.assert_close(along, (wanted * slope).sum())
+
+
 def test_torch_func_does_not_go_through_gathered_rows():
     q, k, v = (x.detach() for x in qkv())
+    laid = ls.plan("longnet([8, 16], [1, 2])", 29, 4)
     with pytest.raises(Refusal, match=r"longnet.* in another order.* torch\.func"):
-        torch.func.grad(lambda q: ls.attend(q, k, v, "longnet([8, 16], [1, 2])").sum())(q)
+        torch.func.grad(lambda q: ls.attend(q, k, v, laid).sum())(q)
+
+
+@pytest.mark.parametrize("pattern", [["window(4)"], {}, np.ones((4, 4)), None, 7])
+def test_no_pattern(pattern):
+    q, k, v = qkv()
+    for function in (ls.attend, ls.explain):
+        with pytest.raises(PatternError, match=r"expected a pattern, its text form or a plan"):
+            function(q, k, v, pattern)
+
+
+@pytest.mark.parametrize("layer", [-1, "0", 1.0, None, [1], True])
+def test_no_layer(layer):
+    q, k, v = qkv()
+    for call in (
+        lambda: ls.attend(q, k, v, "window(4)", layer=layer),
+        lambda: ls.plan("window(4)", 29, layer=layer),
+    ):
+        with pytest.raises(PatternError, match="layer must be"):
+            call()
+
+
+@pytest.mark.parametrize("scale", ["1", True, 1e39, -1e39, float("nan")])
+def test_no_scale(scale):
+    with pytest.raises(InputError, match="scale must be a finite number, got"):
+        ls.attend(*qkv(), "window(4)", scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors():
+    q, _, v = qkv()
+    nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(4, 2)])
+    with pytest.raises(InputError, match="k is a nested tensor; pack its sequences"):
+        ls.attend(q, nested, v, "window(4)")

@@ -110,6 +110,25 @@ def test_print_explains():
     assert share == pytest.approx(100 * mask.sum() / (4096 * 4097 / 2), abs=0.001)
 
 
+def test_print_says_no_share_of_causal_where_there_is_none():
+    more_queries = ls.plan("causal()", 4, positions=[0, 0, 1, 1], key_positions=[0, 1], keys=2)
+    assert "% of causal" not in str(more_queries)
+    assert "100.000% of causal" in str(ls.plan("causal()", 3, keys=8))
+
+
+@pytest.mark.parametrize("how", [{"n": None}, {"n": 4, "heads": None}, {"n": True}, {"n": 2.0}])
+def test_lengths_that_are_none(how):
+    with pytest.raises(PlanError, match="must be a whole number from 1 to"):
+        ls.plan("window(4)", **how)
+
+
+def test_segments_that_would_wrap():
+    with pytest.raises(
+        PlanError, match=r"segments must be below 2\*\*63, got 18446744073709551615"
+    ):
+        ls.plan("window(4)", 3, segments=np.full(3, 2**64 - 1, np.uint64))
+
+
 def test_a_million_tokens_stay_under_a_gigabyte():
     code = (
         "import longspan as ls;"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError, Refusal
+from longspan.errors import InputError, PatternError, Refusal
 from longspan.ops.capability import (
     choose,
     choose_together,
@@ -38,6 +38,7 @@ from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
 from longspan.ops.run import as_computed, calls_apart, compute, in_place, load, suited
 from longspan.pattern import Pattern, parse
+from longspan.pattern.algebra import whole
 from longspan.planning import Plan, plan
 from longspan.planning.layout import table
 
@@ -219,6 +220,12 @@ def _plan(
     else:
         if isinstance(pattern, str):
             pattern = _parsed(pattern)
+        if not isinstance(pattern, Pattern):
+            raise PatternError(
+                f"expected a pattern, its text form or a plan, got {pattern!r} "
+                f"({type(pattern).__name__})"
+            )
+        layer = whole("attention", "layer", layer, 0)
         # Under torch.func rows have to stay in place.
         orders = 1 if transforming() else "auto"
         if all(row is None for row in rows):

@@ -42,6 +42,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         InputError: if shapes, dtypes, devices or layouts do not fit, or an axis is empty.
     """
+    for name, t in ("q", q), ("k", k), ("v", v):
+        if isinstance(t, Tensor) and t.is_nested:
+            raise InputError(
+                f"{name} is a nested tensor; pack its sequences into one, and give segments"
+            )
     shapes = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
     if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)):
         raise InputError(f"expected q [B, H, N, D], k [B, K, M, D], v [B, K, M, Dv]; got {shapes}")
@@ -87,10 +92,11 @@ def factor_of(scale: Any, width: int) -> float:
         return width**-0.5
     without_gradient(scale)
     try:
-        found = float(scale)
+        found = math.nan if isinstance(scale, str | bytes | bool) else float(scale)
     except (TypeError, ValueError, RuntimeError):
         found = math.nan
-    if not math.isfinite(found):
+    # Logits are float32, or wider.
+    if not abs(found) <= torch.finfo(torch.float32).max:
         raise InputError(f"scale must be a finite number, got {scale!r}")
     return found
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError
-from longspan.ops.capability import needs_grad
+from longspan.ops.capability import needs_grad, transforming
 from longspan.ops.fused import can_fuse, merge_fused, merge_into
 from longspan.ops.rows import Order
 
@@ -167,7 +167,8 @@ def _merge_plain(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     empty_BHN = torch.isneginf(lse_PBHN).all(dim=0)
     # Rows that are empty everywhere would be 0 / 0 in the gradient: they are joined with weights
     # of 1, and zeroed. On a CPU a look whether there are any costs less than a copy.
-    some = torch.compiler.is_compiling() or empty_BHN.is_cuda or bool(empty_BHN.any())
+    unknown = torch.compiler.is_compiling() or empty_BHN.is_cuda or transforming()
+    some = unknown or bool(empty_BHN.any())
     safe_PBHN = lse_PBHN.masked_fill(empty_BHN, 0.0) if some else lse_PBHN
     total_BHN = safe_PBHN.logsumexp(dim=0)
     weights = (safe_PBHN - total_BHN).exp()[..., None].unbind(0)

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 def explain_plan(plan: Plan, head_dim: int = 128, block: int = 128) -> str:
     """Describe passes, density, useful pairs, operations, bytes and tiles of a plan."""
-    causal_pairs = (
-        plan.heads * sum(max(0, plan.keys - plan.n + i + 1) for i in (0, plan.n - 1)) * plan.n // 2
-    )
+    # More queries than keys have places of their own, of which a plan knows nothing.
+    first = plan.keys - plan.n + 1
+    causal_pairs = plan.heads * plan.n * (first + plan.keys) // 2 if first > 0 else 0
     tiles = plan.tiles(block)
     used = plan.pairs / (tiles * block * block) if tiles else 0.0
     lines = [

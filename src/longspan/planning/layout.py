@@ -210,6 +210,8 @@ def table(name: str, value: ArrayLike | None, rows: int) -> Positions | None:
         )
     if array.dtype.kind not in "iu":
         raise PlanError(f"{name} must be whole numbers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise PlanError(f"{name} must be below 2**63, got {array.max()}")
     return np.atleast_2d(array).astype(np.int64)
 
 

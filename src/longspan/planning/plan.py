@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from longspan.errors import PatternError, PlanError
-from longspan.pattern.algebra import END, Pattern
+from longspan.pattern.algebra import END, Pattern, whole
 from longspan.pattern.text import parse
 from longspan.planning.choose import choose
 from longspan.planning.compiler import passes_of
@@ -120,7 +120,8 @@ def plan(
         orders: ``"auto"`` lets the cost model choose; ``"apart"`` gives each order of the keys a
             pass; ``"joined"`` lets orders lie side by side in one pass where the queries stay in
             place; a number r puts all keys in one pass by their remainder mod r, 1 in their own
-            order (which takes a range for each strided key).
+            order (which takes a range for each strided key, and a pass for each time that a
+            mixture counts a key).
 
     Returns:
         The plan. A causal pattern that leaves a query without keys keeps the query's own position.
@@ -135,12 +136,12 @@ def plan(
         raise PatternError(
             f"expected a pattern or its text form, got {pattern!r} ({type(pattern).__name__})"
         )
-    for name, value in (("n", n), ("heads", heads), ("keys", keys)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and not (whole and 1 <= value < END):
-            raise PlanError(f"{name} must be a whole number from 1 to {END - 1}, got {value!r}")
     keys = n if keys is None else keys
-    own = pattern.at_layer(layer)
+    for name, value in (("n", n), ("heads", heads), ("keys", keys)):
+        own = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not own or not 1 <= value < END:
+            raise PlanError(f"{name} must be a whole number from 1 to {END - 1}, got {value!r}")
+    own = pattern.at_layer(whole("attention", "layer", layer, 0))
     own.require(heads)
     rows = layouts(n, keys, positions, segments, key_positions, key_segments)
     words = ("auto", "apart", "joined")
@@ -152,7 +153,7 @@ def plan(
         together = choose(own, rows[0], heads)
     else:
         together = orders if isinstance(orders, int) else None
-    passes = passes_of(own, rows, heads, together, join=orders != "apart")
+    passes = passes_of(own, rows, heads, together, join=orders not in ("apart", 1))
     return Plan(own, n, keys, heads, len(rows), tuple(map(trimmed, passes)))
 
 
