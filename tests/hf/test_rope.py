@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import longspan as ls
 from longspan import position
 from longspan.errors import DataError, InputError, PatternError, Refusal
-from longspan.hf.rope import KINDS, rope_parameters, set_rope, trained_length
+from longspan.hf.rope import KINDS, check_rope, rope_parameters, set_rope, trained_length
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TRAINED, TARGET, WIDTH, BASE = 64, 256, 8, 10_000.0
@@ -187,6 +187,35 @@ def test_refusals_leave_the_model_alone(tiny):
         with pytest.raises(InputError, match=words):
             set_rope(model, kind, length)
         assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("none", "ntk")])
+def test_what_a_family_could_not_save_is_refused(tiny, tmp_path, kind):
+    """Phi-3 knows longrope alone; what it takes can be saved."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=TRAINED,
+            original_max_position_embeddings=TRAINED,
+            pad_token_id=0,
+        )
+    )
+    before, frequencies = copy.deepcopy(model.config.to_dict()), rotary(model).inv_freq.clone()
+    if kind == "longrope":
+        stretch(model, kind, TARGET)
+    else:
+        for change in (set_rope, check_rope):
+            with pytest.raises(Refusal, match=f"Phi3Config does not accept RoPE scaling '{kind}'"):
+                change(model, kind, TARGET)
+        assert model.config.to_dict() == before
+        assert torch.equal(rotary(model).inv_freq, frequencies)
+    model.save_pretrained(tmp_path)
 
 
 def test_a_model_without_rotary_positions_is_refused():

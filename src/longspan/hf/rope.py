@@ -151,6 +151,7 @@ def _planned(
     planned.rope_parameters = rope_parameters(config, kind, length, factors=factors)
     if kind != "dynamic":
         planned.max_position_embeddings = length
+    _check_savable(planned, kind)
     rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary_modules(base)]
     if not rebuilt:
         raise Refusal(
@@ -158,6 +159,23 @@ def _planned(
             "rebuilt; its positions cannot be extended."
         )
     return planned, rebuilt
+
+
+def _check_savable(planned: PreTrainedConfig, kind: str) -> None:
+    """Refuse what the family's own rules forbid: transformers would not save such a model."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    # Configurations of releases that have no such rules have no `validate` either.
+    validate = getattr(planned, "validate", None)
+    try:
+        if validate is not None:
+            validate()
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        said = " ".join(str(error.__cause__ or error).split())
+        raise Refusal(
+            f"{type(planned).__name__} does not accept RoPE scaling {kind!r}, so that the model "
+            f"could not be saved: {said}. The model was not changed."
+        ) from error
 
 
 def _stretch(
