@@ -206,6 +206,28 @@ def test_what_a_row_was_fed_after_its_end_is_gone_in_the_next_turn(text, positio
     assert torch.equal(held.length[1], wanted.length[0])
 
 
+@pytest.mark.parametrize("text", [*POLICIES[:2], POLICIES[5], POLICIES[9], "quest(32, 4, 0)"])
+def test_one_row_of_a_mask_stands_for_the_batch(text, llama, tiny):
+    ids, mask = tiny.tokens(2, 34), torch.ones(1, 34, dtype=torch.int64)
+    mask[0, :PAD] = 0
+    got = []
+    for given in (mask, mask.expand(2, -1)):
+        told, cache = given.clone(), ls.kv.cache(llama, text)
+        logits = []
+        with torch.no_grad():
+            for begin, end in ((0, 18), *((i, i + 1) for i in range(18, 27)), (27, 33)):
+                if begin == 27:
+                    # What the rows were fed last was padding.
+                    told[:, 25:27] = 0
+                out = llama(ids[:, begin:end], attention_mask=told[:, :end], past_key_values=cache)
+                logits.append(out.logits)
+            cache.batch_select_indices(torch.tensor([1]))
+            out = llama(ids[1:, 33:], attention_mask=told[:1], past_key_values=cache)
+        got.append([torch.cat(logits, 1)[:, PAD:], out.logits])
+    for one, other in zip(*got, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_mask_that_contradicts_the_calls_before_is_refused(llama, tiny):
     ids, mask = padded(tiny, 24)
     cache = ls.kv.cache(llama, "recent(7)")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import longspan as ls
 from longspan import position
 from longspan.errors import DataError, InputError, PatternError, Refusal
-from longspan.hf.rope import KINDS, rope_parameters, set_rope, trained_length
+from longspan.hf.rope import KINDS, check_rope, rope_parameters, set_rope, trained_length
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 TRAINED, TARGET, WIDTH, BASE = 64, 256, 8, 10_000.0
@@ -189,6 +189,35 @@ def test_refusals_leave_the_model_alone(tiny):
         assert model.config.to_dict() == before
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("none", "ntk")])
+def test_what_a_family_could_not_save_is_refused(tiny, tmp_path, kind):
+    """Phi-3 knows longrope alone; what it takes can be saved."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=TRAINED,
+            original_max_position_embeddings=TRAINED,
+            pad_token_id=0,
+        )
+    )
+    before, frequencies = copy.deepcopy(model.config.to_dict()), rotary(model).inv_freq.clone()
+    if kind == "longrope":
+        stretch(model, kind, TARGET)
+    else:
+        for change in (set_rope, check_rope):
+            with pytest.raises(Refusal, match=f"Phi3Config does not accept RoPE scaling '{kind}'"):
+                change(model, kind, TARGET)
+        assert model.config.to_dict() == before
+        assert torch.equal(rotary(model).inv_freq, frequencies)
+    model.save_pretrained(tmp_path)
+
+
 def test_a_model_without_rotary_positions_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=97))
     with pytest.raises(Refusal, match="GPT2Config has no rotary positions") as caught:
@@ -286,6 +315,85 @@ def test_longrope_goes_on_with_other_factors(tiny, tmp_path):
     set_rope(again, "longrope", 1024)
     assert again.config.rope_parameters["long_factor"] == list(more.long)
     assert again.config.rope_parameters["factor"] == 16.0
+
+
+@pytest.mark.parametrize("stated", [TRAINED, 2 * TRAINED])
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "longrope"])
+def test_a_scaled_model_is_stretched_from_where_it_reaches(tiny, kind, stated):
+    """Qwen2's YaRN gives the original length as max_position_embeddings, others the reach."""
+    first = rope_parameters(
+        tiny.build("llama").config,
+        kind,
+        2 * TRAINED,
+        factors=(FACTORS if kind == "longrope" else None),
+    )
+    model = tiny.build("llama", max_position_embeddings=stated, rope_parameters=first)
+    assert rope_parameters(model.config, kind, 2 * TRAINED) == first
+    set_rope(model, kind, TARGET)
+    set_rope(model, kind, TARGET)
+    assert model.config.rope_parameters["factor"] == TARGET / TRAINED
+    wanted = EXPECTED[kind]
+    if kind == "longrope":
+        # Up to the original length.
+        wanted = position.longrope(WIDTH, BASE, FACTORS.short, 4, TRAINED)
+    np.testing.assert_allclose(rotary(model).inv_freq, wanted.inv_freq, rtol=2e-6)
+    assert rotary(model).attention_scaling == pytest.approx(wanted.attention_factor)
+
+
+def test_llama3_factors_that_do_not_say_the_length_are_multiplied(tiny):
+    """Llama 3.1 reaches 16 times its original length with a factor of 8."""
+    given = {
+        "rope_type": "llama3",
+        "rope_theta": BASE,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = tiny.build("llama", max_position_embeddings=256, rope_parameters=given)
+    assert rope_parameters(model.config, "llama3", 512)["factor"] == 16.0
+
+
+@pytest.mark.parametrize(("written", "left"), [(2, None), (1.0, 1.0), (1.2, 1.2)])
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_a_written_temperature_of_the_old_factor_does_not_stay(tiny, kind, written, left):
+    """One that somebody chose stays."""
+    factors = FACTORS if kind == "longrope" else None
+    given = rope_parameters(tiny.build("llama").config, kind, 2 * TRAINED, factors=factors)
+    if written == 2:
+        own = {
+            "yarn": position.yarn(WIDTH, BASE, 2, TRAINED),
+            "longrope": position.longrope(WIDTH, BASE, FACTORS.long, 2, TRAINED),
+        }
+        written = own[kind].attention_factor
+    given["attention_factor"] = written
+    model = tiny.build("llama", max_position_embeddings=TRAINED, rope_parameters=given)
+    same = rope_parameters(model.config, kind, 2 * TRAINED)
+    assert same["attention_factor"] == written
+    set_rope(model, kind, TARGET)
+    assert model.config.rope_parameters.get("attention_factor") == left
+    wanted = EXPECTED[kind].attention_factor if left is None else left
+    assert rotary(model).attention_scaling == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("kind", ["ntk", "dynamic"])
+def test_a_rotary_width_that_ntk_cannot_scale_is_refused(kind):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=TRAINED,
+        )
+    )
+    before = copy.deepcopy(model.config.to_dict())
+    with pytest.raises(InputError, match="rotary width of at least 4, got dim=2"):
+        set_rope(model, kind, TARGET)
+    assert model.config.to_dict() == before
 
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope"])

@@ -133,6 +133,22 @@ def test_adapter_and_merged_model_give_the_reported_numbers(
         assert TokenLoss(merged)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_report_is_written_before_the_merge(
+    tiny_model: Path, some_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no merge")
+
+    monkeypatch.setattr("longspan.hf.lora.merge_and_save", fail)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no merge"):
+        extend(settings(tiny_model, some_text), out, merge=True)
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["trained"]["losses"]) == 4
+    assert report["dense"] is None
+    assert (out / "report.html").exists()
+
+
 def test_longrope_goes_from_the_settings_to_adapter_card_and_merged_model(
     tiny_model: Path, some_text: Path, tmp_path: Path
 ) -> None:

@@ -373,23 +373,28 @@ class KeptLayer(CacheLayerMixin):
 
     def _stand(self, rows: Rows, batch: int) -> tuple[Tensor, Tensor | None]:
         """Positions [B, N] of the new rows, and which are real (None: all); counts them."""
+        # One row of a mask stands for the whole batch.
+        told = (
+            None if rows.real is None else np.broadcast_to(rows.real, (batch, rows.real.shape[1]))
+        )
         if self._real is not None:
-            self._forget_padding(rows, batch)
-        self._told = rows.real
+            self._forget_padding(rows, told, batch)
+        self._told = told
         if rows.positions is None or rows.segments is None:
             at = (rows.query_start + torch.arange(rows.queries)).expand(batch, -1)
             self._real = torch.full((batch,), rows.query_start + rows.queries)
             self.seen += rows.queries
             return at, None
-        at, real = torch.from_numpy(rows.positions), torch.from_numpy(rows.segments >= 0)
+        at = torch.from_numpy(rows.positions).expand(batch, -1)
+        real = torch.from_numpy(rows.segments >= 0).expand(batch, -1)
         before = torch.zeros(batch, dtype=torch.int64) if self._real is None else self._real
         last = (at + 1).masked_fill(~real, 0).amax(1)
         self._real = torch.maximum(before, last)
         self.seen += rows.queries
         return at, None if bool(real.all()) else real
 
-    def _forget_padding(self, rows: Rows, batch: int) -> None:
-        """Drop what was taken for tokens, and is padding by the present mask.
+    def _forget_padding(self, rows: Rows, told: NDArray[np.bool_] | None, batch: int) -> None:
+        """Drop what was taken for tokens, and is padding by the present mask, told [B, rows].
 
         Raises:
             InputError: if the mask has changed elsewhere than at the end of a row.
@@ -400,15 +405,15 @@ class KeptLayer(CacheLayerMixin):
             # Once for all layers.
             rows.kept["before"] = (
                 torch.full((batch,), self.seen)
-                if rows.real is None
-                else torch.from_numpy(rows.real[:, : self.seen].sum(1))
+                if told is None
+                else torch.from_numpy(told[:, : self.seen].sum(1))
             )
         count: Tensor = rows.kept["before"]
         if bool((count == self._real).all()):
             return
         everything = np.ones((batch, self.seen), bool)
         old = everything if self._told is None else self._told
-        now = everything if rows.real is None else rows.real[:, : self.seen]
+        now = everything if told is None else told[:, : self.seen]
         rank = old.cumsum(1) - 1
         if not np.array_equal(now, old & (rank < count.numpy()[:, None])):
             raise InputError(

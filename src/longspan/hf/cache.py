@@ -24,7 +24,7 @@ from longspan.errors import InputError, Refusal
 from longspan.hf._cache_layer import KeptLayer
 from longspan.hf.embedded import embedding_norms
 from longspan.hf.register import described, registered
-from longspan.hf.rotation import turner
+from longspan.hf.rotation import still_layers, turner
 from longspan.hf.switch import apply
 from longspan.hf.unwrap import base_model
 from longspan.kv.policy import Policy
@@ -172,6 +172,8 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     wanted.check(len(chosen), heads)
     turn = turner(base) if packed or wanted.needs_moments else None
+    # Without a rotation it does not matter where a key is read.
+    still = still_layers(base) if turn else frozenset[int]()
     present = registered(config._attn_implementation)
     if present is None:
         apply(base, Causal())
@@ -189,11 +191,16 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             modules=modules,
             layer=place,
             layers=len(chosen),
-            packed=packed,
-            turn=turn,
+            packed=packed and index not in still,
+            turn=_stay if index in still else turn,
             norms=norms,
         )
     return KVCache(layers, wanted)
+
+
+def _stay(x: Tensor, places: Tensor) -> Tensor:
+    """The turn of a layer that does not rotate."""
+    return x
 
 
 def _row(index: int, layer: Any) -> LayerReport:

@@ -60,8 +60,9 @@ def rope_parameters(
     """Value of ``config.rope_parameters`` that stretches the model to ``length`` tokens.
 
     A model that is already scaled can be stretched further by the same kind; its factor is
-    multiplied. Where parameters are given per layer type (Gemma 3), layers with their own window
-    keep theirs.
+    multiplied, from where it reaches: ``max_position_embeddings``, or the original length times
+    the factor if that is further. A written temperature that is the one of the old factor goes.
+    Where parameters are given per layer type (Gemma 3), layers with their own window keep theirs.
 
     Args:
         config: configuration of the model; not changed.
@@ -151,6 +152,7 @@ def _planned(
     planned.rope_parameters = rope_parameters(config, kind, length, factors=factors)
     if kind != "dynamic":
         planned.max_position_embeddings = length
+    _check_savable(planned, kind)
     rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary_modules(base)]
     if not rebuilt:
         raise Refusal(
@@ -158,6 +160,23 @@ def _planned(
             "rebuilt; its positions cannot be extended."
         )
     return planned, rebuilt
+
+
+def _check_savable(planned: PreTrainedConfig, kind: str) -> None:
+    """Refuse what the family's own rules forbid: transformers would not save such a model."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    # Configurations of releases that have no such rules have no `validate` either.
+    validate = getattr(planned, "validate", None)
+    try:
+        if validate is not None:
+            validate()
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        said = " ".join(str(error.__cause__ or error).split())
+        raise Refusal(
+            f"{type(planned).__name__} does not accept RoPE scaling {kind!r}, so that the model "
+            f"could not be saved: {said}. The model was not changed."
+        ) from error
 
 
 def _stretch(
@@ -185,9 +204,11 @@ def _stretch(
         return entry
     entry["rope_type"] = kind
     if kind == "dynamic":
+        # Beyond the trained length it is NTK, with the width that NTK needs.
+        position.ntk_base(width, entry["rope_theta"], growth)
         entry["factor"] = growth
         return entry
-    entry["factor"] = (entry.get("factor") or 1.0) * growth
+    _multiply(entry, length, trained, width)
     if kind in ("yarn", "llama3", "longrope"):
         entry.setdefault("original_max_position_embeddings", trained)
     if kind == "llama3":
@@ -196,6 +217,22 @@ def _stretch(
     if kind == "longrope":
         _put_factors(entry, width, factors)
     return entry
+
+
+def _multiply(entry: dict[str, Any], length: int, trained: int, width: int) -> None:
+    """Stretch an entry that may have a factor, which counts for as far as it reaches."""
+    factor, original = entry.get("factor") or 1.0, entry.get("original_max_position_embeddings")
+    # Some configurations of scaled models give the original length as max_position_embeddings.
+    reached = max(trained, factor * original) if original else trained
+    if length <= reached:
+        entry["factor"] = factor
+        return
+    if original and entry.get("factor") and entry.get("attention_factor") is not None:
+        old = _frequencies(entry, width)
+        # Written out, the temperature of the old factor would stay.
+        if old is not None and np.isclose(entry["attention_factor"], old.attention_factor, 1e-3):
+            del entry["attention_factor"]
+    entry["factor"] = factor * (length / reached)
 
 
 def _put_factors(entry: dict[str, Any], width: int, factors: position.LongFactors | None) -> None:
@@ -229,7 +266,7 @@ def _rebuild(name: str, old: nn.Module, config: PreTrainedConfig) -> nn.Module:
     kind = type(old)
     try:
         new = kind(config)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise Refusal(
             f"{name} ({kind.__name__}) cannot be rebuilt for {config.rope_parameters}: {error!r}."
         ) from error
@@ -275,6 +312,19 @@ def _expected(
     """Frequencies that an entry means for a text that ends at a place; None for kinds that
     longspan does not write.
     """
+    # transformers reads `truncate` beside the layer types, not inside them.
+    truncate = config.rope_parameters.get("truncate", True)
+    scaled = _frequencies(entry, width, place, truncate=truncate)
+    fixed = entry.get("attention_factor")
+    if scaled is None or fixed is None or entry["rope_type"] not in ("yarn", "longrope"):
+        return scaled
+    return scaled._replace(attention_factor=fixed)
+
+
+def _frequencies(
+    entry: dict[str, Any], width: int, place: int = 0, *, truncate: bool = True
+) -> position.Frequencies | None:
+    """As ``_expected``, with the temperature that follows from the other parameters."""
     kind, base = entry["rope_type"], entry["rope_theta"]
     if kind in ("default", "dynamic"):
         # Before a forward pass longer than the trained length, dynamic is the default.
@@ -291,18 +341,14 @@ def _expected(
         return position.llama3(
             width, base, factor, original, low_freq_factor=low, high_freq_factor=high
         )
-    fixed = entry.get("attention_factor")
     if kind == "longrope":
         divisors = entry["long_factor" if place >= original else "short_factor"]
-        scaled = position.longrope(width, base, divisors, factor, original)
-        return scaled if fixed is None else scaled._replace(attention_factor=fixed)
-    # transformers reads `truncate` beside the layer types, not inside them.
-    options = {"truncate": config.rope_parameters.get("truncate", True)}
+        return position.longrope(width, base, divisors, factor, original)
+    options = {"truncate": truncate}
     for option in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         if entry.get(option) is not None:
             options[option] = entry[option]
-    scaled = position.yarn(width, base, factor, original, **options)
-    return scaled if fixed is None else scaled._replace(attention_factor=fixed)
+    return position.yarn(width, base, factor, original, **options)
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longspan.errors import Refusal
 from longspan.hf.rope import rotary_modules
+from longspan.hf.rotates import ROTATE, rotates
 from longspan.hf.routes import routed
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ _CHANGING = ("dynamic", "longrope")
 
 def rotation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model's own rotation of queries [B, H, N, D] by cosine and sine [B, N, D]."""
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    apply = getattr(sys.modules[type(module).__module__], ROTATE, None)
     if apply is None:
-        raise Refusal(f"{type(module).__name__} has no apply_rotary_pos_emb beside it.")
+        raise Refusal(f"{type(module).__name__} has no {ROTATE} beside it.")
     # It rotates a query and a key; one head of a key is the least it takes.
     return lambda q, cos, sin: apply(q, q[:, :1], cos, sin)[0]
 
@@ -55,29 +56,45 @@ def rotations_add(module: nn.Module, rotary: nn.Module) -> bool:
         return False
 
 
-def why_not_turn(base: PreTrainedModel) -> Iterator[str]:
-    """Reasons why rotated keys or queries of a model cannot be turned on."""
+def still_layers(base: PreTrainedModel) -> frozenset[int]:
+    """Indices of the layers whose attention does not rotate: there is nothing to turn in them."""
+    still = (getattr(m, "layer_idx", None) for _, m in routed(base) if rotates(m) is False)
+    return frozenset(index for index in still if isinstance(index, int))
+
+
+def why_not_turn(base: PreTrainedModel, *, still: bool = False) -> Iterator[str]:
+    """Reasons why rotated keys or queries of a model cannot be turned on.
+
+    Args:
+        base: the model.
+        still: accept layers that do not rotate; they are not to be turned.
+    """
     name = type(base).__name__
     rotary = [module for _, module in rotary_modules(base)]
     if len(rotary) != 1 or not hasattr(rotary[0], "inv_freq"):
         yield f"{name} has {len(rotary)} rotary modules instead of one with one set of frequencies"
         return
     for path, module in routed(base):
-        if getattr(module, "use_rope", True) in (False, 0):
+        turns = rotates(module)
+        if turns is False and still and isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        if turns is False:
             yield f"{path} does not rotate its queries"
         elif not rotations_add(module, rotary[0]):
             yield f"{path} ({type(module).__name__}) rotates in a way that does not add up"
+        elif turns is None:
+            yield f"{path} ({type(module).__name__}) does not show whether it rotates its queries"
 
 
 def turner(base: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
     """A function that turns x [B, H, N, D] on by places [B, N], which may be negative.
 
-    It computes in float32 at least and gives the dtype of ``x``.
+    It computes in float32 at least and gives the dtype of ``x``. It is not for ``still_layers``.
 
     Raises:
         Refusal: if the model's rotations do not add up, or change with the length.
     """
-    reasons = list(why_not_turn(base))
+    reasons = list(why_not_turn(base, still=True))
     kind = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
     if kind.get("rope_type") in _CHANGING:
         reasons.append(f"its {kind['rope_type']} frequencies change with the length")

@@ -96,6 +96,9 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
     report["trained"], adapted = _arm(job, job.model, job.pattern, "trained", progress)
     lora.save_adapter(adapted, out / "adapter")
     write_card(out / "adapter", settings, job.model.config)
+    report["dense"] = None
+    # What was measured is not lost if what follows cannot be done.
+    write_report(report, out)
     if merge:
         # Else the tokenizer would go on cutting text at the old length where asked to truncate.
         limit = max(job.tokenizer.model_max_length, settings.length)
@@ -103,12 +106,11 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
         lora.merge_and_save(adapted, job.tokenizer, out / "merged")
     del adapted
 
-    report["dense"] = None
     if settings.compare_dense:
         model, _ = hf.load_model(settings.model, dtype=settings.dtype, device=settings.device)
         set_rope(model, settings.rope, settings.length, factors=settings.rope_factors)
         report["dense"], _ = _arm(job, model, None, "dense", progress)
-    write_report(report, out)
+        write_report(report, out)
     return report
 
 
