@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -21,6 +20,7 @@ from longspan.cli.eval_options import (
     shared,
     table,
 )
+from longspan.eval.plain import to_json
 
 app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
 
@@ -110,7 +110,7 @@ def ppl(
                 progress=bars,
             )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     how = f"protocol {protocol}" if policy is None else f"through {policy}"
     table(
@@ -168,7 +168,7 @@ def passkey(
             progress=bars,
         )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     rows = [
         (f"{length:,}", *("-" if cell is None else f"{cell:.0%}" for cell in row))
@@ -226,7 +226,7 @@ def ruler(
         told = f"{', '.join(names)} at {', '.join(f'{n:,}' for n in sizes)} tokens: "
         told += f"{plan['questions']:,} questions, prefill {read.prefill or 'dense'}, cache "
         told += f"{read.kv or 'everything()'}. Nothing was asked."
-        typer.echo(json.dumps(plan) if given.as_json else told)
+        typer.echo(to_json(plan) if given.as_json else told)
         return
     asked = {**subject.settings(), "seed": seed, **read.settings()}
     with (
@@ -247,7 +247,7 @@ def ruler(
             progress=bars,
         )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     rows = [
         (task, *(_share(found.get(str(n))) for n in sizes))

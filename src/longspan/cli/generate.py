@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 if TYPE_CHECKING:
     from longspan.hf.generate import Generated
@@ -110,7 +111,7 @@ def generate(
                     "sparse": least is not None and made.prompt_tokens >= least,
                 }
             }
-        typer.echo(json.dumps({**made.to_dict(), **read}))
+        typer.echo(to_json({**made.to_dict(), **read}))
         return
     _write("\n")
     for line in figures(made):

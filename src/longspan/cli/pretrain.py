@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from longspan.eval.plain import to_json
 
 
 def pretrain(
@@ -81,7 +82,7 @@ def pretrain(
         planned = plan(
             config, documents, out, validation=validation, heldout=heldout, resume=resume
         )
-        typer.echo(json.dumps(planned, indent=None if as_json else 1))
+        typer.echo(to_json(planned, indent=None if as_json else 1))
         return
 
     with Bars() as bars:
@@ -100,7 +101,7 @@ def pretrain(
             on_step=show,
         )
     if as_json:
-        typer.echo(json.dumps(report.to_json()))
+        typer.echo(to_json(report.to_json()))
         return
     typer.echo(
         f"{report.parameters:,} parameters, {report.train_tokens:,} tokens of text, "

@@ -9,6 +9,7 @@ from typing import Any
 
 from longspan.eval.kv_sweep import DENSE, Sweep, source_of
 from longspan.eval.perplexity import exp
+from longspan.eval.plain import mean
 from longspan.eval.records import Records
 
 FILE = "kv.jsonl"
@@ -44,13 +45,13 @@ def summary(sweep: Sweep, records: Records) -> Figures:
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     what = "nll" if "nll" in rows[0] else "score"
     each = [value for row in rows for value in row[what]]
-    mean = sum(each) / len(each)
+    middle = mean(each)
     extra = {
-        name: sum(row[name] for row in rows) / len(rows)
+        name: mean(row[name] for row in rows)
         for name in ("kept", "bytes", "density", "recall")
         if name in rows[0]
     }
-    return {"value": exp(mean) if what == "nll" else mean, "prompts": len(each), **extra}
+    return {"value": exp(middle) if what == "nll" else middle, "prompts": len(each), **extra}
 
 
 def markdown(sweep: Sweep, figures: Figures, title: str) -> str:
@@ -143,8 +144,9 @@ def _from(
     for share, value in reversed(list(zip(budgets, values, strict=True))):
         if value is None:
             continue
-        perplexity = measure in _TITLES
-        if value > dense * (1 + LOSS) if perplexity else value < dense * FOUND:
+        good = value <= dense * (1 + LOSS) if measure in _TITLES else value >= dense * FOUND
+        # NaN is not good either.
+        if not good:
             break
         enough = share
     return "not here" if enough is None else f"{float(enough):.0%}"

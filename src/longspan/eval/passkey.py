@@ -19,6 +19,7 @@ import torch
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.perplexity import check_limit
+from longspan.eval.plain import mean
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 
@@ -161,5 +162,5 @@ def _key(length: int, depth: float, trial: int) -> str:
 
 def _mean(records: Records, of: str, length: int, depth: float, trials: int) -> float | None:
     keys = [_key(length, depth, trial) for trial in range(trials)]
-    values = [float(records[key][of]) for key in keys if key in records]
-    return sum(values) / len(values) if values else None
+    values = [records[key][of] for key in keys if key in records]
+    return mean(values) if values else None

@@ -9,7 +9,6 @@ V vocabulary, n sequences of evaluation text.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from longspan.errors import InputError
 from longspan.eval.perplexity import exp
+from longspan.eval.plain import to_json
 from longspan.hf.build import build_llama, save_model, train_tokenizer
 from longspan.hf.models import check_device
 from longspan.train.data import (
@@ -215,7 +215,7 @@ def pretrain(
     for hook in hooks:
         hook.remove()
     save_model(model.to(torch.bfloat16), run.tokenizer, out)
-    (out / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    (out / REPORT_NAME).write_text(to_json(report.to_json(), indent=1) + "\n")
     shutil.rmtree(out / CHECKPOINT_FOLDER, ignore_errors=True)
     return report
 
