@@ -202,6 +202,31 @@ def test_figures_that_are_not_finite_are_null(call, broken_model, some_text, tmp
     assert "nan" in said or name == "passkey"
 
 
+def test_headings_say_what_a_limit_left_out(call, some_text, tmp_path):
+    asked = ("ruler", MODEL, "--tasks", "passkey,passkey", "--samples", 3, "--lengths", "300,300")
+    code, out, error = call(*asked, "--limit", 1)
+    assert code == 0, error
+    assert out.startswith("RULER, the first 1 of 3 questions (--limit)\n")
+    assert out.count("300") == 1
+    assert call(*asked, "--limit", 3)[1].startswith("RULER, 3 questions each\n")
+    asked = ("passkey", MODEL, "--lengths", "200,200", "--depths", "0.5,0.5", "--trials", 2)
+    out = call(*asked, "--limit", 1)[1]
+    assert out.startswith("Passkey retrieval, the first 1 of 2 probes (--limit)\n")
+    assert out.count("200") == out.count("depth") == 1
+    call("kv", MODEL, "--data", some_text, *KV.split(), "--limit", 1, "--out", tmp_path)
+    said = (tmp_path / "kv.md").read_text()
+    assert "up to 1 for every figure, as only the first 1 of 4 were measured (--limit)" in said
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("name", ["passkey", "ruler", "kv"])
+def test_seeds_out_of_range_are_refused(call, some_text, name, seed):
+    more = ("--data", some_text, *KV.split()) if name == "kv" else ("--lengths", "300")
+    code, out, error = call(name, MODEL, *more, "--seed", seed)
+    assert (code, out) == (2, "")
+    assert f"from 0 and below 2^63, got {seed}." in error
+
+
 def test_ruler_lists_without_asking(call):
     asked = ("ruler", MODEL, "--tasks", "passkey.code,vt", "--lengths", "600,800", "--samples", 3)
     code, out, _ = call(*asked, "--kv", "tova(9)", "--prefill", "sinks(4)", "--dry-run")

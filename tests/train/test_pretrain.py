@@ -190,6 +190,12 @@ def test_a_plan_refuses_what_a_run_refuses_and_writes_nothing(tmp_path, change, 
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_seeds_that_not_all_generators_take_are_refused(seed):
+    with pytest.raises(InputError, match=f"below 2\\^63, got {seed}"):
+        dataclasses.replace(CONFIG, seed=seed)
+
+
 def test_a_batch_without_real_text_is_refused():
     with pytest.raises(InputError, match=r"0\.9 of a batch of 2 leaves no sequence of real text"):
         dataclasses.replace(CONFIG, recall_share=0.9, batch=2)

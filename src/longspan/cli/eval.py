@@ -149,9 +149,12 @@ def passkey(
     from longspan.eval.passkey import check_passkey
     from longspan.eval.passkey import passkey as measure
     from longspan.eval.records import Records
+    from longspan.eval.seed import check_seed
 
-    sizes, places = whole_numbers(lengths), numbers(depths)
+    sizes = tuple(dict.fromkeys(whole_numbers(lengths)))
+    places = tuple(dict.fromkeys(numbers(depths)))
     check_passkey(places, trials, style)
+    check_seed(seed)
     subject = given.subject(model, max(sizes))
     asked = {**subject.settings(), "style": style, "seed": seed}
     with subject.open() as (loss, tokenizer), Bars() as bars:
@@ -175,7 +178,8 @@ def passkey(
         for length, row in zip(result["lengths"], result["accuracy"], strict=True)
     ]
     columns = ("context", *(f"depth {depth:g}" for depth in places))
-    table(f"Passkey retrieval, {trials} probes each", columns, rows)
+    planned = len(sizes) * len(places) * trials
+    table(f"Passkey retrieval, {_asked(trials, 'probes', planned, given.limit)}", columns, rows)
 
 
 @app.command()
@@ -205,11 +209,14 @@ def ruler(
     from longspan.eval.ruler import ALL, check_tasks
     from longspan.eval.ruler_run import check_rooms, questions
     from longspan.eval.ruler_run import ruler as measure
+    from longspan.eval.seed import check_seed
     from longspan.hf.models import tokenizer_of
 
-    sizes = whole_numbers(lengths)
+    sizes = tuple(dict.fromkeys(whole_numbers(lengths)))
     names = ALL if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    names = tuple(dict.fromkeys(names))
     check_tasks(names, samples)
+    check_seed(seed)
     read = reading(prefill, dense_below, kv, given.pattern)
     subject = given.subject(model, max(sizes))
     if dry_run:
@@ -257,11 +264,19 @@ def ruler(
     worst = (result["worst"].get(str(n)) for n in sizes)
     rows.append(("worst", *("-" if one is None else one["task"] for one in worst)))
     columns = ("task", *(f"{n:,}" for n in sizes))
-    table(f"RULER, {samples} questions each", columns, rows)
+    planned = len(questions(names, sizes, samples))
+    table(f"RULER, {_asked(samples, 'questions', planned, given.limit)}", columns, rows)
 
 
 app.command("longbench")(longbench_command)
 app.command("kv")(kv_command)
+
+
+def _asked(each: int, what: str, planned: int, limit: int | None) -> str:
+    """What the figures of a table are of, in words."""
+    if limit is None or limit >= planned:
+        return f"{each:,} {what} each"
+    return f"the first {limit:,} of {planned:,} {what} (--limit)"
 
 
 def _share(score: float | None) -> str:

@@ -83,6 +83,7 @@ def kv(
     from longspan.train.prepare import read_text, text_hash
 
     named = () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
+    named = tuple(dict.fromkeys(named))
     sweep = Sweep(
         forms=(
             *(() if policies == ["none"] else forms(policies or ("all",))),
@@ -129,7 +130,7 @@ def kv(
         )
     figures = report.summary(sweep, records)
     title = f"What a smaller cache loses: {Path(model).name}"
-    tables = report.markdown(sweep, figures, title)
+    tables = report.markdown(sweep, figures, title, limit=given.limit)
     if out is not None:
         (out / "kv.md").write_text(tables, encoding="utf-8")
         (out / "kv.json").write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")

@@ -60,6 +60,7 @@ def generate(
     from longspan.cli.values import pick_device
     from longspan.errors import InputError
     from longspan.eval.answers import reading
+    from longspan.eval.seed import check_seed
     from longspan.kv import cache
 
     how = reading(prefill, dense_below, kv, pattern)
@@ -70,6 +71,7 @@ def generate(
             f"Expected at least 1 token and a temperature from 0, got --tokens {tokens} and "
             f"--temperature {temperature:g}."
         )
+    check_seed(seed)
     text = _prompt(prompt, prompt_file)
 
     import torch
@@ -90,6 +92,7 @@ def generate(
             f"the {trained:,} positions that the model says it knows.",
             err=True,
         )
+    loaded.register_forward_hook(_refuse_nan)
     torch.manual_seed(seed)
     made = run(
         loaded,
@@ -120,6 +123,17 @@ def generate(
         least = sparse.dense_below
         said = _prefilled(str(method), made.prompt_tokens, least, given=dense_below is not None)
         typer.echo(said, err=True)
+
+
+def _refuse_nan(model: Any, given: Any, output: Any) -> None:
+    """End where the next token cannot be chosen: greedily it would be the first one, silently."""
+    from longspan.errors import RunError
+
+    if not output.logits[:, -1].amax(-1).isfinite().all():
+        raise RunError(
+            "The model's logits are not finite, so no token can be chosen. Its weights are "
+            "broken, or they overflow in this --dtype: try float32."
+        )
 
 
 def figures(made: Generated) -> list[str]:

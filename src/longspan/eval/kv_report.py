@@ -54,13 +54,13 @@ def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"value": exp(middle) if what == "nll" else middle, "prompts": len(each), **extra}
 
 
-def markdown(sweep: Sweep, figures: Figures, title: str) -> str:
-    """All tables."""
+def markdown(sweep: Sweep, figures: Figures, title: str, limit: int | None = None) -> str:
+    """All tables; ``limit`` is that of the measurement."""
     budgets = [f"{share:g}" for share in sweep.budgets]
     columns = [f"{float(share):.0%}" for share in budgets]
     policies = [form for form in sweep.forms if not form.prefill]
     methods = [form for form in sweep.forms if form.prefill]
-    lines = [f"# {title}", "", *_about(sweep), ""]
+    lines = [f"# {title}", "", *_about(sweep, limit), ""]
     for measure, rows in figures.items():
         lines += [f"## {heading(measure)}", ""]
         write = _writer(measure)
@@ -99,7 +99,7 @@ def heading(measure: str) -> str:
     return f"{source_of(measure)}{asked}: share of answers"
 
 
-def _about(sweep: Sweep) -> list[str]:
+def _about(sweep: Sweep, limit: int | None) -> list[str]:
     parts = []
     if sweep.new:
         parts.append(f"{sweep.new - 1} tokens scored at once")
@@ -107,8 +107,11 @@ def _about(sweep: Sweep) -> list[str]:
         parts.append(f"{sweep.steps - 1} one by one")
     scored = f", {' and '.join(parts)} behind each" if parts else ""
     least = "" if all(f.fits(min(sweep.budgets), sweep.length) for f in sweep.forms) else NO_FIGURE
+    each, cells = f"{sweep.samples} for every figure", len(sweep.cells())
+    if limit is not None and limit < cells:
+        each = f"up to {each}, as only the first {limit:,} of {cells:,} were measured (--limit)"
     return [
-        f"Prompts of {sweep.length:,} tokens, {sweep.samples} for every figure{scored}. A budget "
+        f"Prompts of {sweep.length:,} tokens, {each}{scored}. A budget "
         "is the share of the prompt that a key head keeps, sinks, recent tokens and windows "
         f"counted; for sparse prefill it is the parameter of the method.{least}"
     ]

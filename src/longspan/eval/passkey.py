@@ -22,6 +22,7 @@ from longspan.eval.perplexity import check_limit
 from longspan.eval.plain import mean
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
+from longspan.eval.seed import check_seed
 
 STYLES = ("prose", "code")
 
@@ -93,6 +94,7 @@ def passkey(
         DataError: a length that cannot hold the question.
     """
     check_passkey(depths, trials, style)
+    check_seed(seed)
     check_limit(limit)
     records = Records(None, {}) if records is None else records
     cells = [(n, d, t) for n in lengths for d in depths for t in range(trials)][:limit]

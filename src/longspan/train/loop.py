@@ -23,6 +23,7 @@ from longspan.errors import InputError, RunError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import read_lines
+from longspan.eval.seed import check_seed
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.finite import LARGEST_RATE, check_step
 
@@ -67,6 +68,7 @@ class LoopConfig:
                 "warmup and weight_decay cannot be negative, and weight_decay is finite, "
                 f"got {self.warmup} and {self.weight_decay}."
             )
+        check_seed(self.seed)
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"Unknown schedule {self.schedule!r}: choose constant or cosine.")
 

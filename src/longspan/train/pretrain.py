@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from longspan.errors import InputError
 from longspan.eval.perplexity import exp
 from longspan.eval.plain import to_json
+from longspan.eval.seed import check_seed
 from longspan.hf.build import build_llama, save_model, train_tokenizer
 from longspan.hf.models import check_device
 from longspan.train.data import (
@@ -94,6 +95,7 @@ class PretrainConfig:
                 f"recall_share {self.recall_share} of a batch of {self.batch} leaves no sequence "
                 "of real text: give a smaller share or a larger batch."
             )
+        check_seed(self.seed)
         check_device(self.device)
 
     @property
