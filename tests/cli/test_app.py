@@ -451,11 +451,14 @@ def test_bad_values_of_pretrain_draw_no_bar(
         (["--heads", 0], "heads must be at least 1, got 0"),
         (["--context", 10**7], "the data is shorter than one sequence"),
     ]:
-        code, out, err = call("pretrain", "--data", some_text, "--out", tmp_path / "new", *values)
-        assert (code, out) == (2, "")
-        assert message in err
-        assert "\u2501" not in err
-        assert "0/1000" not in err
+        for dry in ([], ["--dry-run"]):
+            asked = ["--data", some_text, "--out", tmp_path / "new", *values, *dry]
+            code, out, err = call("pretrain", *asked)
+            assert (code, out) == (2, "")
+            assert message in err
+            assert "\u2501" not in err
+            assert "0/1000" not in err
+            assert not (tmp_path / "new").exists()
 
 
 def test_long_patterns_are_not_repeated_in_sentences() -> None:

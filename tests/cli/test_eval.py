@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 
 pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
 
 import longspan
 from longspan.cli.app import main
@@ -143,6 +146,85 @@ def test_perplexity_through_a_cache(call, some_text):
     assert short["kv"] == "recent(4) + sinks(0)"
     assert short["lengths"][0]["tokens"] == 39
     assert short["lengths"][0]["perplexity"] > 1.2 * whole["perplexity"]
+
+
+KV = "--policies recent --budgets 50 --length 160 --samples 1 --new 8 --steps 4 --tasks none"
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.fixture
+def broken_model(tmp_path):
+    """A folder with a model whose logits are NaN."""
+    folder = tmp_path / "broken"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "at"),
+    [
+        (("ppl", "--lengths", "48", "--limit", 2), ("lengths", 0, "perplexity")),
+        (("ppl", "--lengths", "48", "--limit", 2, "--kv", "recent(9)"), ("lengths", 0, "nll")),
+        (("passkey", "--lengths", "200", "--depths", "0.5", "--trials", 2), ("nll", 0, 0)),
+        (
+            ("kv", *KV.split()),
+            ("figures", "once", "recent", "0.5", "value"),
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_figures_that_are_not_finite_are_null(call, broken_model, some_text, tmp_path, asked, at):
+    name, *more = asked
+    more += () if name == "passkey" else ("--data", some_text)
+    out = tmp_path / "out"
+    # The second time from the records.
+    for _ in range(2):
+        code, said, error = call(name, broken_model, *more, "--out", out, "--json")
+        assert code == 0, error
+        found = json.loads(said, parse_constant=no_constant)
+        for step in at:
+            found = found[step]
+        assert found is None
+        files = [out] if out.is_file() else [*out.glob("*.json*")]
+        assert files
+        for file in files:
+            text = file.read_text()
+            for line in [text] if file.suffix == ".json" else text.splitlines():
+                json.loads(line, parse_constant=no_constant)
+    code, said, error = call(name, broken_model, *more, "--out", out)
+    assert code == 0, error
+    assert "nan" in said or name == "passkey"
+
+
+def test_headings_say_what_a_limit_left_out(call, some_text, tmp_path):
+    asked = ("ruler", MODEL, "--tasks", "passkey,passkey", "--samples", 3, "--lengths", "300,300")
+    code, out, error = call(*asked, "--limit", 1)
+    assert code == 0, error
+    assert out.startswith("RULER, the first 1 of 3 questions (--limit)\n")
+    assert out.count("300") == 1
+    assert call(*asked, "--limit", 3)[1].startswith("RULER, 3 questions each\n")
+    asked = ("passkey", MODEL, "--lengths", "200,200", "--depths", "0.5,0.5", "--trials", 2)
+    out = call(*asked, "--limit", 1)[1]
+    assert out.startswith("Passkey retrieval, the first 1 of 2 probes (--limit)\n")
+    assert out.count("200") == out.count("depth") == 1
+    call("kv", MODEL, "--data", some_text, *KV.split(), "--limit", 1, "--out", tmp_path)
+    said = (tmp_path / "kv.md").read_text()
+    assert "up to 1 for every figure, as only the first 1 of 4 were measured (--limit)" in said
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("name", ["passkey", "ruler", "kv"])
+def test_seeds_out_of_range_are_refused(call, some_text, name, seed):
+    more = ("--data", some_text, *KV.split()) if name == "kv" else ("--lengths", "300")
+    code, out, error = call(name, MODEL, *more, "--seed", seed)
+    assert (code, out) == (2, "")
+    assert f"from 0 and below 2^63, got {seed}." in error
 
 
 def test_ruler_lists_without_asking(call):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 
 pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
 
 import longspan
 from longspan.cli.app import main
@@ -91,6 +94,8 @@ def test_json_says_everything(call, prompt):
         (["--prompt", "a", "--tokens", "0"], "at least 1 token"),
         (["--prompt", "a", "--temperature", "nan"], "temperature from 0"),
         (["--prompt", "a", "--prefill", "sinks(4)", "--dense-below", "-1"], "tokens from 0"),
+        (["--prompt", "a", "--seed", "-1"], "from 0 and below 2^63, got -1"),
+        (["--prompt", "a", "--seed", str(10**20)], "from 0 and below 2^63, got 1000"),
         (["--prompt", "a", "--positions", "rolled"], "original or packed"),
         (["--prompt", "a", "--pattern", "windw(3)"], "did you mean 'window'"),
     ],
@@ -101,6 +106,19 @@ def test_errors_are_one_paragraph(call, options, message):
     assert message in error
     assert not out
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_said(call, prompt, tmp_path, temperature):
+    folder = tmp_path / "broken"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    options = ("--prompt-file", prompt, "--tokens", 3, "--device", "cpu")
+    code, out, error = call(folder, *options, "--temperature", temperature)
+    assert (code, out) == (1, "")
+    assert "logits are not finite" in error
 
 
 def test_a_prompt_can_be_read_sparsely(call, prompt):

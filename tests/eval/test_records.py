@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from longspan.errors import DataError
+from longspan.eval.plain import mean
 from longspan.eval.records import Records, fingerprint
 
 
@@ -19,6 +21,16 @@ def test_records_continue(tmp_path: Path) -> None:
     assert again["a"] == {"nll": 1.5}
     again.add("b", {"nll": 2.0})
     assert len(Records(path, {"model": "m", "n": 1})) == 2
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    Records(path, {}).add("a", {"nll": math.nan, "each": [1.5, -math.inf]})
+    assert path.read_text().endswith('{"key": "a", "nll": null, "each": [1.5, null]}\n')
+    assert Records(path, {})["a"] == {"nll": None, "each": [1.5, None]}
+    # A mean over what was lost is no number.
+    assert math.isnan(mean([1.5, Records(path, {})["a"]["nll"]]))
+    assert mean([1.0, 2.0]) == 1.5
 
 
 def test_a_line_that_was_cut_is_dropped(tmp_path: Path) -> None:

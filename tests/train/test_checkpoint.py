@@ -28,6 +28,24 @@ def test_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
     assert checkpoints.steps() == [10, 15]
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (5, 10):
+        path = checkpoints.save(step, {"x": torch.full((3,), float(step))})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"step-00000010\.pt is damaged. The one before"):
+        found = checkpoints.load()
+    assert found is not None
+    assert found[0] == 5
+    assert found[1]["x"].tolist() == [5.0] * 3
+    (tmp_path / "step-00000005.pt").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(RunError, match="No checkpoint"),
+    ):
+        checkpoints.load()
+
+
 def test_full_disk_keeps_the_last_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,9 @@ def test_schedule(schedule: Any, expected: list[float]) -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr and clip must be positive"),
+        ({"lr": math.inf}, "lr and clip must be positive and lr at most 1e30, got inf"),
+        ({"seed": -1}, r"below 2\^63, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay cannot be negative, and weight_decay is fin"),
         ({"warmup": -1}, "cannot be negative"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'"),
     ],

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import signal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longspan.errors import DataError, InputError
+from longspan.errors import DataError, InputError, LongspanError, RunError
 from longspan.hf.build import build_llama, train_tokenizer
 from longspan.train.data import recall_documents
-from longspan.train.pretrain import PretrainConfig, learning_rate, pretrain
+from longspan.train.finite import check_weights
+from longspan.train.pretrain import PretrainConfig, learning_rate, plan, pretrain
 
 CONFIG = PretrainConfig(
     context=32,
@@ -104,10 +106,99 @@ def test_resume_refuses_another_run(tmp_path):
 
     with pytest.raises(Killed):
         pretrain(CONFIG, TEXT, tmp_path / "cut", on_step=kill)
-    with pytest.raises(DataError, match="other values of: lr"):
+    with pytest.raises(DataError, match=r"other settings: lr was 0\.01, is 1\.0"):
         pretrain(dataclasses.replace(CONFIG, lr=1.0), TEXT, tmp_path / "cut", resume=True)
+    with pytest.raises(DataError, match="training text was"):
+        pretrain(CONFIG, recall_documents(3, 30), tmp_path / "cut", resume=True)
+    with pytest.raises(DataError, match="validation text was"):
+        pretrain(CONFIG, TEXT, tmp_path / "cut", validation=HELD_OUT, resume=True)
+    with pytest.raises(DataError, match="holds a run that was interrupted"):
+        pretrain(CONFIG, TEXT, tmp_path / "cut")
+    (tmp_path / "cut" / "notes.txt").touch()
     with pytest.raises(DataError, match="not an empty folder"):
         pretrain(CONFIG, TEXT, tmp_path / "cut")
+    (state,) = tmp_path.rglob("state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"state\.pt is damaged"):
+        pretrain(CONFIG, TEXT, tmp_path / "cut", resume=True)
+
+
+def test_a_run_that_diverges_ends_and_writes_no_model(tmp_path):
+    config = dataclasses.replace(CONFIG, lr=1e30, warmup=1)
+    with pytest.raises(RunError, match=r"the run is broken.*rate \(now 1e\+30\)"):
+        pretrain(config, TEXT, tmp_path / "model", validation=HELD_OUT)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["checkpoint"]
+
+
+def test_a_last_step_that_breaks_the_weights_is_found_out():
+    check_weights([torch.ones(3)], 1.0)
+    with pytest.raises(RunError, match="no longer finite after the last step"):
+        check_weights([torch.ones(3), torch.tensor([1.0, float("inf")])], 1.0)
+
+
+def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path):
+    whole = pretrain(CONFIG, TEXT, tmp_path / "whole")
+    config = dataclasses.replace(CONFIG, save_every=100)
+
+    def interrupt(step, loss, validation):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, TEXT, tmp_path / "cut", on_step=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert plan(config, TEXT, tmp_path / "cut", resume=True)["steps_done"] == 11
+    assert pretrain(config, TEXT, tmp_path / "cut", resume=True).history == whole.history
+
+
+def test_a_kill_before_the_first_checkpoint_does_not_lock_the_folder(tmp_path):
+    def kill(step, loss, validation):
+        raise Killed
+
+    config = dataclasses.replace(CONFIG, save_every=100)
+    with pytest.raises(Killed):
+        pretrain(config, TEXT, tmp_path / "model", on_step=kill)
+    assert plan(config, TEXT, tmp_path / "model", resume=True)["steps_done"] == 0
+    (state,) = tmp_path.rglob("state.pt")
+    state.rename(state.with_name("state.pt.tmp"))
+    with pytest.raises(DataError, match="Start without resume"):
+        pretrain(config, TEXT, tmp_path / "model", resume=True)
+    pretrain(config, TEXT, tmp_path / "model")
+    assert not (tmp_path / "model" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "no even head width"),
+        ({"kv_heads": 3}, "do not divide"),
+        ({"vocab": 10}, "vocabulary of 10 is too small"),
+        ({"context": 100_000}, "100001 needed"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses_and_writes_nothing(tmp_path, change, message):
+    config = dataclasses.replace(CONFIG, **change)
+    for ask in (plan, pretrain):
+        with pytest.raises(LongspanError, match=message):
+            ask(config, TEXT, tmp_path / "model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(DataError, match="not an empty folder"):
+        plan(CONFIG, TEXT, tmp_path / "full")
+    with pytest.raises(DataError, match="nothing to resume"):
+        plan(CONFIG, TEXT, tmp_path / "model", resume=True)
+    assert plan(CONFIG, TEXT, tmp_path / "model")["steps_done"] == 0
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_seeds_that_not_all_generators_take_are_refused(seed):
+    with pytest.raises(InputError, match=f"below 2\\^63, got {seed}"):
+        dataclasses.replace(CONFIG, seed=seed)
+
+
+def test_a_batch_without_real_text_is_refused():
+    with pytest.raises(InputError, match=r"0\.9 of a batch of 2 leaves no sequence of real text"):
+        dataclasses.replace(CONFIG, recall_share=0.9, batch=2)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
@@ -128,7 +219,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     assert report.history == pretrain(config, TEXT, tmp_path / "whole").history
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.0}, {"lr": -1.0}, {"weight_decay": -0.1}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.0}, {"lr": -1.0}, {"lr": float("inf")}, {"weight_decay": -0.1}]
+)
 def test_values_that_make_no_sense_are_refused(change):
     with pytest.raises(InputError, match="lr must be positive"):
         dataclasses.replace(CONFIG, **change)

@@ -12,6 +12,7 @@ from longspan.bench.compare_entries import Entry, PatternLayer
 from longspan.bench.setting import DTYPES
 from longspan.errors import InputError
 from longspan.eval.environment import environment
+from longspan.eval.seed import check_seed
 from longspan.hf.beside import layers_beside
 from longspan.hf.models import load_model
 from longspan.mechanism.layer import MechanismLayer
@@ -63,6 +64,7 @@ class Compare:
                 "expected lengths and sizes of at least 2, got "
                 f"lengths={','.join(map(str, self.lengths))}, {given}"
             )
+        check_seed(self.seed)
         if self.rounds < 0:
             raise InputError(f"rounds must be at least 0, got {self.rounds}")
         if self.threads < 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 _SIZES, _WISHES, _RUN = "Sizes", "Budget and needs", "Running"
 
@@ -184,7 +185,7 @@ def advise(
         draw(found, picture)
     if as_json:
         said = {"settings": settings, "rule": rule(prefer), "advice": found}
-        typer.echo(json.dumps(said))
+        typer.echo(to_json(said))
         return
     for one in found:
         _show(one, asked)

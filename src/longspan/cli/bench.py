@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 
 def bench(
@@ -64,7 +65,7 @@ def bench(
     with Bars() as bars:
         found = run(asked, records, bars)
     if as_json:
-        typer.echo(json.dumps({"settings": settings, "records": found}))
+        typer.echo(to_json({"settings": settings, "records": found}))
     else:
         _tables(found)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 
 def compare(
@@ -68,7 +69,7 @@ def compare(
         if path is not None:
             path.write_text(text(settings, found), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps({"settings": settings, "records": found}))
+        typer.echo(to_json({"settings": settings, "records": found}))
         return
     _show(settings, found)
     for path in (markdown, html):
@@ -83,7 +84,7 @@ def _plan(asked: Any, as_json: bool) -> None:
         for one in asked.entries
     ]
     if as_json:
-        typer.echo(json.dumps({"lengths": asked.lengths, "entries": lines}))
+        typer.echo(to_json({"lengths": asked.lengths, "entries": lines}))
         return
     for line in lines:
         typer.echo(f"{line['entry']}  ({line['group'][:-1]})")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 
 def doctor(
@@ -17,7 +18,7 @@ def doctor(
     found = environment()
     problems = _problems(found)
     if as_json:
-        typer.echo(json.dumps({**found, "problems": problems}))
+        typer.echo(to_json({**found, "problems": problems}))
         return
     from rich.console import Console
     from rich.table import Table

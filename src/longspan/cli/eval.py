@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -21,6 +20,7 @@ from longspan.cli.eval_options import (
     shared,
     table,
 )
+from longspan.eval.plain import to_json
 
 app = typer.Typer(help="Measure a model at long contexts.", no_args_is_help=True)
 
@@ -110,7 +110,7 @@ def ppl(
                 progress=bars,
             )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     how = f"protocol {protocol}" if policy is None else f"through {policy}"
     table(
@@ -149,9 +149,12 @@ def passkey(
     from longspan.eval.passkey import check_passkey
     from longspan.eval.passkey import passkey as measure
     from longspan.eval.records import Records
+    from longspan.eval.seed import check_seed
 
-    sizes, places = whole_numbers(lengths), numbers(depths)
+    sizes = tuple(dict.fromkeys(whole_numbers(lengths)))
+    places = tuple(dict.fromkeys(numbers(depths)))
     check_passkey(places, trials, style)
+    check_seed(seed)
     subject = given.subject(model, max(sizes))
     asked = {**subject.settings(), "style": style, "seed": seed}
     with subject.open() as (loss, tokenizer), Bars() as bars:
@@ -168,14 +171,15 @@ def passkey(
             progress=bars,
         )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     rows = [
         (f"{length:,}", *("-" if cell is None else f"{cell:.0%}" for cell in row))
         for length, row in zip(result["lengths"], result["accuracy"], strict=True)
     ]
     columns = ("context", *(f"depth {depth:g}" for depth in places))
-    table(f"Passkey retrieval, {trials} probes each", columns, rows)
+    planned = len(sizes) * len(places) * trials
+    table(f"Passkey retrieval, {_asked(trials, 'probes', planned, given.limit)}", columns, rows)
 
 
 @app.command()
@@ -205,11 +209,14 @@ def ruler(
     from longspan.eval.ruler import ALL, check_tasks
     from longspan.eval.ruler_run import check_rooms, questions
     from longspan.eval.ruler_run import ruler as measure
+    from longspan.eval.seed import check_seed
     from longspan.hf.models import tokenizer_of
 
-    sizes = whole_numbers(lengths)
+    sizes = tuple(dict.fromkeys(whole_numbers(lengths)))
     names = ALL if tasks == "all" else tuple(name.strip() for name in tasks.split(","))
+    names = tuple(dict.fromkeys(names))
     check_tasks(names, samples)
+    check_seed(seed)
     read = reading(prefill, dense_below, kv, given.pattern)
     subject = given.subject(model, max(sizes))
     if dry_run:
@@ -226,7 +233,7 @@ def ruler(
         told = f"{', '.join(names)} at {', '.join(f'{n:,}' for n in sizes)} tokens: "
         told += f"{plan['questions']:,} questions, prefill {read.prefill or 'dense'}, cache "
         told += f"{read.kv or 'everything()'}. Nothing was asked."
-        typer.echo(json.dumps(plan) if given.as_json else told)
+        typer.echo(to_json(plan) if given.as_json else told)
         return
     asked = {**subject.settings(), "seed": seed, **read.settings()}
     with (
@@ -247,7 +254,7 @@ def ruler(
             progress=bars,
         )
     if given.as_json:
-        typer.echo(json.dumps({**asked, **result}))
+        typer.echo(to_json({**asked, **result}))
         return
     rows = [
         (task, *(_share(found.get(str(n))) for n in sizes))
@@ -257,11 +264,19 @@ def ruler(
     worst = (result["worst"].get(str(n)) for n in sizes)
     rows.append(("worst", *("-" if one is None else one["task"] for one in worst)))
     columns = ("task", *(f"{n:,}" for n in sizes))
-    table(f"RULER, {samples} questions each", columns, rows)
+    planned = len(questions(names, sizes, samples))
+    table(f"RULER, {_asked(samples, 'questions', planned, given.limit)}", columns, rows)
 
 
 app.command("longbench")(longbench_command)
 app.command("kv")(kv_command)
+
+
+def _asked(each: int, what: str, planned: int, limit: int | None) -> str:
+    """What the figures of a table are of, in words."""
+    if limit is None or limit >= planned:
+        return f"{each:,} {what} each"
+    return f"the first {limit:,} of {planned:,} {what} (--limit)"
 
 
 def _share(score: float | None) -> str:

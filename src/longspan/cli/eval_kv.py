@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspan.cli.eval_options import Data, Model, PythonStdlib, Shared, shared
+from longspan.eval.plain import to_json
 
 if TYPE_CHECKING:
     from longspan.eval.kv_sweep import Sweep
@@ -83,6 +83,7 @@ def kv(
     from longspan.train.prepare import read_text, text_hash
 
     named = () if tasks == "none" else tuple(name.strip() for name in tasks.split(","))
+    named = tuple(dict.fromkeys(named))
     sweep = Sweep(
         forms=(
             *(() if policies == ["none"] else forms(policies or ("all",))),
@@ -129,16 +130,16 @@ def kv(
         )
     figures = report.summary(sweep, records)
     title = f"What a smaller cache loses: {Path(model).name}"
-    tables = report.markdown(sweep, figures, title)
+    tables = report.markdown(sweep, figures, title, limit=given.limit)
     if out is not None:
         (out / "kv.md").write_text(tables, encoding="utf-8")
-        (out / "kv.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        (out / "kv.json").write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is None:
             typer.echo("no kv.svg: it needs pip install 'longspan[viz]'", err=True)
         else:
             report.picture(sweep, figures, title, out / "kv.svg")
     if given.as_json:
-        typer.echo(json.dumps({"settings": asked, "figures": figures}))
+        typer.echo(to_json({"settings": asked, "figures": figures}))
         return
     typer.echo(tables, nl=False)
 
@@ -160,9 +161,7 @@ def _list(sweep: Sweep, given: Shared) -> None:
         for form in sweep.forms
     ]
     if given.as_json:
-        typer.echo(
-            json.dumps({"forms": chosen, "measures": sweep.measures, "figures": len(cells)})
-        )
+        typer.echo(to_json({"forms": chosen, "measures": sweep.measures, "figures": len(cells)}))
         return
     for one in chosen:
         # The least budget that is enough; it is named where that is not the first.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from longspan.cli.eval_options import KV, DenseBelow, Model, Prefill, Shared, shared, table
+from longspan.eval.plain import to_json
 
 
 @shared
@@ -109,7 +109,7 @@ def longbench(
         subject.check()
         found = survey(tokenizer_of(model), asked, forms, room)
         if given.as_json:
-            typer.echo(json.dumps({"datasets": found, **told}))
+            typer.echo(to_json({"datasets": found, **told}))
             return
         _list(found)
         typer.echo(
@@ -155,7 +155,7 @@ def longbench(
             progress=bars,
         )
     if given.as_json:
-        typer.echo(json.dumps({**settings, **result}))
+        typer.echo(to_json({**settings, **result}))
         return
     rows = [
         (

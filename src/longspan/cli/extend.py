@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.eval_options import RopeFactors
+from longspan.eval.plain import to_json
 
 if TYPE_CHECKING:
     from longspan.train.settings import ExtendSettings
@@ -192,7 +192,7 @@ def run_with_bars(run: Any, settings: ExtendSettings, out: Path, **options: Any)
 def show_plan(summary: dict[str, Any], as_json: bool) -> None:
     """Print what a run would do."""
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(to_json(summary))
         return
     for name, value in summary.items():
         shown = f"{value:,}" if isinstance(value, int) else value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 if TYPE_CHECKING:
     from longspan.hf.generate import Generated
@@ -59,6 +60,7 @@ def generate(
     from longspan.cli.values import pick_device
     from longspan.errors import InputError
     from longspan.eval.answers import reading
+    from longspan.eval.seed import check_seed
     from longspan.kv import cache
 
     how = reading(prefill, dense_below, kv, pattern)
@@ -69,6 +71,7 @@ def generate(
             f"Expected at least 1 token and a temperature from 0, got --tokens {tokens} and "
             f"--temperature {temperature:g}."
         )
+    check_seed(seed)
     text = _prompt(prompt, prompt_file)
 
     import torch
@@ -89,6 +92,7 @@ def generate(
             f"the {trained:,} positions that the model says it knows.",
             err=True,
         )
+    loaded.register_forward_hook(_refuse_nan)
     torch.manual_seed(seed)
     made = run(
         loaded,
@@ -110,7 +114,7 @@ def generate(
                     "sparse": least is not None and made.prompt_tokens >= least,
                 }
             }
-        typer.echo(json.dumps({**made.to_dict(), **read}))
+        typer.echo(to_json({**made.to_dict(), **read}))
         return
     _write("\n")
     for line in figures(made):
@@ -119,6 +123,17 @@ def generate(
         least = sparse.dense_below
         said = _prefilled(str(method), made.prompt_tokens, least, given=dense_below is not None)
         typer.echo(said, err=True)
+
+
+def _refuse_nan(model: Any, given: Any, output: Any) -> None:
+    """End where the next token cannot be chosen: greedily it would be the first one, silently."""
+    from longspan.errors import RunError
+
+    if not output.logits[:, -1].amax(-1).isfinite().all():
+        raise RunError(
+            "The model's logits are not finite, so no token can be chosen. Its weights are "
+            "broken, or they overflow in this --dtype: try float32."
+        )
 
 
 def figures(made: Generated) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from longspan.eval.plain import to_json
 
 
 def pretrain(
@@ -48,7 +49,7 @@ def pretrain(
     from longspan.cli.progress import Bars
     from longspan.errors import DataError
     from longspan.train.data import python_sources, read_documents
-    from longspan.train.pretrain import PretrainConfig
+    from longspan.train.pretrain import PretrainConfig, plan
     from longspan.train.pretrain import pretrain as run
 
     if bool(data) == python_stdlib:
@@ -78,14 +79,10 @@ def pretrain(
         documents = python_sources("train", tests=stdlib_tests)
         validation, heldout = python_sources("validation"), python_sources("heldout")
     if dry_run:
-        plan = {
-            "documents": len(documents),
-            "characters": sum(len(document.text) for document in documents),
-            "heldout_documents": len(heldout),
-            "tokens_to_see": steps * batch * context,
-            "out": str(out),
-        }
-        typer.echo(json.dumps(plan, indent=None if as_json else 1))
+        planned = plan(
+            config, documents, out, validation=validation, heldout=heldout, resume=resume
+        )
+        typer.echo(to_json(planned, indent=None if as_json else 1))
         return
 
     with Bars() as bars:
@@ -104,7 +101,7 @@ def pretrain(
             on_step=show,
         )
     if as_json:
-        typer.echo(json.dumps(report.to_json()))
+        typer.echo(to_json(report.to_json()))
         return
     typer.echo(
         f"{report.parameters:,} parameters, {report.train_tokens:,} tokens of text, "

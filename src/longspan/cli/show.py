@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from longspan.eval.plain import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +95,7 @@ def _pictures(
     covered = coverage(pattern, n, heads=heads, layers=layers)
     laid = plan(pattern, n, heads)
     if as_json:
-        typer.echo(json.dumps(_record(found, covered.to_dict(), laid)))
+        typer.echo(to_json(_record(found, covered.to_dict(), laid)))
         return
     console = Console()
     small = views(pattern, n, heads=heads, layers=layers, cells=_fit(n, console))
@@ -133,7 +134,7 @@ def _words(pattern: Pattern, sentence: str, heads: int, as_json: bool) -> None:
             }
             for scene in found
         ]
-        typer.echo(json.dumps({"tokens": tokens, "tables": rows}))
+        typer.echo(to_json({"tokens": tokens, "tables": rows}))
         return
     console = Console()
     for scene in found:
@@ -152,7 +153,7 @@ def _gallery(out: Path, as_json: bool) -> None:
     out.write_text(text, encoding="utf-8")
     result = {"page": str(out), "patterns": count, "bytes": len(text.encode())}
     typer.echo(
-        json.dumps(result) if as_json else f"wrote {count} patterns to {out} ({len(text):,} bytes)"
+        to_json(result) if as_json else f"wrote {count} patterns to {out} ({len(text):,} bytes)"
     )
 
 

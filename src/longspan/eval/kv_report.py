@@ -9,6 +9,7 @@ from typing import Any
 
 from longspan.eval.kv_sweep import DENSE, Sweep, source_of
 from longspan.eval.perplexity import exp
+from longspan.eval.plain import mean
 from longspan.eval.records import Records
 
 FILE = "kv.jsonl"
@@ -44,22 +45,22 @@ def summary(sweep: Sweep, records: Records) -> Figures:
 def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     what = "nll" if "nll" in rows[0] else "score"
     each = [value for row in rows for value in row[what]]
-    mean = sum(each) / len(each)
+    middle = mean(each)
     extra = {
-        name: sum(row[name] for row in rows) / len(rows)
+        name: mean(row[name] for row in rows)
         for name in ("kept", "bytes", "density", "recall")
         if name in rows[0]
     }
-    return {"value": exp(mean) if what == "nll" else mean, "prompts": len(each), **extra}
+    return {"value": exp(middle) if what == "nll" else middle, "prompts": len(each), **extra}
 
 
-def markdown(sweep: Sweep, figures: Figures, title: str) -> str:
-    """All tables."""
+def markdown(sweep: Sweep, figures: Figures, title: str, limit: int | None = None) -> str:
+    """All tables; ``limit`` is that of the measurement."""
     budgets = [f"{share:g}" for share in sweep.budgets]
     columns = [f"{float(share):.0%}" for share in budgets]
     policies = [form for form in sweep.forms if not form.prefill]
     methods = [form for form in sweep.forms if form.prefill]
-    lines = [f"# {title}", "", *_about(sweep), ""]
+    lines = [f"# {title}", "", *_about(sweep, limit), ""]
     for measure, rows in figures.items():
         lines += [f"## {heading(measure)}", ""]
         write = _writer(measure)
@@ -98,7 +99,7 @@ def heading(measure: str) -> str:
     return f"{source_of(measure)}{asked}: share of answers"
 
 
-def _about(sweep: Sweep) -> list[str]:
+def _about(sweep: Sweep, limit: int | None) -> list[str]:
     parts = []
     if sweep.new:
         parts.append(f"{sweep.new - 1} tokens scored at once")
@@ -106,8 +107,11 @@ def _about(sweep: Sweep) -> list[str]:
         parts.append(f"{sweep.steps - 1} one by one")
     scored = f", {' and '.join(parts)} behind each" if parts else ""
     least = "" if all(f.fits(min(sweep.budgets), sweep.length) for f in sweep.forms) else NO_FIGURE
+    each, cells = f"{sweep.samples} for every figure", len(sweep.cells())
+    if limit is not None and limit < cells:
+        each = f"up to {each}, as only the first {limit:,} of {cells:,} were measured (--limit)"
     return [
-        f"Prompts of {sweep.length:,} tokens, {sweep.samples} for every figure{scored}. A budget "
+        f"Prompts of {sweep.length:,} tokens, {each}{scored}. A budget "
         "is the share of the prompt that a key head keeps, sinks, recent tokens and windows "
         f"counted; for sparse prefill it is the parameter of the method.{least}"
     ]
@@ -143,8 +147,9 @@ def _from(
     for share, value in reversed(list(zip(budgets, values, strict=True))):
         if value is None:
             continue
-        perplexity = measure in _TITLES
-        if value > dense * (1 + LOSS) if perplexity else value < dense * FOUND:
+        good = value <= dense * (1 + LOSS) if measure in _TITLES else value >= dense * FOUND
+        # NaN is not good either.
+        if not good:
             break
         enough = share
     return "not here" if enough is None else f"{float(enough):.0%}"

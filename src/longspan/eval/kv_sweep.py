@@ -14,6 +14,7 @@ from typing import Any
 from longspan.errors import InputError
 from longspan.eval.kv_forms import Form, check_budget
 from longspan.eval.ruler import check_tasks
+from longspan.eval.seed import check_seed
 
 DENSE = Form(name="dense", template="everything()")
 
@@ -49,6 +50,7 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.tasks:
             check_tasks(self.tasks)
         if not self.budgets or not all(0 < share <= 1 for share in self.budgets):

@@ -19,8 +19,10 @@ import torch
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.perplexity import check_limit
+from longspan.eval.plain import mean
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
+from longspan.eval.seed import check_seed
 
 STYLES = ("prose", "code")
 
@@ -92,6 +94,7 @@ def passkey(
         DataError: a length that cannot hold the question.
     """
     check_passkey(depths, trials, style)
+    check_seed(seed)
     check_limit(limit)
     records = Records(None, {}) if records is None else records
     cells = [(n, d, t) for n in lengths for d in depths for t in range(trials)][:limit]
@@ -161,5 +164,5 @@ def _key(length: int, depth: float, trial: int) -> str:
 
 def _mean(records: Records, of: str, length: int, depth: float, trials: int) -> float | None:
     keys = [_key(length, depth, trial) for trial in range(trials)]
-    values = [float(records[key][of]) for key in keys if key in records]
-    return sum(values) / len(values) if values else None
+    values = [records[key][of] for key in keys if key in records]
+    return mean(values) if values else None

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
+from longspan.eval.plain import mean
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 
@@ -172,7 +173,7 @@ def perplexity(
     rows = []
     for length, found in by_length.items():
         results = [records[_key(length, w)] for w in found]
-        nll = sum(r["nll"] for r in results) / len(results)
+        nll = mean(r["nll"] for r in results)
         rows.append(
             {
                 "length": length,

@@ -1,8 +1,8 @@
 """Measurements as lines of JSON: what was measured once is not measured again.
 
 The first line of a file says what was asked (and its hash); each further line is one finished
-measurement under a key. A run that was killed leaves at most one broken last line, which is
-dropped.
+measurement under a key, with null where a number was not finite. A run that was killed leaves at
+most one broken last line, which is dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from longspan.errors import DataError
 from longspan.eval.output import check_output_folder
+from longspan.eval.plain import to_json
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -68,7 +69,7 @@ class Records:
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
     def _load(self, path: Path, header: dict[str, Any]) -> None:
         there = read_records(path)
@@ -119,7 +120,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _replace(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Make a file hold these lines; a run that is killed here leaves it as it was."""
-    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    whole = "".join(to_json(line) + "\n" for line in lines)
     if path.exists() and path.read_text(encoding="utf-8") == whole:
         return
     beside = path.with_name(path.name + ".new")

@@ -18,6 +18,7 @@ from longspan.eval.perplexity import check_limit
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 from longspan.eval.ruler import TASKS, Sample, Task, check_tasks, score
+from longspan.eval.seed import check_seed
 
 _LARGEST = 1 << 22
 
@@ -59,6 +60,7 @@ def ruler(
         DataError: a length that cannot hold a question.
     """
     check_tasks(tasks, samples)
+    check_seed(seed)
     check_limit(limit)
     records = Records(None, {}) if records is None else records
     cells = questions(tasks, lengths, samples, limit)
@@ -86,7 +88,9 @@ def questions(
     tasks: Sequence[str], lengths: Sequence[int], samples: int, limit: int | None = None
 ) -> list[tuple[str, int, int]]:
     """Task, length and number of every question, in the order in which they are asked."""
-    return [(task, n, i) for n in lengths for task in tasks for i in range(samples)][:limit]
+    each = [(task, n, i) for n in lengths for task in tasks for i in range(samples)]
+    # A length or task that is named twice is one.
+    return list(dict.fromkeys(each))[:limit]
 
 
 def check_rooms(tokenizer: Any, asked: Sequence[tuple[str, int, int]]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.errors import DataError, InputError
 from longspan.eval.perplexity import check_limit, evenly, exp, windows
+from longspan.eval.plain import mean
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import Records
 
@@ -133,7 +134,7 @@ def by_length(
             losses.append(records[key])
             done += 1
             progress("stepwise", done, total)
-        nll = sum(one["nll"] for one in losses) / len(losses)
+        nll = mean(one["nll"] for one in losses)
         rows.append(
             {
                 "length": length,

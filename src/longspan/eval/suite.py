@@ -16,6 +16,7 @@ from longspan.eval.passkey import check_passkey, passkey, probe
 from longspan.eval.perplexity import evenly, perplexity
 from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.records import Records
+from longspan.eval.seed import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class SuiteConfig:
                 f"Evaluation needs at least one sequence and no negative number of trials, "
                 f"got {self.sequences} and {self.trials}."
             )
+        check_seed(self.seed)
         if self.trials:
             check_passkey(self.depths, self.trials, self.style)
 

@@ -6,12 +6,12 @@ numbers than were measured, without any error. The card says the lines that scal
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
+from longspan.eval.plain import to_json
 from longspan.train.checkpoint import write_atomically
 from longspan.train.settings import ExtendSettings
 
@@ -78,7 +78,7 @@ def write_card(folder: Path, settings: ExtendSettings, config: Any) -> None:
     )
     for name, content in (
         ("README.md", card),
-        ("longspan.json", json.dumps(how, indent=1) + "\n"),
+        ("longspan.json", to_json(how, indent=1) + "\n"),
     ):
         _write(folder / name, content)
 

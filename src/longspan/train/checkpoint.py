@@ -9,6 +9,7 @@ the disk.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,15 +66,47 @@ class Checkpoints:
         return path
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint as (step, state) with tensors on the CPU, or None."""
-        steps = self.steps()
-        if not steps:
-            return None
-        path = self._path(steps[-1])
-        return steps[-1], torch.load(path, map_location="cpu", weights_only=True)
+        """The newest whole checkpoint as (step, state) with tensors on the CPU, or None.
+
+        A damaged one is passed over with a warning.
+
+        Raises:
+            RunError: there are checkpoints, and all are damaged.
+        """
+        damaged: RunError | None = None
+        for step in reversed(self.steps()):
+            try:
+                state = read_state(self._path(step))
+            except RunError as error:
+                damaged = error
+                warnings.warn(f"{error} The one before it is tried.", stacklevel=2)
+            else:
+                return step, state
+        if damaged is not None:
+            raise RunError(
+                f"No checkpoint in {self.folder} can be read. Remove this folder to train from "
+                "the first step again."
+            ) from damaged
+        return None
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
+
+
+def read_state(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, with tensors on the CPU.
+
+    Raises:
+        RunError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    # Torch has no error of its own for this: what comes depends on the byte that is wrong.
+    except Exception as error:
+        raise RunError(f"The checkpoint {path} is damaged.") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -14,7 +14,6 @@ skipped when it is found there: so ``resume`` continues wherever the run was int
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from longspan import hf
 from longspan.errors import RunError
 from longspan.eval.environment import environment
 from longspan.eval.losses import TokenLoss
+from longspan.eval.plain import to_json
 from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.suite import evaluate
 from longspan.hf import lora
@@ -192,15 +192,5 @@ def write_report(report: dict[str, Any], out: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON completely or not at all; infinities become null."""
-    text = json.dumps(_finite(value), indent=1) + "\n"
+    text = to_json(value, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

@@ -23,7 +23,9 @@ from longspan.errors import InputError, RunError
 from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import read_lines
+from longspan.eval.seed import check_seed
 from longspan.train.checkpoint import Checkpoints
+from longspan.train.finite import LARGEST_RATE, check_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,17 @@ class LoopConfig:
         for name in ("steps", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.lr > 0 or not self.clip > 0:
-            raise InputError(f"lr and clip must be positive, got {self.lr} and {self.clip}.")
-        if self.warmup < 0 or self.weight_decay < 0:
+        # Written so that nan is refused too; a clip of inf clips nothing.
+        if not 0 < self.lr <= LARGEST_RATE or not self.clip > 0:
             raise InputError(
-                f"warmup and weight_decay cannot be negative, got {self.warmup} and "
-                f"{self.weight_decay}."
+                f"lr and clip must be positive and lr at most 1e30, got {self.lr} and {self.clip}."
             )
+        if self.warmup < 0 or not 0 <= self.weight_decay < math.inf:
+            raise InputError(
+                "warmup and weight_decay cannot be negative, and weight_decay is finite, "
+                f"got {self.warmup} and {self.weight_decay}."
+            )
+        check_seed(self.seed)
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"Unknown schedule {self.schedule!r}: choose constant or cosine.")
 
@@ -114,13 +120,7 @@ def train(
     model.train()
     for step in range(start, config.steps):
         record = _step(loss, batch_at, step, trained, optimizer, config)
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-            raise RunError(
-                f"The loss is {record['loss']} and the gradient norm {record['grad_norm']} at "
-                f"step {step + 1}: "
-                f"the run is broken. Lower the learning rate (now {config.lr:g}) or lengthen "
-                "the warm-up."
-            )
+        check_step(record["loss"], record["grad_norm"], step + 1, config.lr)
         records.append(record)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -9,7 +9,6 @@ V vocabulary, n sequences of evaluation text.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.errors import DataError, InputError
-from longspan.eval.output import check_output_folder
-from longspan.hf.build import build_llama, load_tokenizer, save_model, train_tokenizer
+from longspan.errors import InputError
+from longspan.eval.perplexity import exp
+from longspan.eval.plain import to_json
+from longspan.eval.seed import check_seed
+from longspan.hf.build import build_llama, save_model, train_tokenizer
 from longspan.hf.models import check_device
-from longspan.hf.quiet import saving
-from longspan.train.checkpoint import write_atomically
 from longspan.train.data import (
     Document,
     Sampler,
@@ -36,9 +35,19 @@ from longspan.train.data import (
     tokenize_documents,
     windows,
 )
-
-CHECKPOINT_FOLDER = "checkpoint"
-REPORT_NAME = "pretrain.json"
+from longspan.train.finite import LARGEST_RATE, check_step, check_weights
+from longspan.train.interrupt import between_steps
+from longspan.train.prepare import text_hash
+from longspan.train.pretrain_state import (
+    CHECKPOINT_FOLDER,
+    REPORT_NAME,
+    History,
+    check_out,
+    load_state,
+    restore,
+    save_state,
+    tokenizer_in,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +82,26 @@ class PretrainConfig:
         for name in (*sizes, "steps", "batch", "warmup", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.lr > 0 or not self.weight_decay >= 0:
+        if not 0 < self.lr <= LARGEST_RATE or not 0 <= self.weight_decay < math.inf:
             raise InputError(
-                "lr must be positive and weight_decay not negative, "
+                "lr must be positive and at most 1e30, weight_decay not negative and finite, "
                 f"got {self.lr} and {self.weight_decay}."
             )
         for name in ("recall_share", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.recalled == self.batch:
+            raise InputError(
+                f"recall_share {self.recall_share} of a batch of {self.batch} leaves no sequence "
+                "of real text: give a smaller share or a larger batch."
+            )
+        check_seed(self.seed)
         check_device(self.device)
+
+    @property
+    def recalled(self) -> int:
+        """Sequences of each batch that are synthetic recall text."""
+        return round(self.recall_share * self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +116,12 @@ class PretrainReport:
     train_loss: float
     validation_loss: float | None
     heldout_loss: float | None
-    history: list[tuple[int, float, float | None]]
+    history: History
 
     @property
     def heldout_perplexity(self) -> float | None:
         """Perplexity on the held-out text in separate windows of the trained context."""
-        return None if self.heldout_loss is None else math.exp(self.heldout_loss)
+        return None if self.heldout_loss is None else exp(self.heldout_loss)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -130,66 +150,170 @@ def pretrain(
         on_step: called after every tenth step and the last one with (step, train loss, last
             validation loss).
 
+    Ctrl-C ends the run after the step that it is in, with a checkpoint to resume from.
+
     Raises:
-        DataError: too little text, ``out`` not empty or not to be written, or nothing to resume
-            from.
+        DataError: too little text, ``out`` not empty or not to be written, nothing to resume from,
+            or a run of other settings or text.
+        RunError: the loss is no longer finite, or the checkpoint is damaged.
     """
     out = Path(out)
-    checkpoint = out / CHECKPOINT_FOLDER
-    _check_out(out, checkpoint, resume=resume)
-
-    tokenizer = (
-        load_tokenizer(checkpoint)
-        if resume
-        else train_tokenizer((document.text for document in documents), config.vocab)
-    )
-    tokenizer.model_max_length = config.context
-    text = _Text(config, tokenizer, documents)
-    validation_nL, heldout_nL = (
-        _eval_sequences(tokenizer, some, config.context + 1) for some in (validation, heldout)
-    )
-    device = torch.device(config.device)
-    torch.manual_seed(config.seed)
-    model = _build(config, len(tokenizer)).to(device)
+    run = _prepare(config, documents, out, validation, heldout, resume=resume)
+    model, optimizer, history = run.model, run.optimizer, run.history
     hooks = _add_dropout(model, config.dropout)
-    optimizer = _optimizer(model, config)
-    first, seconds, history = 0, 0.0, []
-    if resume:
-        first, seconds, history = _restore(checkpoint, config, model, optimizer)
+    started = time.perf_counter() - run.seconds
 
-    started = time.perf_counter() - seconds
+    def keep(step: int) -> None:
+        save_state(
+            out,
+            settings=run.settings,
+            tokenizer=run.tokenizer,
+            model=model,
+            optimizer=optimizer,
+            step=step,
+            seconds=time.perf_counter() - started,
+            history=history,
+        )
+
+    if not resume:
+        keep(0)
     validation_loss = history[-1][2] if history else None
-    for step in range(first, config.steps):
-        loss = _step(model, optimizer, text.batch(step).to(device), learning_rate(config, step))
-        done = step + 1
-        if done % config.eval_every == 0 or done == config.steps:
-            validation_loss = _mean_loss(model, validation_nL, config.batch)
-            history.append((done, loss.item(), validation_loss))
-        # Reading the loss waits for the GPU, so not after every step.
-        if on_step is not None and (done % 10 == 0 or done == config.steps):
-            on_step(done, loss.item(), validation_loss)
-        if done % config.save_every == 0 and done < config.steps:
-            seconds = time.perf_counter() - started
-            state = _state(config, model, optimizer, done, seconds, history)
-            _save_checkpoint(checkpoint, tokenizer, state)
+    with between_steps() as interrupted:
+        for step in range(run.step, config.steps):
+            done, last = step + 1, step + 1 == config.steps
+            batch_BL = run.text.batch(step).to(model.device)
+            loss, norm = _step(model, optimizer, batch_BL, learning_rate(config, step))
+            measured = done % config.eval_every == 0 or last
+            kept = done % config.save_every == 0 and not last
+            shown = done % 10 == 0 or last
+            # Asked once: what arrives later is for the next step.
+            stop = interrupted()
+            # Reading the loss waits for the GPU, so not after every step: what is not finite
+            # stays so.
+            if measured or kept or shown or stop:
+                check_step(loss.item(), norm.item(), done, config.lr)
+            if measured:
+                validation_loss = _mean_loss(model, run.validation_nL, config.batch)
+                history.append((done, loss.item(), validation_loss))
+            if on_step is not None and shown:
+                on_step(done, loss.item(), validation_loss)
+            if kept or stop:
+                keep(done)
+            if stop:
+                raise KeyboardInterrupt
+    check_weights(model.parameters(), config.lr)
 
     report = PretrainReport(
         config=asdict(config),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        train_tokens=text.tokens,
+        parameters=run.parameters,
+        train_tokens=run.text.tokens,
         tokens_seen=config.steps * config.batch * config.context,
         seconds=time.perf_counter() - started,
         train_loss=history[-1][1],
         validation_loss=validation_loss,
-        heldout_loss=_mean_loss(model, heldout_nL, config.batch),
+        heldout_loss=_mean_loss(model, run.heldout_nL, config.batch),
         history=history,
     )
     for hook in hooks:
         hook.remove()
-    save_model(model.to(torch.bfloat16), tokenizer, out)
-    (out / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    save_model(model.to(torch.bfloat16), run.tokenizer, out)
+    (out / REPORT_NAME).write_text(to_json(report.to_json(), indent=1) + "\n")
+    shutil.rmtree(out / CHECKPOINT_FOLDER, ignore_errors=True)
     return report
+
+
+def plan(
+    config: PretrainConfig,
+    documents: Sequence[Document],
+    out: Path | str,
+    *,
+    validation: Sequence[Document] = (),
+    heldout: Sequence[Document] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """What ``pretrain`` would do, in numbers; its checks are made, nothing is written.
+
+    Raises:
+        LongspanError: what ``pretrain`` would refuse before its first step.
+    """
+    run = _prepare(config, documents, Path(out), validation, heldout, resume=resume)
+    return {
+        "documents": len(documents),
+        "characters": sum(len(document.text) for document in documents),
+        "heldout_documents": len(heldout),
+        "parameters": run.parameters,
+        "train_tokens": run.text.tokens,
+        "tokens_to_see": config.steps * config.batch * config.context,
+        "steps_done": run.step,
+        "out": str(out),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A run whose inputs were all found to be in order, before its next step."""
+
+    settings: dict[str, Any]
+    tokenizer: Any
+    text: _Text
+    validation_nL: Tensor | None
+    heldout_nL: Tensor | None
+    model: Any
+    optimizer: torch.optim.AdamW
+    step: int
+    seconds: float
+    history: History
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def _prepare(
+    config: PretrainConfig,
+    documents: Sequence[Document],
+    out: Path,
+    validation: Sequence[Document],
+    heldout: Sequence[Document],
+    *,
+    resume: bool,
+) -> _Run:
+    """Check everything, build the model or take up its checkpoint; nothing is written."""
+    check_out(out, resume=resume)
+    state = load_state(out) if resume else None
+    tokenizer = (
+        train_tokenizer((document.text for document in documents), config.vocab)
+        if state is None
+        else tokenizer_in(state)
+    )
+    tokenizer.model_max_length = config.context
+    text = _Text(config, tokenizer, documents)
+    validation_T, heldout_T = (
+        tokenize_documents(tokenizer, some) for some in (validation, heldout)
+    )
+    torch.manual_seed(config.seed)
+    model = _build(config, len(tokenizer)).to(torch.device(config.device))
+    optimizer = _optimizer(model, config)
+    settings = {
+        **asdict(config),
+        "training text": text.hash,
+        "validation text": text_hash(validation_T),
+        "held-out text": text_hash(heldout_T),
+    }
+    if state is not None:
+        restore(out, state, settings, model, optimizer)
+    return _Run(
+        settings=settings,
+        tokenizer=tokenizer,
+        text=text,
+        validation_nL=_eval_sequences(validation_T, config.context + 1),
+        heldout_nL=_eval_sequences(heldout_T, config.context + 1),
+        model=model,
+        optimizer=optimizer,
+        step=0 if state is None else state["step"],
+        seconds=0.0 if state is None else state["seconds"],
+        history=[] if state is None else state["history"],
+    )
 
 
 class _Text:
@@ -198,16 +322,18 @@ class _Text:
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, documents: Sequence[Document]
     ) -> None:
-        self._recalled = round(config.recall_share * config.batch)
+        self._recalled = config.recalled
         self._real = config.batch - self._recalled
 
-        def sampler(some: Sequence[Document]) -> Sampler:
-            tokens = tokenize_documents(tokenizer, some)
+        def sampler(tokens: Sequence[Tensor]) -> Sampler:
             return Sampler(tokens, config.context + 1, seed=config.seed)
 
-        self._text, self._recall = sampler(documents), None
+        tokens = tokenize_documents(tokenizer, documents)
+        self.hash = text_hash(tokens)
+        self._text, self._recall = sampler(tokens), None
         if self._recalled:
-            self._recall = sampler(recall_documents(config.seed, config.recall_count))
+            recall = recall_documents(config.seed, config.recall_count)
+            self._recall = sampler(tokenize_documents(tokenizer, recall))
 
     @property
     def tokens(self) -> int:
@@ -236,16 +362,18 @@ def _build(config: PretrainConfig, vocabulary: int) -> Any:
     )
 
 
-def _step(model: Any, optimizer: torch.optim.AdamW, batch_BL: Tensor, lr: float) -> Tensor:
-    """One optimizer step; its loss, which nobody has waited for."""
+def _step(
+    model: Any, optimizer: torch.optim.AdamW, batch_BL: Tensor, lr: float
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; its loss and gradient norm, which nobody has waited for."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = sequence_loss(model, batch_BL)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+    return loss.detach(), norm
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -264,10 +392,8 @@ def sequence_loss(model: Any, batch_BL: Tensor) -> Tensor:
     return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
 
 
-def _eval_sequences(tokenizer: Any, documents: Sequence[Document], length: int) -> Tensor | None:
-    return (
-        windows(tokenize_documents(tokenizer, documents), length, seed=None) if documents else None
-    )
+def _eval_sequences(documents_T: Sequence[Tensor], length: int) -> Tensor | None:
+    return windows(documents_T, length, seed=None) if documents_T else None
 
 
 @torch.no_grad()
@@ -309,74 +435,3 @@ def _optimizer(model: Any, config: PretrainConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=(0.9, 0.95),
     )
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    # Dropout draws from the generator of the device it runs on.
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state.cpu(), device)
-    else:
-        torch.set_rng_state(state)
-
-
-def _check_out(out: Path, checkpoint: Path, *, resume: bool) -> None:
-    check_output_folder(out)
-    if resume:
-        if (out / REPORT_NAME).is_file():
-            raise DataError(f"the run in {out} is finished: there is nothing to resume.")
-        if not (checkpoint / "state.pt").is_file():
-            raise DataError(
-                f"nothing to resume: {checkpoint} holds no checkpoint. Start without resume."
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(
-            f"output {out} exists and is not an empty folder. Choose another or resume."
-        )
-
-
-def _state(
-    config: PretrainConfig,
-    model: Any,
-    optimizer: torch.optim.AdamW,
-    step: int,
-    seconds: float,
-    history: list[tuple[int, float, float | None]],
-) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": _rng_state(torch.device(config.device)),
-        "step": step,
-        "seconds": seconds,
-        "history": history,
-    }
-
-
-def _restore(
-    checkpoint: Path, config: PretrainConfig, model: Any, optimizer: torch.optim.AdamW
-) -> tuple[int, float, list[tuple[int, float, float | None]]]:
-    """Go on from a checkpoint; its step, the seconds it took, and its history."""
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    if state["config"] != asdict(config):
-        changed = [
-            name for name, value in asdict(config).items() if state["config"].get(name) != value
-        ]
-        raise DataError(
-            f"{checkpoint} belongs to a run with other values of: {', '.join(changed)}."
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    _set_rng_state(torch.device(config.device), state["rng"])
-    return state["step"], state["seconds"], state["history"]
-
-
-def _save_checkpoint(checkpoint: Path, tokenizer: Any, state: dict[str, Any]) -> None:
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    with saving():
-        tokenizer.save_pretrained(checkpoint)
-    write_atomically(checkpoint / "state.pt", lambda file: torch.save(state, file))

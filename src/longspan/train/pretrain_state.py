@@ -1,0 +1,140 @@
+"""The one checkpoint of a pretraining run: weights, optimizer, tokenizer and text in one file.
+
+In one file, so that a kill at any moment leaves the checkpoint before, whole, or none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import DataError, RunError
+from longspan.eval.output import check_output_folder
+from longspan.eval.records import differences
+from longspan.hf.build import load_tokenizer
+from longspan.hf.quiet import saving
+from longspan.train.checkpoint import read_state, write_atomically
+
+CHECKPOINT_FOLDER = "checkpoint"
+STATE_NAME = "state.pt"
+REPORT_NAME = "pretrain.json"
+
+History = list[tuple[int, float, float | None]]
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raise DataError unless ``out`` can be written and is new, empty, or a run to resume."""
+    check_output_folder(out)
+    kept = out / CHECKPOINT_FOLDER / STATE_NAME
+    if resume:
+        if (out / REPORT_NAME).is_file():
+            raise DataError(f"the run in {out} is finished: there is nothing to resume.")
+        if not kept.is_file():
+            raise DataError(
+                f"nothing to resume: {kept.parent} holds no checkpoint. Start without resume."
+            )
+    # A run that was killed before its first checkpoint leaves a folder without one.
+    elif out.exists() and any(one.name != CHECKPOINT_FOLDER for one in out.iterdir()):
+        raise DataError(
+            f"output {out} exists and is not an empty folder. Choose another or resume."
+        )
+    elif kept.is_file():
+        raise DataError(
+            f"output {out} holds a run that was interrupted. Choose another or resume."
+        )
+
+
+def save_state(
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+    history: History,
+) -> None:
+    """Keep a run after ``step`` steps; ``settings`` are what a resumed run must repeat."""
+    folder = out / CHECKPOINT_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "settings": dict(settings),
+        "tokenizer": _files_of(tokenizer),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": _rng_state(model.device),
+        "step": step,
+        "seconds": seconds,
+        "history": history,
+    }
+    write_atomically(folder / STATE_NAME, lambda file: torch.save(state, file))
+
+
+def load_state(out: Path) -> dict[str, Any]:
+    """What ``save_state`` kept, with tensors on the CPU.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = out / CHECKPOINT_FOLDER / STATE_NAME
+    state = read_state(path)
+    wanted = {"settings", "tokenizer", "model", "optimizer", "rng", "step", "seconds", "history"}
+    if not isinstance(state, dict) or not state.keys() >= wanted:
+        raise RunError(f"{path} is no checkpoint of longspan pretrain. Start in a new folder.")
+    return state
+
+
+def tokenizer_in(state: Mapping[str, Any]) -> Any:
+    """The tokenizer of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in state["tokenizer"].items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return load_tokenizer(folder)
+
+
+def restore(
+    out: Path,
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a checkpoint into a model and an optimizer.
+
+    Raises:
+        DataError: the run was started with other settings or other text.
+    """
+    if state["settings"] != settings:
+        raise DataError(
+            f"The run in {out} was started with other settings: "
+            f"{differences(state['settings'], settings)}. "
+            "Resume with the settings it was started with, or give a new folder."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    _set_rng_state(model.device, state["rng"])
+
+
+def _files_of(tokenizer: Any) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        with saving():
+            tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+
+def _rng_state(device: torch.device) -> Tensor:
+    # Dropout draws from the generator of the device it runs on.
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state.cpu(), device)
+    else:
+        torch.set_rng_state(state)
