@@ -115,9 +115,9 @@ def test_a_condition_on_more_than_the_module_is_not_guessed():
     kind = type(model.model.layers[0].self_attn)
 
     class LlamaAttention(kind):
-        def forward(self, hidden_states, position_embeddings=None, **kwargs):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
             ALL_ATTENTION_FUNCTIONS = apply_rotary_pos_emb = None
-            if position_embeddings is not None:
+            if attention_mask is not None:
                 apply_rotary_pos_emb(ALL_ATTENTION_FUNCTIONS)
 
     LlamaAttention.__module__ = kind.__module__
@@ -126,3 +126,20 @@ def test_a_condition_on_more_than_the_module_is_not_guessed():
     assert rotates(model.model.layers[0].self_attn) is None
     with pytest.raises(Refusal, match="does not show whether it rotates"):
         ls.kv.cache(model, "recent(6)", positions="packed")
+    LlamaAttention.__module__ = "a module that is not there"
+    assert rotates(model.model.layers[0].self_attn) is None
+
+
+def test_a_condition_on_the_angles_is_that_there_are_any():
+    model = build("Llama")
+    kind = type(model.model.layers[0].self_attn)
+
+    class LlamaAttention(kind):
+        def forward(self, hidden_states, position_embeddings=None, **kwargs):
+            apply_rotary_pos_emb = None
+            if position_embeddings is not None:
+                apply_rotary_pos_emb()
+
+    LlamaAttention.__module__ = kind.__module__
+    model.model.layers[0].self_attn.__class__ = LlamaAttention
+    assert rotates(model.model.layers[0].self_attn) is True

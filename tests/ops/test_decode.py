@@ -132,7 +132,6 @@ def test_a_kernel_of_a_cpu_reads_rows_where_they_lie(pattern, rows, how, dtype):
 def test_keys_in_an_order_are_not_gathered_for_new_tokens_on_a_cpu(monkeypatch):
     q, k, v = inputs(1, 1)
     assert "kernel native" in ls.explain(q, k, v, "strided(8)")
-    assert "kernel tiled" in ls.explain(q, k, v, "window(500)")
     wanted = ls.attend(q, k, v, "strided(8)", impl="tiled")
 
     def order(*_):

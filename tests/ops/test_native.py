@@ -27,6 +27,7 @@ from tests.ops.cases import (
     window,
 )
 from tests.ops.test_tiled import assert_same
+from torch.utils.checkpoint import checkpoint
 
 import longspan as ls
 from longspan.errors import Refusal
@@ -516,6 +517,21 @@ def test_second_derivative_is_refused(loss: Callable[[torch.Tensor], torch.Tenso
     other = torch.ones(3, dtype=q.dtype, requires_grad=True)
     (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
     assert torch.equal(found, dq.sum().detach().expand(3))
+
+
+def test_graphs_of_gradients_under_gradient_checkpointing() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        return native(*qkv, case.ranges(), 0.25)[0]
+
+    found, wanted = (
+        torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        for out in (checkpoint(attend, q, k, v, use_reentrant=False), attend(q, k, v))
+    )
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_a_batch_of_gradients_is_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.ops.cases import CASES, Case, key_ranges, make_qkv, run, scattered, window
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import Refusal
 from longspan.ops.kernels import _tiled_views as views_module
@@ -292,6 +293,21 @@ def test_second_derivative_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
     other = torch.ones(3, dtype=q.dtype, requires_grad=True)
     (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
     assert torch.equal(found, dq.sum().detach().expand(3))
+
+
+def test_graphs_of_gradients_under_gradient_checkpointing() -> None:
+    case = BY_NAME["one-token"]
+    q, k, v = (x.requires_grad_() for x in make_qkv(case))
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        return tiled(*qkv, case.ranges(), 0.25)[0]
+
+    found, wanted = (
+        torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        for out in (checkpoint(attend, q, k, v, use_reentrant=False), attend(q, k, v))
+    )
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_a_batch_of_gradients_is_refused() -> None:

@@ -4,7 +4,8 @@ Some families leave layers without positions, each by a condition of its own: Sm
 ``use_rope``, Cohere 2 ``sliding_window``, EXAONE 4 ``is_sliding``, AFMoE ``is_local_attention``.
 Only ``forward`` itself says which, so its source is read: the conditions around its calls of
 ``apply_rotary_pos_emb`` are taken out and evaluated for the module. One that depends on more than
-the module (an argument, a local variable) is not guessed.
+the module (an argument, a local variable) is not guessed, but for the angles: models that have any
+hand them to all layers.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _Path = tuple[tuple[CodeType, bool], ...]
 
 def rotates(module: nn.Module) -> bool | None:
     """Whether an attention module rotates; None if its ``forward`` does not say."""
-    names = {**vars(sys.modules[type(module).__module__]), "self": module}
     try:
+        known = vars(sys.modules[type(module).__module__])
+        names = {**known, "self": module, "position_embeddings": ...}
         found = [
             all(bool(eval(code, names)) is wanted for code, wanted in path)
             for path in _calls(type(module))

@@ -30,23 +30,37 @@ def once(backward: Backward) -> Backward:
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(x is not None and _is_batch(x) for x in grads):
+        # A compiler cannot look into tensors, and has no batches.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and any(x is not None and _is_batch(x) for x in grads):
             raise Refusal(
                 "this kernel takes no batch of gradients (is_grads_batched, or torch.func around "
                 "a backward alone); impl='reference' does, at O(N M) memory"
             )
-        with torch.no_grad():
-            found = backward(ctx, *grads)
         # Somebody may ask for second derivatives: create_graph=True.
-        if not torch.is_grad_enabled():
+        again = torch.is_grad_enabled()
+        own = _Read(ctx) if again else ctx
+        with torch.no_grad():
+            found = backward(own, *grads)
+        if not again:
             return found
-        on = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        on = [x for x in (*own.saved_tensors, *grads) if x is not None and x.requires_grad]
         if not on:
             return found
         held = iter(_Last.apply(len(on), *on, *(x for x in found if x is not None)))
         return tuple(None if x is None else next(held) for x in found)
 
     return run
+
+
+class _Read:
+    """A context whose tensors are read once: gradient checkpointing gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _is_batch(grad: Tensor) -> bool:

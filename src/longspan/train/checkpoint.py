@@ -102,10 +102,13 @@ def read_state(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     # Torch has no error of its own for this: what comes depends on the byte that is wrong.
     except Exception as error:
+        # Nor for a file that is whole where memory is short.
+        if "allocate" in str(error):
+            raise
         raise RunError(f"The checkpoint {path} is damaged.") from error
 
 

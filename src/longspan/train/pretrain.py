@@ -198,10 +198,16 @@ def pretrain(
             if on_step is not None and shown:
                 on_step(done, loss.item(), validation_loss)
             if kept or stop:
+                # A checkpoint takes the place of the one before.
+                check_weights(model.parameters(), config.lr)
                 keep(done)
             if stop:
                 raise KeyboardInterrupt
-    check_weights(model.parameters(), config.lr)
+        check_weights(model.parameters(), config.lr)
+        # While the last losses were measured.
+        if interrupted():
+            keep(config.steps)
+            raise KeyboardInterrupt
 
     report = PretrainReport(
         config=asdict(config),

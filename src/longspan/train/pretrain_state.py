@@ -86,7 +86,10 @@ def load_state(out: Path) -> dict[str, Any]:
     state = read_state(path)
     wanted = {"settings", "tokenizer", "model", "optimizer", "rng", "step", "seconds", "history"}
     if not isinstance(state, dict) or not state.keys() >= wanted:
-        raise RunError(f"{path} is no checkpoint of longspan pretrain. Start in a new folder.")
+        raise RunError(
+            f"{path} is no checkpoint of this version of longspan pretrain: its text and tokenizer "
+            "are not in it. Finish it with the version that wrote it, or start in a new folder."
+        )
     return state
 
 
