@@ -87,8 +87,9 @@ def load_state(out: Path) -> dict[str, Any]:
     wanted = {"settings", "tokenizer", "model", "optimizer", "rng", "step", "seconds", "history"}
     if not isinstance(state, dict) or not state.keys() >= wanted:
         raise RunError(
-            f"{path} is no checkpoint of this version of longspan pretrain: its text and tokenizer "
-            "are not in it. Finish it with the version that wrote it, or start in a new folder."
+            f"{path} is no checkpoint of this version of longspan pretrain: its text and "
+            "tokenizer are not in it. Finish it with the version that wrote it, or start in a "
+            "new folder."
         )
     return state
 
