@@ -27,7 +27,6 @@ from tests.ops.cases import (
     window,
 )
 from tests.ops.test_tiled import assert_same
-from torch.utils.checkpoint import checkpoint
 
 import longspan as ls
 from longspan.errors import Refusal
@@ -497,50 +496,6 @@ def test_works_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         out, _ = native(*[x + 0 for x in qkv], ranges, 0.25)
     assert torch.equal(out, native(*qkv, ranges, 0.25)[0])
-
-
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
-def test_second_derivative_is_refused(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
-    out, _ = native(q, k, v, case.ranges(), 0.25)
-    (dq,) = torch.autograd.grad(loss(out), q, create_graph=True)
-    further = dq.square().sum() + q.square().sum()
-    for again in (
-        lambda: dq.sum().backward(retain_graph=True),
-        lambda: further.backward(inputs=[k], retain_graph=True),
-        *(lambda x=x: torch.autograd.grad(further, x, retain_graph=True) for x in (q, k, v)),
-    ):
-        with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
-            again()
-    # What attention does not depend on has one.
-    other = torch.ones(3, dtype=q.dtype, requires_grad=True)
-    (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
-    assert torch.equal(found, dq.sum().detach().expand(3))
-
-
-def test_graphs_of_gradients_under_gradient_checkpointing() -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
-
-    def attend(*qkv: torch.Tensor) -> torch.Tensor:
-        return native(*qkv, case.ranges(), 0.25)[0]
-
-    found, wanted = (
-        torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
-        for out in (checkpoint(attend, q, k, v, use_reentrant=False), attend(q, k, v))
-    )
-    for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_a_batch_of_gradients_is_refused() -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case, torch.float32))
-    out, _ = native(q, k, v, case.ranges(), 0.25)
-    batch = torch.ones(2, *out.shape)
-    with pytest.raises(Refusal, match="no batch of gradients"):
-        torch.autograd.grad(out, q, batch, is_grads_batched=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +12,7 @@ import pytest
 import torch
 from tests.ops.cases import CASES, Case, key_ranges, make_qkv, run, scattered, window
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from longspan.errors import Refusal
 from longspan.ops.kernels import _tiled_views as views_module
 from longspan.ops.kernels import tiled as tiled_module
 from longspan.ops.kernels._tiled_schedule import build_schedule
@@ -273,50 +271,6 @@ def test_large_logits_stay_finite() -> None:
     expected = run(reference, [x.double() for x in qkv], case.ranges())
     assert_same({"out": found["out"]}, {"out": expected["out"]}, 1e-3)
     assert all(x.isfinite().all() for x in found.values())
-
-
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()])
-def test_second_derivative_is_refused(loss: Callable[[Tensor], Tensor]) -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case))
-    out, _ = tiled(q, k, v, case.ranges(), 0.25)
-    (dq,) = torch.autograd.grad(loss(out), q, create_graph=True)
-    further = dq.square().sum() + q.square().sum()
-    for again in (
-        lambda: dq.sum().backward(retain_graph=True),
-        lambda: further.backward(inputs=[k], retain_graph=True),
-        *(lambda x=x: torch.autograd.grad(further, x, retain_graph=True) for x in (q, k, v)),
-    ):
-        with pytest.raises(Refusal, match="no second derivative; impl='reference' has"):
-            again()
-    # What attention does not depend on has one.
-    other = torch.ones(3, dtype=q.dtype, requires_grad=True)
-    (found,) = torch.autograd.grad((dq.sum() * other).sum(), other)
-    assert torch.equal(found, dq.sum().detach().expand(3))
-
-
-def test_graphs_of_gradients_under_gradient_checkpointing() -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case))
-
-    def attend(*qkv: torch.Tensor) -> torch.Tensor:
-        return tiled(*qkv, case.ranges(), 0.25)[0]
-
-    found, wanted = (
-        torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
-        for out in (checkpoint(attend, q, k, v, use_reentrant=False), attend(q, k, v))
-    )
-    for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_a_batch_of_gradients_is_refused() -> None:
-    case = BY_NAME["one-token"]
-    q, k, v = (x.requires_grad_() for x in make_qkv(case))
-    out, _ = tiled(q, k, v, case.ranges(), 0.25)
-    batch = torch.ones(2, *out.shape)
-    with pytest.raises(Refusal, match="no batch of gradients"):
-        torch.autograd.grad(out, q, batch, is_grads_batched=True)
 
 
 @pytest.mark.parametrize("name", ["window", "scca-flow", "shifted-chunk", "sink-window", "causal"])

@@ -220,6 +220,7 @@ def _plan(
     else:
         if isinstance(pattern, str):
             pattern = _parsed(pattern)
+        # Before the plans that are kept, which ask for a hash.
         if not isinstance(pattern, Pattern):
             raise PatternError(
                 f"expected a pattern, its text form or a plan, got {pattern!r} "
