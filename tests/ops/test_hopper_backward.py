@@ -32,7 +32,7 @@ from tests.ops.test_hopper_plan import (
 
 import longspan as ls
 from longspan.errors import Refusal
-from longspan.ops.kernels import _hopper_back_plan, _hopper_plan
+from longspan.ops.kernels import _hopper_back_plan, _hopper_ends, _hopper_plan
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.views import by_remainder, row_after_row
@@ -367,13 +367,16 @@ def test_any_number_of_heads_fits_the_grid(monkeypatch):
             grids.append(grid)
             return lambda *_: None
 
-    kernels = SimpleNamespace(deltas=Rows(), scaled=Rows())
-    monkeypatch.setattr(module, "_sums", lambda: kernels)
+    kernels = SimpleNamespace(begun=Rows(), ended=Rows())
+    monkeypatch.setattr(_hopper_ends, "_kernels", lambda: kernels)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     out = torch.zeros(1, 1, 1, 8).expand(1 << 14, 4, 513, 8)
     lse = torch.zeros(1, 1, 1).expand(1 << 14, 4, 513)
-    module._first(out, out, lse, None)
-    module._turn(torch.zeros(1), out, 1.0, 64)
+    numbers = 1000
+    first, zeros = _hopper_ends.begun(out, out, lse, None, numbers)
+    assert (first.shape, zeros.shape) == ((1 << 14, 4, 2, 513), (numbers,))
+    cut = torch.zeros(0, 4, dtype=torch.int32)
+    _hopper_ends.ended((zeros, out, 1.0), (zeros, cut), (out, out, None, None), 64)
     # CUDA takes 2**31 - 1 programs along the first axis, 65,535 along the others.
     assert grids == [(2 * (1 << 16), 1, 1), (9 * (1 << 16), 1, 1)]
 

@@ -111,4 +111,4 @@ def _beside(tables: Sequence[Rows]) -> Rows:
     """Along the last axis, for the most batch rows that any of them has."""
     batch = max(len(table) for table in tables)
     full = [np.broadcast_to(table, (batch, *table.shape[1:])) for table in tables]
-    return np.concatenate(full, axis=-1).astype(np.int32)
+    return np.concatenate(full, axis=-1).astype(np.int32, copy=False)

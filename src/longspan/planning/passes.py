@@ -115,8 +115,17 @@ def alike(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[list[int]]]:
 def used_first(lo: Rows, hi: Rows) -> tuple[Rows, Rows]:
     """The same ranges with unused ones last, and no more of them than some query has."""
     used = lo < hi
+    count = used.sum(axis=-1)
     if (used[..., 1:] & ~used[..., :-1]).any():
-        order = np.argsort(~used, axis=-1, kind="stable")
-        lo, hi = (np.take_along_axis(table, order, axis=-1) for table in (lo, hi))
-    width = max(1, int(used.sum(axis=-1).max()))
+        front = np.arange(lo.shape[-1]) < count[..., None]
+        lo, hi = (_moved(table, used, front) for table in (lo, hi))
+    width = max(1, int(count.max()))
     return np.ascontiguousarray(lo[..., :width]), np.ascontiguousarray(hi[..., :width])
+
+
+def _moved(table: Rows, places: NDArray[np.bool_], to: NDArray[np.bool_]) -> Rows:
+    """What lies at some places at as many others, row by row, and 0 elsewhere."""
+    found = np.zeros_like(table)
+    # Faster than sorting each row: both are read in the order of the rows.
+    found[to] = table[places]
+    return found

@@ -33,8 +33,9 @@ from torch import Tensor
 from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, looks, needs_grad
 from longspan.ops.empty import Index, empty_rows, harmless
-from longspan.ops.fused import merge_stacked, tile_of
+from longspan.ops.fused import merge_stacked
 from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
+from longspan.ops.kernels._hopper_ends import begun, ended
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
     MOST_TASKS,
@@ -179,11 +180,6 @@ def _tiles() -> Any:
 @functools.cache
 def _back_kernels() -> Any:
     return importlib.import_module("longspan.ops.kernels._hopper_backward")
-
-
-@functools.cache
-def _sums() -> Any:
-    return importlib.import_module("longspan.ops.kernels._hopper_sums")
 
 
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
@@ -398,7 +394,6 @@ class _Ready:
         dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
         batch, heads, rows, width = q_BHND.shape
         scale = abs(self.scale or 1.0)
-        first_BH2N = _first(out_BHND, dout_BHND, lse, dlse)
         dq_BHND, dk_BKMD, dv_BKMD = (
             torch.empty_like(x) if place is None else place
             for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
@@ -412,7 +407,7 @@ class _Ready:
             2 * max(cut, 1) * 128 * compiled,
             1,
         )
-        zeros = q_BHND.new_zeros(sum(sizes), dtype=torch.float32)
+        first_BH2N, zeros = begun(out_BHND, dout_BHND, lse, dlse, sum(sizes))
         sums, cut_sums, fetched = zeros.split(sizes)
         sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
         more = self._more(k_BKMD, v_BKMD)
@@ -442,14 +437,12 @@ class _Ready:
             device=q.device,
             alike=(q.dtype, compiled, self.more is None),
         )
-        _turn(sums_BHX, dq_BHND, self.scale, compiled)
-        if cut:
-            for own_sums, own, behind in zip(
-                cut_sums, (dk_BKMD, dv_BKMD), more_grads, strict=True
-            ):
-                _turn(own_sums, own, 1.0, compiled, self.back.cut_C4)
-                if behind is not None:
-                    _turn(own_sums, behind, 1.0, compiled, self.back.cut_C4, behind=True)
+        ended(
+            (sums, dq_BHND, self.scale),
+            (cut_sums, self.back.cut_C4),
+            (dk_BKMD, dv_BKMD, *more_grads),
+            compiled,
+        )
         if self.more is not None:
             dk_BKMD, dv_BKMD = (
                 self.more.add(own, behind)
@@ -473,79 +466,6 @@ class _Ready:
         if self.scale > 0:
             return aligned(q_BHND)
         return -aligned(q_BHND) if self.scale else torch.zeros_like(aligned(q_BHND))
-
-
-def _first(
-    out_BHND: Tensor,
-    dout_BHND: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-) -> Tensor:
-    """What is added to exponents of 2 in each row, and what its sums of gradients begin with."""
-    batch, heads, rows, width = out_BHND.shape
-    # Rows that the copy unit can take.
-    across = -(-rows // 4) * 4
-    first_BH2N = out_BHND.new_empty(batch, heads, 2, across, dtype=torch.float32)
-    lse_BHN = lse.contiguous()
-    dlse_BHN = lse_BHN if dlse is None else dlse.float().contiguous()
-    wide, tall = tile_of(width, numbers=4096)
-    launch(
-        _sums().deltas,
-        (batch * heads * -(-rows // tall), 1, 1),
-        (
-            out_BHND,
-            dout_BHND,
-            lse_BHN,
-            dlse_BHN,
-            first_BH2N,
-            rows,
-            across,
-            heads,
-            *out_BHND.stride()[:3],
-            *dout_BHND.stride()[:3],
-            dlse is not None,
-            width,
-            wide,
-            tall,
-        ),
-        device=out_BHND.device,
-    )
-    return first_BH2N[..., :rows]
-
-
-def _turn(
-    sums: Tensor,
-    out_BHND: Tensor,
-    scale: float,
-    compiled: int,
-    cut_C4: Tensor | None = None,
-    *,
-    behind: bool = False,
-) -> None:
-    """Write sums times a factor, of all rows or of tiles of 128 of them.
-
-    With ``behind``, ``out_BHND`` belongs to further keys.
-    """
-    batch, heads, rows, width = out_BHND.shape
-    tiles = batch * heads * -(-rows // 64) if cut_C4 is None else 2 * len(cut_C4)
-    launch(
-        _sums().scaled,
-        (tiles, 1, 1),
-        (
-            sums,
-            out_BHND,
-            sums if cut_C4 is None else cut_C4,
-            scale,
-            -behind,
-            rows,
-            heads,
-            *out_BHND.stride(),
-            cut_C4 is not None,
-            width,
-            compiled,
-        ),
-        device=sums.device,
-    )
 
 
 def _compiled(*widths: int) -> int:
