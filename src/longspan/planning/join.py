@@ -90,18 +90,17 @@ def _side_by_side(passes: Sequence[Pass], keys: int) -> Pass:
     orders = [own if one.key_order is None else one.key_order for one in passes]
     starts = [0, *accumulate(order.shape[1] for order in orders)]
     head_class, classes = alike(passes)
-    tables = [
-        (one.lo[:, taken], one.hi[:, taken]) for one, taken in zip(passes, classes, strict=True)
-    ]
-    lo, hi = (
-        _beside(
-            [
-                np.where(t[0] < t[1], t[edge] + s, 0)
-                for t, s in zip(tables, starts[:-1], strict=True)
-            ]
-        )
-        for edge in (0, 1)
-    )
+    batch, n = max(len(one.lo) for one in passes), passes[0].lo.shape[2]
+    columns = [0, *accumulate(one.lo.shape[3] for one in passes)]
+    lo, hi = np.zeros((2, batch, len(classes[0]), n, columns[-1]), np.int32)
+    for one, taken, start, column in zip(passes, classes, starts, columns, strict=False):
+        to = slice(column, column + one.lo.shape[3])
+        # One class at a time: a million queries of many heads are gigabytes at once.
+        for b, c in np.ndindex(lo.shape[:2]):
+            own_lo, own_hi = (table[b % len(table), taken[c]] for table in (one.lo, one.hi))
+            used = own_lo < own_hi
+            # Faster than a choice for each.
+            lo[b, c, :, to], hi[b, c, :, to] = (own_lo + start) * used, (own_hi + start) * used
     lo, hi = used_first(lo, hi)
     steps = tuple(step for one in passes for step in one.steps)
     return Pass(lo, hi, head_class, _beside(orders), passes[0].query_order, steps)

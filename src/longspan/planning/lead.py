@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.planning.passes import Pass, Rows, used_first
+from longspan.planning.passes import Pass, Rows, used_first, used_of
 
 # Rows of a tile, as GPU kernels see them.
 _TILE = 128
@@ -46,16 +46,18 @@ def led(one: Pass) -> Pass:
     if len(order) > 1.5 * len(one.key_order[0]):
         return one
     lo, hi, count = lo.copy(), hi.copy(), 0
+    ends = np.append(cuts, len(one.key_order[0]))
     # Class by class: a million queries of many heads are gigabytes at once.
     for own_lo, own_hi, first in zip(lo, hi, cut, strict=True):
         used = own_lo < own_hi
         segment = np.searchsorted(cuts, own_lo, side="right")
-        if (used & (np.searchsorted(cuts, own_hi, side="left") != segment)).any():
+        if (used & (own_hi > ends[segment])).any():
             return one
         start, last = _last(own_lo, own_hi)
         moved = (own_lo[:, 0] == begin) & (own_hi[:, 0] == end) & (last > 0) & (start == first)
+        move = shift[segment] * used
         for table in (own_lo, own_hi):
-            table += np.where(used, shift[segment], -table)
+            table += move
         row = np.flatnonzero(moved)
         own_lo[row, last[row]] -= end - begin
         own_lo[row, 0] = own_hi[row, 0] = 0
@@ -66,9 +68,9 @@ def led(one: Pass) -> Pass:
     return replace(one, lo=lo, hi=hi, key_order=order[None])
 
 
-def _last(lo: Rows, hi: Rows) -> tuple[Rows, NDArray[np.int64]]:
+def _last(lo: Rows, hi: Rows) -> tuple[Rows, NDArray[np.int32]]:
     """Where the last used range of each row begins, and which one it is, -1 for none."""
-    last = (lo < hi).sum(axis=1) - 1
+    last = used_of(lo < hi) - 1
     return np.take_along_axis(lo, last.clip(min=0)[:, None], axis=1)[:, 0], last
 
 

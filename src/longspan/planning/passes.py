@@ -113,19 +113,33 @@ def alike(passes: Sequence[Pass]) -> tuple[tuple[int, ...], list[list[int]]]:
 
 
 def used_first(lo: Rows, hi: Rows) -> tuple[Rows, Rows]:
-    """The same ranges with unused ones last, and no more of them than some query has."""
-    used = lo < hi
-    count = used.sum(axis=-1)
-    if (used[..., 1:] & ~used[..., :-1]).any():
-        front = np.arange(lo.shape[-1]) < count[..., None]
-        lo, hi = (_moved(table, used, front) for table in (lo, hi))
-    width = max(1, int(count.max()))
+    """The same ranges with unused ones last, and no more of them than some query has.
+
+    Args:
+        lo: first keys [..., n, m], overwritten.
+        hi: ends, overwritten.
+    """
+    width = 1
+    # One class of heads at a time: a million queries of many heads are gigabytes at once.
+    for at in np.ndindex(lo.shape[:-2]):
+        own = lo[at], hi[at]
+        used = own[0] < own[1]
+        count = used_of(used)
+        width = max(width, int(count.max()))
+        if (used[:, 1:] & ~used[:, :-1]).any():
+            front = np.arange(used.shape[1]) < count[:, None]
+            for table in own:
+                # Faster than sorting each row: both are read in the order of the rows.
+                kept = table[used]
+                table[...] = 0
+                table[front] = kept
     return np.ascontiguousarray(lo[..., :width]), np.ascontiguousarray(hi[..., :width])
 
 
-def _moved(table: Rows, places: NDArray[np.bool_], to: NDArray[np.bool_]) -> Rows:
-    """What lies at some places at as many others, row by row, and 0 elsewhere."""
-    found = np.zeros_like(table)
-    # Faster than sorting each row: both are read in the order of the rows.
-    found[to] = table[places]
-    return found
+def used_of(used: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many of each row [n, m] are set."""
+    # A few columns, each at once, where numpy would go from row to row.
+    count = np.zeros(len(used), np.int32)
+    for column in used.T:
+        count += column
+    return count
