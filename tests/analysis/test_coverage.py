@@ -9,7 +9,7 @@ import pytest
 
 import longspan as ls
 from longspan.analysis import reach
-from longspan.analysis.reach import mean_and_error, sampled_rows
+from longspan.analysis.reach import sampled_rows, share_and_error
 from longspan.analysis.relation import Relation
 from longspan.errors import PatternError, PlanError
 
@@ -200,16 +200,28 @@ def test_sampled_agrees_with_exact_within_its_error(pattern):
         assert error < 0.01
 
 
-def test_sampled_rows_follow_their_weight_and_the_error_is_honest():
-    """The mean of many runs hits the truth, and their spread equals the stated error."""
-    n = 300
-    value = (np.arange(n) % 7 == 0).astype(float)
-    weight = np.arange(1, n + 1) / (n * (n + 1) / 2)
-    truth = float((value * weight).sum())
-    runs = [mean_and_error(value[sampled_rows(n, True, 64, seed)]) for seed in range(400)]
-    means, errors = np.array(runs).T
-    assert means.mean() == pytest.approx(truth, abs=4 * means.std() / 20)
-    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.15)
+@pytest.mark.parametrize("kind", ["every seventh", "window", "strided", "both ways"])
+def test_sampled_shares_hit_the_truth_and_their_error_is_honest(kind):
+    """The mean of many runs is the truth, their spread the stated error, and seldom far off."""
+    n = 2000
+    row = np.arange(n)
+    allowed = np.full(n, n) if kind == "both ways" else row + 1
+    reached = {
+        "every seventh": (row % 7 == 0) * 100.0,
+        "window": np.minimum(allowed, 100.0),
+        "strided": row // 8 + 1.0,
+        "both ways": 101.0 - (50 - row).clip(0) - (row - (n - 51)).clip(0),
+    }[kind]
+    truth, runs = reached.sum() / allowed.sum(), []
+    for seed in range(400):
+        rows = sampled_rows(n, 64, seed)
+        assert len(rows) == 66
+        assert (np.diff(rows[1:-1].reshape(-1, 2).mean(1)) > 0).all()
+        runs.append(share_and_error(reached[rows], allowed[rows], allowed.mean()))
+    shares, errors = np.array(runs).T
+    assert shares.mean() == pytest.approx(truth, abs=4 * shares.std() / 20)
+    assert 0.85 < np.sqrt((errors**2).mean()) / shares.std() < 3
+    assert (abs(shares - truth) > 2 * errors).mean() < 0.1
 
 
 def test_large_n_needs_no_dense_mask():

@@ -245,23 +245,20 @@ def _sampled(
     used = [at % len(plans) for at in range(layers)]
     counts = [keys_per_query(one) for one in plans]
     mean = float(np.mean([counts[at].mean() for at in used]))
-    rows = walk.sampled_rows(n, causal, samples, seed)
-    shares = np.empty((*rows.shape, layers))
-    alone = np.empty((*rows.shape, len(plans)))
-    whole = np.ones(layers, bool)
-    for index in np.ndindex(rows.shape):
-        row = int(rows[index])
-        allowed = row + 1 if causal else n
-        shares[index] = _sizes(walk.reach_of_row(relations, row, layers)) / allowed
-        whole &= shares[index] == 1
-        alone[index] = [one.keys(np.arange(n) == row).sum() / allowed for one in relations]
-    # What lies farthest away is seldom among the samples.
-    for row in (n - 1,) if causal else (0, n - 1):
-        whole &= _sizes(walk.reach_of_row(relations, row, layers)) == n
-    union, union_error = walk.mean_and_error(alone[..., used].mean(axis=-1))
+    rows = walk.sampled_rows(n, samples, seed)
+    allowed = rows + 1 if causal else np.full_like(rows, n)
+    reached = np.empty((len(rows), layers))
+    alone = np.empty((len(rows), len(plans)))
+    for index, row in enumerate(rows.tolist()):
+        reached[index] = _sizes(walk.reach_of_row(relations, row, layers))
+        alone[index] = [one.keys(np.arange(n) == row).sum() for one in relations]
+    # Of the ends, too: what lies farthest away is seldom among the samples.
+    whole = (reached == allowed[:, None]).all(axis=0)
+    in_one_layer = alone[:, used].mean(axis=1)
+    union, union_error = walk.share_and_error(in_one_layer, allowed, legal / n)
     reach = []
     for at in range(layers):
-        share, error = walk.mean_and_error(shares[..., at])
+        share, error = walk.share_and_error(reached[:, at], allowed, legal / n)
         reach.append(Reach(layers=at + 1, share=share, error=error))
     return Coverage(
         pattern=str(pattern),
@@ -282,7 +279,7 @@ def _sampled(
         depth=None,
         never=None,
         never_examples=(),
-        samples=rows.size,
+        samples=len(rows) - 2,
     )
 
 

@@ -100,23 +100,47 @@ def reach_of_row(relations: Sequence[Relation], row: int, layers: int) -> list[M
     return found
 
 
-def sampled_rows(n: int, causal: bool, samples: int, seed: int) -> NDArray[np.int64]:
-    """Random rows, two from each of equal strata [samples // 2, 2].
+def sampled_rows(n: int, samples: int, seed: int) -> NDArray[np.int64]:
+    """The first row, random ones, two from each of equal stretches in their order, the last one.
 
-    A row is as likely as it has legal pairs, so the mean of the rows' shares estimates the share
-    of pairs without bias; strata keep its error small where the share changes with the position.
+    Returns:
+        Rows [samples // 2 * 2 + 2].
     """
-    strata = samples // 2
-    draws = np.random.default_rng(seed).random((strata, 2))
-    place = (np.arange(strata)[:, None] + draws) / strata
-    pairs = np.cumsum(np.arange(1, n + 1) if causal else np.ones(n, np.int64))
-    return np.searchsorted(pairs, place * pairs[-1], side="right").astype(np.int64)
+    stretches = samples // 2
+    draws = np.random.default_rng(seed).random((stretches, 2))
+    rows = ((np.arange(stretches)[:, None] + draws) / stretches * n).astype(np.int64)
+    return np.concatenate([[0], rows.ravel(), [n - 1]])
 
 
-def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean of values [strata, 2] drawn by ``sampled_rows``, and its standard error."""
-    gap = values[:, 0] - values[:, 1]
-    return float(values.mean()), float(np.sqrt((gap**2).sum()) / (2 * len(values)))
+def share_and_error(
+    reached: NDArray[np.float64], allowed: NDArray[np.int64], mean: float
+) -> tuple[float, float]:
+    """Share of the legal pairs that are reached, and its standard error: a regression estimate.
+
+    Keys that are reached are nearly as many for most rows (a window), or grow with the row
+    (strided keys): what a line over the legal keys of a row leaves is small either way. Shares of
+    rows would change most where there are fewest samples, in the first rows.
+
+    The error is that of two rows of a stretch. In the first and the last stretch it is that of the
+    end, too: often nothing else changes, as in a window, and two rows would be alike by chance.
+
+    Args:
+        reached: keys that rows of ``sampled_rows`` reach.
+        allowed: keys that they may see.
+        mean: keys that a row may see, over all rows.
+    """
+    off, count = (allowed - allowed.mean())[1:-1], len(reached) - 2
+    spread = float((off**2).sum())
+    slope = float((off * reached[1:-1]).sum()) / spread if spread else 0.0
+    level = reached - slope * (allowed - mean)
+    share = min(max(float(level[1:-1].mean()) / mean, 0.0), 1.0)
+    pairs = level[1:-1].reshape(-1, 2)
+    gaps = abs(pairs[:, 0] - pairs[:, 1])
+    for at in (0, -1):
+        gaps[at] = max(gaps[at], *abs(pairs[at] - level[at]))
+    error = float((gaps**2).sum() ** 0.5) / (count * mean)
+    # What rounding leaves is no error.
+    return share, error if error > 1e-12 else 0.0
 
 
 class _Step:
