@@ -145,7 +145,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path):
+def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path, capfd):
     whole = pretrain(CONFIG, TEXT, tmp_path / "whole")
     config = dataclasses.replace(CONFIG, save_every=100)
 
@@ -154,6 +154,7 @@ def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, TEXT, tmp_path / "cut", on_step=interrupt)
+    assert "stops after this step" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert plan(config, TEXT, tmp_path / "cut", resume=True)["steps_done"] == 11
     assert pretrain(config, TEXT, tmp_path / "cut", resume=True).history == whole.history

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+_NOTED = b"\nCtrl-C: the run stops after this step; once more, and it stops at once\n"
 
 
 @contextmanager
@@ -27,6 +30,9 @@ def between_steps() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        # A step may take minutes. Buffers are not safe here, and there may be no stream.
+        with suppress(OSError):
+            os.write(2, _NOTED)
 
     signal.signal(signal.SIGINT, note)
     try:
