@@ -280,3 +280,9 @@ def test_refusals_say_what_to_do():
     with pytest.raises(PatternError, match="none, chunkllama, vllm; got 'yarn'"):
         DualChunk(chunk=6, local=4, temperature="yarn")
     assert str(DualChunk.for_length(512)) == "dual_chunk(chunk=384, local=128)"
+    # Numbers of few bits do not overflow on the way.
+    assert DualChunk.for_length(np.int8(100)) == DualChunk.for_length(100)
+    assert DualChunk.from_code(np.uint8(200), np.uint8(20)) == DualChunk.from_code(200, 20)
+    for wrong in (lambda: DualChunk.for_length("x"), lambda: DualChunk.from_code(8, 1.5)):
+        with pytest.raises(PatternError, match="must be a whole number"):
+            wrong()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, whole
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, keep_whole
 from longspan.pattern.lattice import Listed
 
 
@@ -32,8 +32,8 @@ class Summaries(Atom):
     name: ClassVar[str] = "summaries"
 
     def __post_init__(self) -> None:
-        whole("Summaries", "stride", self.stride, 1)
-        if whole("Summaries", "count", self.count, 1) > self.stride:
+        keep_whole(self, "Summaries", "stride", 1)
+        if keep_whole(self, "Summaries", "count", 1) > self.stride:
             raise PatternError(
                 f"Summaries: count must not exceed stride, got count {self.count} with stride "
                 f"{self.stride}"
