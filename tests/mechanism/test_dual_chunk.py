@@ -179,6 +179,13 @@ def layer(**kwargs):
     return DualChunkAttention(16, 4, kv_heads=2, chunk=6, local=4, **kwargs).double()
 
 
+@pytest.mark.parametrize("temperature", ["chunkllama", "vllm"])
+def test_temperatures_are_not_rounded_on_the_way_of_a_mask(temperature):
+    one, x = layer(temperature=temperature), torch.randn(1, 47, 16, dtype=torch.float64)
+    found = one(x, mask=torch.ones(1, 47, dtype=torch.bool))
+    torch.testing.assert_close(found, one(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("temperature", ["none", "vllm"])
 def test_decoding_equals_prefill(temperature):
     one = layer(temperature=temperature)
