@@ -37,7 +37,7 @@ _PLAIN = ("tiled", "reference")
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose products stay in the precision of what it multiplies.
 
-    Choices are made there: rounding to bfloat16 would choose otherwise.
+    Choices are made there, which rounding to bfloat16 would make otherwise, and sums of many rows.
     """
 
     @wraps(function)
