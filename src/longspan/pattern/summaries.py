@@ -48,7 +48,9 @@ class Summaries(Atom):
 
     def progressions(self, query: Positions, at: At) -> Sequence[Progression]:
         # Gathered side by side the tokens are one range; as remainders they would be c of them.
-        blocks = np.arange(int(query.max(initial=0)) // self.stride + 1)
-        last = np.arange(self.stride - self.count, self.stride)
+        end = int(query.max(initial=0)) + 1
+        blocks = np.arange((end - 1) // self.stride + 1)
+        # Of a block that is longer than the sequence, no more than there is.
+        last = np.arange(self.stride - self.count, min(self.stride, end))
         listed = Listed((blocks[:, None] * self.stride + last).ravel())
         return [(listed, [(np.zeros_like(query), query + 1)])]
