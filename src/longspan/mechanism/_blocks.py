@@ -43,6 +43,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(given.device.type for given in args if isinstance(given, Tensor))
+        # Autocast knows no device without data.
+        if device == "meta":
+            return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
