@@ -88,6 +88,14 @@ def test_bench_as_json(call):
     assert found["settings"]["environment"]["packages"]["longspan"]
 
 
+def test_what_is_named_twice_is_measured_once(call):
+    twice = ("window(9)", "window(9)", "--lengths", "64,64", "--impl", "tiled,tiled")
+    code, out, _ = call("bench", *twice, *BENCH, "--forward-only", "--json")
+    assert code == 0
+    (record,) = json.loads(out)["records"]
+    assert [row["name"] for row in record["rows"]] == ["longspan tiled", "dense SDPA"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [

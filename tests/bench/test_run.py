@@ -204,6 +204,8 @@ def test_runs_are_resumed(tmp_path: Path, monkeypatch):
         ({"lengths": (64, 0)}, "n must be at least 1"),
         ({"patterns": ("window(9)", "window(")}, "window"),
         ({"patterns": ("window(9)", "heads(window(9), sink(1), chunk(8))")}, "4"),
+        # One layer's figures under the name of all would be wrong.
+        ({"patterns": ("layers(window(9), causal())",)}, r'layers, "window\(9\)", "causal\(\)"'),
     ],
 )
 def test_wrong_questions(changed, word):

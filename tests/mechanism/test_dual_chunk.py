@@ -179,6 +179,13 @@ def layer(**kwargs):
     return DualChunkAttention(16, 4, kv_heads=2, chunk=6, local=4, **kwargs).double()
 
 
+@pytest.mark.parametrize("temperature", ["chunkllama", "vllm"])
+def test_temperatures_are_not_rounded_on_the_way_of_a_mask(temperature):
+    one, x = layer(temperature=temperature), torch.randn(1, 47, 16, dtype=torch.float64)
+    found = one(x, mask=torch.ones(1, 47, dtype=torch.bool))
+    torch.testing.assert_close(found, one(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("temperature", ["none", "vllm"])
 def test_decoding_equals_prefill(temperature):
     one = layer(temperature=temperature)
@@ -280,3 +287,9 @@ def test_refusals_say_what_to_do():
     with pytest.raises(PatternError, match="none, chunkllama, vllm; got 'yarn'"):
         DualChunk(chunk=6, local=4, temperature="yarn")
     assert str(DualChunk.for_length(512)) == "dual_chunk(chunk=384, local=128)"
+    # Numbers of few bits do not overflow on the way.
+    assert DualChunk.for_length(np.int8(100)) == DualChunk.for_length(100)
+    assert DualChunk.from_code(np.uint8(200), np.uint8(20)) == DualChunk.from_code(200, 20)
+    for wrong in (lambda: DualChunk.for_length("x"), lambda: DualChunk.from_code(8, 1.5)):
+        with pytest.raises(PatternError, match="must be a whole number"):
+            wrong()

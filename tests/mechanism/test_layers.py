@@ -152,6 +152,15 @@ def test_nan_in_padding_reaches_no_gradient(name):
     assert all(b.isfinite().all() for b in layer.buffers())
 
 
+@pytest.mark.parametrize(
+    "name", ["LinearAttention", "Linformer", "Nystromformer", "Performer", "TopK"]
+)
+def test_shapes_are_known_without_data(name):
+    """Of layers that go through no kernel of attention."""
+    x = torch.empty(2, 20, 16, device="meta")
+    assert build(name, device="meta")(x).shape == x.shape
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_is_close_to_float64(name):
     exact = build(name).double().eval()

@@ -16,7 +16,13 @@ from tests.mechanism.oracles import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.errors import InputError
-from longspan.mechanism import Hedgehog, Laplace, LinearAttention, linear_attention
+from longspan.mechanism import (
+    Hedgehog,
+    Laplace,
+    LinearAttention,
+    Performer,
+    linear_attention,
+)
 from longspan.mechanism.feature_maps import NAMES
 
 FREQUENCIES = torch.randn(24, 8, generator=torch.Generator().manual_seed(3)).double() / 8
@@ -188,6 +194,21 @@ def test_exp_features_never_overflow():
     torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["exp", "performer softmax"])
+def test_weights_that_all_but_vanish_have_finite_gradients(name, causal):
+    torch.manual_seed(0)
+    phi = Performer(16, 2, kernel="softmax").feature_map if name != "exp" else name
+    q, k, v = (60 * torch.randn(1, 2, 200, 8) for _ in range(3))
+    plain = linear_attention(q, k, v, phi, causal=causal)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = linear_attention(*inputs, phi, causal=causal)
+    assert torch.equal(out, plain)
+    slopes = torch.autograd.grad(out.sum(), inputs)
+    assert all(x.isfinite().all() for x in slopes)
+    assert slopes[2].any()
+
+
 def test_a_row_without_weight_gives_zero():
     q, k, v = qkv(n=6)
     out = linear_attention(q, -k.abs(), v, "relu")
@@ -207,6 +228,24 @@ def test_low_precision_is_computed_in_float32():
     q, k, v = (x.detach().bfloat16() for x in qkv(n=100))
     exact = linear_attention(q.double(), k.double(), v.double())
     assert (linear_attention(q, k, v).double() - exact).norm() / exact.norm() < 5e-3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", [*NAMES, "performer softmax", "performer relu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_features_and_sums_in_float32(dtype, name, causal):
+    """Float16 took the features of Hedgehog and Performer out of its range."""
+    torch.manual_seed(0)
+    if name in NAMES:
+        layer = LinearAttention(16, 2, feature_map=name, causal=causal, max_length=200)
+    else:
+        layer = Performer(16, 2, kernel=name.split()[1], causal=causal)
+    q, k, v = (3 * torch.randn(1, 2, 200, 8) for _ in range(3))
+    with torch.autocast("cpu", dtype):
+        found = linear_attention(q, k, v, layer.feature_map, causal=causal)
+        out = layer(6 * torch.randn(1, 200, 16))
+    assert torch.equal(found, linear_attention(q, k, v, layer.feature_map, causal=causal))
+    assert out.isfinite().all()
 
 
 def test_names_of_parameters_are_stable():

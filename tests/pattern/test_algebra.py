@@ -203,6 +203,48 @@ def test_flags_are_true_or_false(name, flag):
             make(*sizes, **{flag: wrong})
 
 
+NUMBERS = {
+    "window": lambda of: ls.Window(of(5), causal=False),
+    "dilated": lambda of: ls.Dilated(of(100), of(100)),
+    "dilated, a step for each run": lambda of: ls.Dilated(of(5), [of(3), of(120)]),
+    "strided": lambda of: ls.Strided(of(5)),
+    "diagonals": lambda of: ls.Diagonals(of(5)),
+    "chunk": lambda of: ls.Chunk(of(8), of(3)),
+    "shifted chunk": lambda of: ls.ShiftedChunk(of(8)),
+    "scca fixed": lambda of: ls.SCCA.fixed(of(8), of(3)),
+    "scca flow": lambda of: ls.SCCA.flow(of(8), causal=False),
+    "sda": lambda of: ls.SDA(of(100), of(7)),
+    "sda neighborhood": lambda of: ls.SDA.neighborhood(of(100), of(100)),
+    "ssa": lambda of: ls.SSA(of(5), of(7), (of(3), of(50), of(9))),
+    "longnet": lambda of: ls.LongNet((of(16), of(100)), (of(1), of(5))),
+    "neighborhood": lambda of: ls.Neighborhood(of(5), of(3), of(2)),
+    "global": lambda of: ls.Global(of(3), of(60)),
+    "sink and prefix": lambda of: ls.Sink(of(4)) | ls.Prefix(of(4)),
+    "random": lambda of: ls.Random(of(3), of(100)),
+    "random blocks": lambda of: ls.RandomBlocks(of(8), of(3), of(1), of(1), of(1)),
+    "blocks": lambda of: ls.Blocks([[of(0)], [of(9), of(2)]], of(50)),
+    "vertical slash": lambda of: ls.VerticalSlash([of(3), of(70)], [of(0), of(100)], of(16)),
+    "documents": lambda of: ls.Document(of(100), of(100)),
+    "bigbird": lambda of: ls.bigbird(of(8), of(2)),
+    "etc": lambda of: ls.etc(of(100), of(4)),
+    "sparse transformer": lambda of: ls.sparse_transformer(of(16), kind="fixed", summary=of(3)),
+    "longmixed": lambda of: ls.longmixed(of(20), of(10)),
+}
+
+
+@pytest.mark.parametrize("number", [np.int8, np.uint8, np.int64, np.uint64])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_whole_numbers_of_numpy_are_whole_numbers(name, number):
+    """They equal plain ones, so what they make is the same: nothing overflows."""
+    plain, own = NUMBERS[name](int), NUMBERS[name](number)
+    assert own == plain
+    assert ls.parse(str(own)) == plain
+    expected = plain.mask(201, heads=4)
+    np.testing.assert_array_equal(own.mask(201, heads=4), expected)
+    laid = ls.plan(own, number(100), number(4))
+    np.testing.assert_array_equal(laid.mask()[0], plain.mask(100, heads=4))
+
+
 def test_presets_check_their_flags():
     for make in (ls.longformer, ls.bigbird):
         with pytest.raises(PatternError, match="causal must be True or False"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -209,6 +211,18 @@ def test_sparse_transformer():
 def test_presets_and_lists_survive_their_text(pattern):
     assert ls.parse(str(pattern)) == pattern
     assert str(ls.parse(str(pattern))) == str(pattern)
+
+
+def test_summaries_of_a_block_longer_than_the_sequence_take_no_memory_for_the_rest():
+    pattern = ls.Summaries(2**24, 2**24)
+    # What is imported at the first use does not count.
+    ls.plan("causal()", 30)
+    tracemalloc.start()
+    laid = ls.plan(pattern, 30)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    np.testing.assert_array_equal(laid.mask()[0], pattern.mask(30))
 
 
 @pytest.mark.parametrize(

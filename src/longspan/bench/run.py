@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longspan.analysis.reach import period
 from longspan.bench import dense, memory
 from longspan.bench.admit import admit, check
 from longspan.bench.peers import PEERS
@@ -69,7 +70,14 @@ class Bench:
         for n in self.lengths:
             replace(self.setting, n=n)
         for text in self.patterns:
-            parse(text).at_layer(0).require(self.setting.heads)
+            pattern = parse(text)
+            if (count := period(pattern)) > 1:
+                layers = ", ".join(f'"{pattern.at_layer(at)}"' for at in range(min(count, 4)))
+                raise InputError(
+                    f"{text} differs between layers, and one call is measured: ask for the "
+                    f"patterns of its layers, {layers}"
+                )
+            pattern.at_layer(0).require(self.setting.heads)
 
     def settings(self) -> dict[str, Any]:
         """What a record depends on besides its pattern, length and way; versions and machine."""
@@ -223,5 +231,5 @@ def peak_bytes(
 
 
 def patterns_or_default(given: Sequence[str]) -> tuple[str, ...]:
-    """The patterns asked for, or three that stand for the rest."""
-    return tuple(given) or ("window(512)", "scca.flow(512)", "shifted_chunk(1024)")
+    """The patterns asked for, each once, or three that stand for the rest."""
+    return tuple(dict.fromkeys(given)) or ("window(512)", "scca.flow(512)", "shifted_chunk(1024)")

@@ -54,7 +54,7 @@ def bench(
             dtype=dtype,
             device=pick_device(device),
         ),
-        impls=tuple(impl.split(",")),
+        impls=tuple(dict.fromkeys(impl.split(","))),
         ways=tuple(WAYS)[:1] if forward_only else tuple(WAYS),
         peers=peers,
         rounds=rounds,

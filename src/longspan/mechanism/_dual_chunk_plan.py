@@ -46,7 +46,7 @@ class DualChunk:
     def __post_init__(self) -> None:
         for name in ("chunk", "local", "trained", "length"):
             if (value := getattr(self, name)) is not None or name in ("chunk", "local"):
-                whole("DualChunk", name, value, 1)
+                object.__setattr__(self, name, whole("DualChunk", name, value, 1))
         if self.local > self.chunk:
             raise PatternError(
                 f"DualChunk: local must be at most chunk, got local {self.local} and chunk "
@@ -61,6 +61,7 @@ class DualChunk:
     @classmethod
     def for_length(cls, trained: int, **rest: Any) -> DualChunk:
         """The paper's sizes for a trained context: chunks of three quarters of it."""
+        trained = whole("DualChunk.for_length", "trained", trained, 2)
         return cls(chunk=trained * 3 // 4, local=trained - trained * 3 // 4, **rest)
 
     @classmethod
@@ -69,6 +70,8 @@ class DualChunk:
 
         Their chunk is ``chunk_size - local_size`` long, and their largest distance ``chunk_size``.
         """
+        chunk_size = whole("DualChunk.from_code", "chunk_size", chunk_size, 1)
+        local_size = whole("DualChunk.from_code", "local_size", local_size, 0)
         return cls(chunk=chunk_size - local_size, local=local_size + 1, **rest)
 
     def __str__(self) -> str:

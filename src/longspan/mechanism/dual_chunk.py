@@ -186,8 +186,10 @@ class DualChunkAttention(PastLayer):
             key_segments = (key_place < valid.sum(dim=-1, keepdim=True)).to(torch.int64) - 1
             segments, place = place.clamp_max(0), place.clamp_min(0)
         if self.config.rate:
-            heat = (1 + self.config.rate * self.config.growth(place).to(q.dtype).log()) ** 2
-            q = q * heat[:, None, :, None]
+            # Whole numbers over whole numbers would be float32, also for float64.
+            exact = place.to(torch.promote_types(q.dtype, torch.float32))
+            heat = (1 + self.config.rate * self.config.growth(exact).log()) ** 2
+            q = q * heat.to(q.dtype)[:, None, :, None]
         parts = [
             attend(
                 self._turn(q, target),

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from longspan.errors import InputError
 from longspan.mechanism import _linear_fused
+from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._linear_chunks import causal_sums, lowest
 from longspan.mechanism.feature_maps import FeatureMap, build
 from longspan.mechanism.layer import (
@@ -110,35 +111,13 @@ def linear_attention(
         raise InputError(f"the feature map was made for {phi.max_rows} rows, got {rows}")
     if state is not None and state.version != phi.version:
         raise InputError("the state was made before redraw(): run the prompt again")
-    work = torch.promote_types(q.dtype, torch.float32)
     valid = None if mask is None else mask.to(torch.bool)
     places = positions(k[:, 0], valid, start)
     q, k, v = cleared(valid, q, k, v)
     before = None if state is None else (state.sum_BKRE, state.log_BK)
-    fused = causal and _linear_fused.fits(q, k, v)
-    kind = _linear_fused.kind_of(phi) if fused else "given"
-    # The common factor of a query's features cancels.
-    phi_q, phi_k, log_k = q, k, None
-    if kind == "given":
-        phi_q, (phi_k, log_k) = phi(q.to(work), places)[0], phi(k.to(work), places)
-    if valid is not None and log_k is not None:
-        log_k = log_k.masked_fill(~valid[:, None], lowest(work))
-    sums = log = None
-    if fused:
-        given = (phi_q, phi_k, v, log_k, valid, before, kind, phi.floor)
-        out, sums, log = _linear_fused.causal_attention(*given)
-    else:
-        if valid is not None:
-            phi_k = phi_k.masked_fill(~valid[:, None, :, None], 0.0)
-        phi_q = phi_q.unflatten(1, (k.shape[1], -1))
-        v_BKNE = pad(v.to(work), (0, 1), value=1.0)
-        if causal:
-            total, sums, log = causal_sums(phi_q, phi_k, log_k, v_BKNE, before, chunk)
-        else:
-            if log_k is not None:
-                phi_k = phi_k * (log_k - log_k.amax(dim=-1, keepdim=True)).exp()[..., None]
-            total = phi_q @ (phi_k.transpose(-1, -2) @ v_BKNE)[:, :, None]
-        out = _divide(total, phi.floor).flatten(1, 2).to(q.dtype)
+    out, sums, log = _attend(
+        q, k, v, phi, places=places, valid=valid, before=before, causal=causal, chunk=chunk
+    )
     if valid is not None:
         out = out.masked_fill(~valid[:, None, :, None], 0.0)
     if sums is None or log is None or not return_state:
@@ -220,9 +199,60 @@ class LinearAttention(MechanismLayer):
         return (self.join(found[0]), found[1]) if return_state else self.join(found)
 
 
+# Times the smallest number of a dtype: far enough above it for sums over millions of rows.
+_FAINT = 1e8
+
+
+@without_autocast
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: FeatureMap,
+    *,
+    places: Tensor,
+    valid: Tensor | None,
+    before: tuple[Tensor, Tensor] | None,
+    causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Outputs [B, H, N, Dv], and what ``before`` is for the rows that follow; None if two-sided.
+
+    Autocast would round features, and the sums over all rows, to what tensors are cast to.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    fused = causal and _linear_fused.fits(q, k, v)
+    kind = _linear_fused.kind_of(phi) if fused else "given"
+    # The common factor of a query's features cancels.
+    phi_q, phi_k, log_k = q, k, None
+    if kind == "given":
+        phi_q, (phi_k, log_k) = phi(q.to(work), places)[0], phi(k.to(work), places)
+    if valid is not None and log_k is not None:
+        log_k = log_k.masked_fill(~valid[:, None], lowest(work))
+    if fused:
+        given = (phi_q, phi_k, v, log_k, valid, before, kind, phi.floor)
+        return _linear_fused.causal_attention(*given)
+    if valid is not None:
+        phi_k = phi_k.masked_fill(~valid[:, None, :, None], 0.0)
+    phi_q = phi_q.unflatten(1, (k.shape[1], -1))
+    v_BKNE = pad(v.to(work), (0, 1), value=1.0)
+    sums = log = None
+    if causal:
+        total, sums, log = causal_sums(phi_q, phi_k, log_k, v_BKNE, before, chunk)
+    else:
+        if log_k is not None:
+            phi_k = phi_k * (log_k - log_k.amax(dim=-1, keepdim=True)).exp()[..., None]
+        total = phi_q @ (phi_k.transpose(-1, -2) @ v_BKNE)[:, :, None]
+    return _divide(total, phi.floor).flatten(1, 2).to(q.dtype), sums, log
+
+
 def _divide(total: Tensor, floor: float) -> Tensor:
     mass = total[..., -1:]
     if floor:
         return total[..., :-1] / mass.clamp_min(floor)
-    empty = mass <= 0
-    return (total[..., :-1] / mass.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    empty, faint = mass <= 0, mass < _FAINT * torch.finfo(mass.dtype).tiny
+    values = total[..., :-1]
+    # Where weights all but vanish a quotient is left, but its slopes leave the range of numbers:
+    # infinite, they would be NaN where they meet features of 0.
+    left = (values / mass.masked_fill(empty, 1.0)).detach()
+    return torch.where(faint, left.masked_fill(empty, 0.0), values / mass.masked_fill(faint, 1.0))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.errors import InputError
+from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
 
 
@@ -71,12 +72,8 @@ def nystrom_attention(
         ql, kl = _means(q, segment_BN, size_Bm), _means(k, segment_BN, size_Bm)
         kl = kl.repeat_interleave(repeat, dim=1)
         used = size_Bm[:, None] > 0
-        work = torch.promote_types(q.dtype, torch.float32)
-        logits = ql.to(work) @ kl.to(work).mT * q.shape[-1] ** -0.5
-        a = logits.masked_fill(~used[:, :, None], -torch.inf).softmax(dim=-1)
-        z = _pseudo_inverse(a * used[..., None], iterations, shared_start)
         right = scaled_dot_product_attention(ql, k, v, attn_mask=seen_key, enable_gqa=gqa)
-        middle = (z @ right.to(work)).to(q.dtype)
+        middle = _middle(ql, kl, right, used, iterations, shared_start)
         out = scaled_dot_product_attention(q, kl, middle, attn_mask=used[:, :, None])
     return out if hidden is None else out.masked_fill(hidden, 0.0)
 
@@ -190,9 +187,26 @@ def _segments(x: Tensor, valid: Tensor | None, landmarks: int) -> tuple[Tensor, 
 
 
 def _means(x: Tensor, segment_BN: Tensor, size_Bm: Tensor) -> Tensor:
-    total = x.new_zeros(*x.shape[:2], size_Bm.shape[1] + 1, x.shape[3])
-    total = total.scatter_add(2, segment_BN[:, None, :, None].expand_as(x), x)
-    return total[:, :, :-1] / size_Bm.clamp_min(1)[:, None, :, None]
+    # Sums of many rows leave the range of float16, and a GPU rounds after each of them.
+    work = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(*x.shape[:2], size_Bm.shape[1] + 1, x.shape[3], dtype=work)
+    total = total.scatter_add(2, segment_BN[:, None, :, None].expand_as(x), x.to(work))
+    return (total[:, :, :-1] / size_Bm.clamp_min(1)[:, None, :, None]).to(x.dtype)
+
+
+@without_autocast
+def _middle(
+    ql: Tensor, kl: Tensor, right: Tensor, used: Tensor, iterations: int, shared_start: bool
+) -> Tensor:
+    """Z times what landmarks read [B, H, m, Dv], in the dtype of ``ql``.
+
+    The iteration runs in float32 at least, under autocast too: it squares what is rounded.
+    """
+    work = torch.promote_types(ql.dtype, torch.float32)
+    logits = ql.to(work) @ kl.to(work).mT * ql.shape[-1] ** -0.5
+    a = logits.masked_fill(~used[:, :, None], -torch.inf).softmax(dim=-1)
+    z = _pseudo_inverse(a * used[..., None], iterations, shared_start)
+    return (z @ right.to(work)).to(ql.dtype)
 
 
 def _pseudo_inverse(a: Tensor, iterations: int, shared_start: bool) -> Tensor:

@@ -115,8 +115,9 @@ class Pattern:
         A causal pattern that leaves a query without any key keeps the query's own position.
         """
         pattern = self.at_layer(layer)
-        pattern.require(whole("mask", "heads", heads, 1))
-        token = np.arange(whole("mask", "n", n, 0))
+        heads, n = whole("mask", "heads", heads, 1), whole("mask", "n", n, 0)
+        pattern.require(heads)
+        token = np.arange(n)
         rows = [
             pattern.allows(token[:, None], token[None, :], At(head=h, heads=heads, length=n))
             for h in range(heads)
@@ -206,6 +207,20 @@ def whole(owner: str, field: str, value: Any, least: int) -> int:
     if not least <= value <= END:
         raise PatternError(f"{owner}: {field} must be from {least} to {END}, got {value}")
     return int(value)
+
+
+def keep_whole(atom: Atom, owner: str, field: str, least: int) -> int:
+    """Check an integer field of an atom, as ``whole`` does, and keep it as a plain number.
+
+    A number of numpy's equals a plain one, but one of few bits overflows in products, and one
+    without a sign in differences.
+
+    Raises:
+        PatternError: as ``whole``.
+    """
+    value = whole(owner, field, getattr(atom, field), least)
+    object.__setattr__(atom, field, value)
+    return value
 
 
 def flag(owner: str, field: str, value: Any) -> bool:

@@ -29,7 +29,7 @@ from longspan.pattern.algebra import (
     Mask,
     Positions,
     flag,
-    whole,
+    keep_whole,
     wholes,
 )
 
@@ -51,7 +51,7 @@ class Blocks(Atom):
     name: ClassVar[str] = "blocks"
 
     def __post_init__(self) -> None:
-        whole("Blocks", "size", self.size, 1)
+        keep_whole(self, "Blocks", "size", 1)
         flag("Blocks", "causal", self.causal)
         if isinstance(self.map, str) or not isinstance(self.map, Sequence) or not self.map:
             raise PatternError(
@@ -143,9 +143,9 @@ class BandBlocks(Atom):
     name: ClassVar[str] = "band_blocks"
 
     def __post_init__(self) -> None:
-        whole("BandBlocks", "size", self.size, 1)
-        whole("BandBlocks", "back", self.back, 0)
-        whole("BandBlocks", "ahead", self.ahead, 0)
+        keep_whole(self, "BandBlocks", "size", 1)
+        keep_whole(self, "BandBlocks", "back", 0)
+        keep_whole(self, "BandBlocks", "ahead", 0)
 
     @property
     def is_causal(self) -> bool:
@@ -176,9 +176,9 @@ class EdgeBlocks(Atom):
     name: ClassVar[str] = "edge_blocks"
 
     def __post_init__(self) -> None:
-        whole("EdgeBlocks", "size", self.size, 1)
-        whole("EdgeBlocks", "first", self.first, 0)
-        whole("EdgeBlocks", "last", self.last, 0)
+        keep_whole(self, "EdgeBlocks", "size", 1)
+        keep_whole(self, "EdgeBlocks", "first", 0)
+        keep_whole(self, "EdgeBlocks", "last", 0)
 
     @property
     def is_causal(self) -> bool:

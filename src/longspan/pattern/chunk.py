@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,9 +40,9 @@ class Chunk(Atom):
     name: ClassVar[str] = "chunk"
 
     def __post_init__(self) -> None:
-        whole("Chunk", "size", self.size, 1)
+        keep_whole(self, "Chunk", "size", 1)
         flag("Chunk", "causal", self.causal)
-        if whole("Chunk", "offset", self.offset, 0) >= self.size:
+        if keep_whole(self, "Chunk", "offset", 0) >= self.size:
             raise PatternError(
                 f"Chunk: offset must be below size, got offset {self.offset} with size {self.size}"
             )
@@ -75,7 +75,7 @@ class ShiftedChunk(Atom):
 
     def __post_init__(self) -> None:
         flag("ShiftedChunk", "causal", self.causal)
-        if whole("ShiftedChunk", "size", self.size, 2) % 2:
+        if keep_whole(self, "ShiftedChunk", "size", 2) % 2:
             raise PatternError(
                 f"ShiftedChunk: size must be even (half of it is the shift), got {self.size}"
             )

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, flag, whole
+from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, flag, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +88,7 @@ class Window(Atom):
     name: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
-        whole("Window", "size", self.size, 1)
+        keep_whole(self, "Window", "size", 1)
         flag("Window", "causal", self.causal)
 
     @property

@@ -28,7 +28,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, flag, whole
+from longspan.pattern.algebra import (
+    At,
+    Atom,
+    Mask,
+    Pattern,
+    Positions,
+    Progression,
+    flag,
+    keep_whole,
+)
 from longspan.pattern.lattice import Residue
 
 
@@ -51,9 +60,9 @@ class LongNetBranch(Atom):
     name: ClassVar[str] = "longnet.branch"
 
     def __post_init__(self) -> None:
-        whole("LongNet", "segment", self.segment, 1)
+        keep_whole(self, "LongNet", "segment", 1)
         flag("LongNet", "causal", self.causal)
-        if whole("LongNet", "dilation", self.dilation, 1) > self.segment:
+        if keep_whole(self, "LongNet", "dilation", 1) > self.segment:
             raise PatternError(
                 f"LongNet: a dilation must not exceed its segment, got dilation {self.dilation} "
                 f"with segment {self.segment}"
@@ -117,7 +126,9 @@ class LongNetSet(Atom):
                 f"LongNet: segments and dilations pair up, got {len(self.segments)} segments and "
                 f"{len(self.dilations)} dilations"
             )
-        self.parts()
+        parts = self.parts()
+        object.__setattr__(self, "segments", tuple(part.segment for part in parts))
+        object.__setattr__(self, "dilations", tuple(part.dilation for part in parts))
 
     @property
     def is_causal(self) -> bool:

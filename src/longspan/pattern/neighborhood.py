@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, flag, whole
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, flag, keep_whole
 from longspan.pattern.lattice import Residue
 
 
@@ -45,10 +45,10 @@ class Neighborhood(Atom):
     name: ClassVar[str] = "neighborhood"
 
     def __post_init__(self) -> None:
-        whole("Neighborhood", "size", self.size, 2)
-        whole("Neighborhood", "dilation", self.dilation, 1)
+        keep_whole(self, "Neighborhood", "size", 2)
+        keep_whole(self, "Neighborhood", "dilation", 1)
         flag("Neighborhood", "causal", self.causal)
-        if whole("Neighborhood", "stride", self.stride, 1) > self.size:
+        if keep_whole(self, "Neighborhood", "stride", 1) > self.size:
             raise PatternError(
                 f"Neighborhood: stride must not exceed size, got stride {self.stride} with size "
                 f"{self.size}"

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +27,7 @@ class Sink(Atom):
     name: ClassVar[str] = "sink"
 
     def __post_init__(self) -> None:
-        whole("Sink", "size", self.size, 1)
+        keep_whole(self, "Sink", "size", 1)
 
     @property
     def is_causal(self) -> bool:
@@ -48,7 +48,7 @@ class Prefix(Atom):
     name: ClassVar[str] = "prefix"
 
     def __post_init__(self) -> None:
-        whole("Prefix", "size", self.size, 1)
+        keep_whole(self, "Prefix", "size", 1)
 
     @property
     def is_causal(self) -> bool:

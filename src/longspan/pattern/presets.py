@@ -71,7 +71,7 @@ def etc(radius: int = 84, tokens: int = 16) -> Pattern:
         radius: long tokens see this many to each side.
         tokens: global tokens at the start; they see all and all see them.
     """
-    whole("etc", "tokens", tokens, 1)
+    radius, tokens = whole("etc", "radius", radius, 0), whole("etc", "tokens", tokens, 1)
     return Window(2 * radius + 1, causal=False) | Global(*range(tokens))
 
 

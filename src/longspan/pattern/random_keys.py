@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,10 +47,10 @@ class RandomBlocks(Atom):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        whole(owner, "size", self.size, 1)
-        whole(owner, "count", self.count, 1)
+        keep_whole(self, owner, "size", 1)
+        keep_whole(self, owner, "count", 1)
         for field in ("seed", "apart", "skip"):
-            whole(owner, field, getattr(self, field), 0)
+            keep_whole(self, owner, field, 0)
         flag(owner, "causal", self.causal)
 
     @property

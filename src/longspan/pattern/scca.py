@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, whole
+from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,10 +44,10 @@ class SCCAFixed(Atom):
     name: ClassVar[str] = "scca.fixed"
 
     def __post_init__(self) -> None:
-        whole("SCCA.fixed", "chunk", self.chunk, 1)
+        keep_whole(self, "SCCA.fixed", "chunk", 1)
         flag("SCCA.fixed", "causal", self.causal)
         if self.shift is not None:
-            whole("SCCA.fixed", "shift", self.shift, 0)
+            keep_whole(self, "SCCA.fixed", "shift", 0)
 
     @property
     def is_causal(self) -> bool:
@@ -89,7 +89,7 @@ class SCCAFlow(Atom):
     name: ClassVar[str] = "scca.flow"
 
     def __post_init__(self) -> None:
-        whole("SCCA.flow", "chunk", self.chunk, 1)
+        keep_whole(self, "SCCA.flow", "chunk", 1)
         flag("SCCA.flow", "causal", self.causal)
         if self.wrap not in ("past", "none"):
             raise PatternError(f'SCCA.flow: wrap must be "past" or "none", got {self.wrap!r}')

@@ -19,7 +19,17 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Pattern, Positions, Progression, flag, whole
+from longspan.pattern.algebra import (
+    At,
+    Atom,
+    Mask,
+    Pattern,
+    Positions,
+    Progression,
+    flag,
+    keep_whole,
+    whole,
+)
 from longspan.pattern.lattice import Residue
 from longspan.pattern.scca import SCCA
 from longspan.pattern.vary import PerHead, PerLayer
@@ -39,8 +49,8 @@ class SDANeighborhood(Atom):
     name: ClassVar[str] = "sda.neighborhood"
 
     def __post_init__(self) -> None:
-        whole("SDA.neighborhood", "size", self.size, 1)
-        whole("SDA.neighborhood", "step", self.step, 1)
+        keep_whole(self, "SDA.neighborhood", "size", 1)
+        keep_whole(self, "SDA.neighborhood", "step", 1)
 
     @property
     def is_causal(self) -> bool:
@@ -76,9 +86,9 @@ class SDA(Atom):
     neighborhood: ClassVar[type[SDANeighborhood]] = SDANeighborhood
 
     def __post_init__(self) -> None:
-        whole("SDA", "segment", self.segment, 1)
+        keep_whole(self, "SDA", "segment", 1)
         flag("SDA", "causal", self.causal)
-        if whole("SDA", "step", self.step, 1) > self.segment:
+        if keep_whole(self, "SDA", "step", 1) > self.segment:
             raise PatternError(
                 f"SDA: step must not exceed segment, got step {self.step} with segment "
                 f"{self.segment}"
@@ -122,6 +132,7 @@ def longmixed(
             'longmixed: scca must be "flow" or "fixed" and by "heads" or "layers", got '
             f"{scca!r} and {by!r}"
         )
+    chunk, step = whole("longmixed", "chunk", chunk, 1), whole("longmixed", "step", step, 1)
     crossed = SCCA.flow(chunk) if scca == "flow" else SCCA.fixed(chunk)
     dilated = SDA(chunk * step if segment is None else segment, step)
     return PerHead(crossed, dilated) if by == "heads" else PerLayer(crossed, dilated)

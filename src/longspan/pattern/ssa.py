@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, whole, wholes
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, keep_whole, wholes
 from longspan.pattern.lattice import EVERY, Residue
 from longspan.pattern.listed import stretches
 
@@ -36,8 +36,8 @@ class SSA(Atom):
     name: ClassVar[str] = "ssa"
 
     def __post_init__(self) -> None:
-        whole("SSA", "size", self.size, 1)
-        whole("SSA", "step", self.step, 1)
+        keep_whole(self, "SSA", "size", 1)
+        keep_whole(self, "SSA", "step", 1)
         object.__setattr__(self, "anchors", wholes("SSA", "anchors", self.anchors, 0))
 
     @property

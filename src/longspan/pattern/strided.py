@@ -31,6 +31,7 @@ from longspan.pattern.algebra import (
     Positions,
     Progression,
     flag,
+    keep_whole,
     whole,
 )
 from longspan.pattern.lattice import Residue
@@ -52,7 +53,7 @@ class Strided(Atom):
     name: ClassVar[str] = "strided"
 
     def __post_init__(self) -> None:
-        whole("Strided", "step", self.step, 1)
+        keep_whole(self, "Strided", "step", 1)
         flag("Strided", "per_head", self.per_head)
         flag("Strided", "causal", self.causal)
 
@@ -87,7 +88,7 @@ class Diagonals(Atom):
     name: ClassVar[str] = "diagonals"
 
     def __post_init__(self) -> None:
-        whole("Diagonals", "step", self.step, 1)
+        keep_whole(self, "Diagonals", "step", 1)
         flag("Diagonals", "causal", self.causal)
 
     @property
@@ -120,7 +121,7 @@ class Dilated(Atom):
     name: ClassVar[str] = "dilated"
 
     def __post_init__(self) -> None:
-        whole("Dilated", "size", self.size, 1)
+        keep_whole(self, "Dilated", "size", 1)
         flag("Dilated", "causal", self.causal)
         if isinstance(self.step, list | tuple):
             steps = tuple(whole("Dilated", "step", step, 1) for step in self.step)
@@ -128,7 +129,7 @@ class Dilated(Atom):
                 raise PatternError("Dilated: step must hold at least one number, got none")
             object.__setattr__(self, "step", steps)
         else:
-            whole("Dilated", "step", self.step, 1)
+            keep_whole(self, "Dilated", "step", 1)
 
     @property
     def is_causal(self) -> bool:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, whole
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, keep_whole
 from longspan.pattern.lattice import Listed
 
 
@@ -32,8 +32,8 @@ class Summaries(Atom):
     name: ClassVar[str] = "summaries"
 
     def __post_init__(self) -> None:
-        whole("Summaries", "stride", self.stride, 1)
-        if whole("Summaries", "count", self.count, 1) > self.stride:
+        keep_whole(self, "Summaries", "stride", 1)
+        if keep_whole(self, "Summaries", "count", 1) > self.stride:
             raise PatternError(
                 f"Summaries: count must not exceed stride, got count {self.count} with stride "
                 f"{self.stride}"
@@ -48,7 +48,9 @@ class Summaries(Atom):
 
     def progressions(self, query: Positions, at: At) -> Sequence[Progression]:
         # Gathered side by side the tokens are one range; as remainders they would be c of them.
-        blocks = np.arange(int(query.max(initial=0)) // self.stride + 1)
-        last = np.arange(self.stride - self.count, self.stride)
+        end = int(query.max(initial=0)) + 1
+        blocks = np.arange((end - 1) // self.stride + 1)
+        # Of a block that is longer than the sequence, no more than there is.
+        last = np.arange(self.stride - self.count, min(self.stride, end))
         listed = Listed((blocks[:, None] * self.stride + last).ravel())
         return [(listed, [(np.zeros_like(query), query + 1)])]

@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from longspan.errors import PatternError
-from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, whole, wholes
+from longspan.pattern.algebra import At, Atom, Mask, Positions, Progression, keep_whole, wholes
 from longspan.pattern.lattice import EVERY
 from longspan.pattern.listed import stretches
 
@@ -40,7 +40,7 @@ class VerticalSlash(Atom):
     name: ClassVar[str] = "vertical_slash"
 
     def __post_init__(self) -> None:
-        whole("VerticalSlash", "block", self.block, 1)
+        keep_whole(self, "VerticalSlash", "block", 1)
         for field in ("columns", "offsets"):
             value = getattr(self, field)
             numbers = wholes("VerticalSlash", field, value, 0, may_be_empty=True)

@@ -141,6 +141,7 @@ def plan(
         own = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not own or not 1 <= value < END:
             raise PlanError(f"{name} must be a whole number from 1 to {END - 1}, got {value!r}")
+    n, heads, keys = int(n), int(heads), int(keys)
     own = pattern.at_layer(whole("attention", "layer", layer, 0))
     own.require(heads)
     rows = layouts(n, keys, positions, segments, key_positions, key_segments)
@@ -148,7 +149,7 @@ def plan(
     if orders not in words and not (isinstance(orders, int) and orders >= 1):
         raise PlanError(f"orders must be one of {words} or a number from 1, got {orders!r}")
     if orders == "auto" and rows[0].counted and n <= _FEW:
-        together = _choice_for_few(own, n, _rounded(int(keys)), heads)
+        together = _choice_for_few(own, n, _rounded(keys), heads)
     elif orders == "auto":
         together = choose(own, rows[0], heads)
     else:
