@@ -399,6 +399,7 @@ def test_a_dry_run_times_nothing(command, monkeypatch, tmp_path):
         (("--must-see", "everything"), "all and previous"),
         (("--within", 2), "--must-see all"),
         (("--picture", "a.gif"), "ends in .png"),
+        (("--picture", "a.png", "--dry-run"), "give one of them"),
         (("--kv-heads", 3), "divide heads"),
         (("--budget", 0), "number from 1"),
         (("--picture", "no/such/a.png"), "cannot write"),

@@ -84,6 +84,9 @@ def test_words_as_text_and_json():
         (["window(4)", "--tokens", "a b", "--svg", "x.svg"], "--svg and --png"),
         (["--all", "--png", "x.png"], "--svg and --png"),
         (["--all", "--tokens", "a b"], "--tokens"),
+        (["--all", "--heads", "2"], "--heads"),
+        (["--all", "--n", "5"], "--n and --layers"),
+        (["window(4)", "--tokens", "a b", "--layers", "2"], "--n and --layers"),
     ],
 )
 def test_what_would_be_ignored_is_refused(arguments, name):

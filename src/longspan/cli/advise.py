@@ -174,7 +174,7 @@ def advise(
         rounds=2 if quick else rounds,
         memory=memory and (not quick or memory_mib is not None),
     )
-    _check_picture(picture)
+    _check_picture(picture, dry_run)
     settings = asked.settings()
     records = Records(out / "advice.jsonl" if out and not dry_run else None, settings)
     with Bars() as bars:
@@ -207,7 +207,7 @@ def _budget(*amounts: float | None) -> Any:
     return Budget(kind=given[0][0], amount=given[0][1]) if given else None
 
 
-def _check_picture(path: Path | None) -> None:
+def _check_picture(path: Path | None, dry_run: bool) -> None:
     import importlib.util
 
     from longspan.errors import InputError, Refusal
@@ -215,6 +215,8 @@ def _check_picture(path: Path | None) -> None:
 
     if path is None:
         return
+    if dry_run:
+        raise InputError("--picture draws times, and --dry-run measures none: give one of them")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--picture takes a name that ends in .png, .svg or .pdf; got {path}")
     if importlib.util.find_spec("matplotlib") is None:

@@ -22,9 +22,11 @@ def show(
     pattern: Annotated[
         str | None, typer.Argument(help='Where to look, such as "window(12) | sink(2)".')
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Tokens.")] = 64,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
-    layers: Annotated[int, typer.Option(help="Layers for the picture of reach.")] = 3,
+    n: Annotated[int | None, typer.Option("--n", help="Tokens. Default: 64.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads. Default: 4.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers for the picture of reach. Default: 3.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the pictures as SVG.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the pictures as PNG.")] = None,
     tokens: Annotated[
@@ -48,20 +50,25 @@ def show(
         ("--out", out is not None, every),
         ("--tokens", tokens is not None, not every),
         ("--svg and --png", svg is not None or png is not None, not every and tokens is None),
+        ("--heads", heads is not None, not every),
+        ("--n and --layers", n is not None or layers is not None, not every and tokens is None),
     ):
         if given and not where:
             raise InputError(
                 f"{name} would be ignored here: pictures of one pattern go to --svg and --png, "
-                "its table to the terminal with --tokens, the page of --all to --out"
+                "its table to the terminal with --tokens, which has its own length, and the page "
+                "of --all, whose lengths and heads are given, to --out"
             )
     if every:
         _gallery(out or Path("gallery.html"), as_json)
         return
     assert pattern is not None
     own = parse(pattern)
+    heads = 4 if heads is None else heads
     if tokens is not None:
         _words(own, tokens, heads, as_json)
         return
+    n, layers = 64 if n is None else n, 3 if layers is None else layers
     _pictures(own, n, heads, layers, svg, png, as_json)
 
 
