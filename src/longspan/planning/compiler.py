@@ -31,7 +31,7 @@ from longspan.planning.pieces import (
     single_keys,
     union,
 )
-from longspan.planning.ranges import Ranges
+from longspan.planning.ranges import Ranges, joint
 
 
 def pieces_of(pattern: Pattern, query: Positions, at: At) -> Pieces:
@@ -92,18 +92,17 @@ def passes_of(
         for members in classes.values():
             at = replace(every[members[0]], length=layout.query_lengths)
             for index, pieces in enumerate(sets_of(pattern, layout.query_position, at)):
-                found: dict[int, Ranges] = {}
+                found: dict[int, list[Ranges]] = {}
                 for piece in gathered(pieces, together, end):
                     key = order_key(piece)
                     if key not in orders:
                         orders[key] = order_of(layout, key)
-                    places = orders[key].find(piece)
-                    found[key] = found[key] | places if key in found else places
-                for key, places in found.items():
+                    found.setdefault(key, []).append(orders[key].find(piece))
+                for key, every_place in found.items():
                     name = (index, key)
                     if name not in builders:
                         builders[name] = PassBuilder(len(rows), heads, key)
-                    builders[name].put(b, members, places)
+                    builders[name].put(b, members, joint(every_place))
         for (_, key), builder in builders.items():
             if key in orders:
                 builder.orders[b] = orders[key].rows
@@ -129,7 +128,7 @@ def gathered(pieces: Pieces, together: int | None, end: int) -> Pieces:
         n = pieces[0].ranges.rows if pieces else 0
         known = Ranges.of([(0, end)], n)
         alone = [single_keys(Piece(p.lattice, p.ranges & known)) for p in pieces]
-        return (Piece(EVERY, reduce(Ranges.__or__, alone)),) if alone else ()
+        return (Piece(EVERY, joint(alone)),) if alone else ()
     found: list[Piece] = []
     for piece in pieces:
         found.extend(classes_of(piece, together) or (piece,))

@@ -61,10 +61,7 @@ class Ranges:
         return (self.hi - self.lo).sum(axis=1)
 
     def __or__(self, other: Ranges) -> Ranges:
-        return normal(
-            np.concatenate([self.lo, other.lo], axis=1),
-            np.concatenate([self.hi, other.hi], axis=1),
-        )
+        return joint((self, other))
 
     def __and__(self, other: Ranges) -> Ranges:
         lo = np.maximum(self.lo[:, :, None], other.lo[:, None, :])
@@ -101,6 +98,14 @@ class Ranges:
         lo[empty, 0] = start[empty]
         hi[empty, 0] = start[empty] + 1
         return Ranges(lo, hi)
+
+
+def joint(parts: Sequence[Ranges]) -> Ranges:
+    """The union of one or more, each row's own; one by one, many would be sorted as often."""
+    if len(parts) == 1:
+        return parts[0]
+    lo, hi = (np.concatenate([getattr(x, edge) for x in parts], axis=1) for edge in ("lo", "hi"))
+    return normal(lo, hi)
 
 
 def normal(lo: Positions, hi: Positions) -> Ranges:
