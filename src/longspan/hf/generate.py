@@ -65,8 +65,16 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
         chat: put it into the model's chat template as the words of a user.
 
     Raises:
-        InputError: for a prompt without tokens, or a model without a chat template.
+        InputError: for a prompt without tokens, one that is no Unicode text, or a model without a
+            chat template.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Bytes that are no UTF-8 reach a command line as halves of characters.
+        raise InputError(
+            f"The prompt holds half of a character, or bytes that are no UTF-8 text: {error}."
+        ) from None
     if chat:
         check_chat(tokenizer)
         said = [{"role": "user", "content": text}]
