@@ -119,3 +119,30 @@ def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):
     wider = tiny.build("llama", hidden_size=64)
     with pytest.raises(DataError, match="does not fit"):
         ls.hf.load_adapter(wider, tmp_path)
+    deeper = tiny.build("llama", num_hidden_layers=3)
+    with pytest.raises(DataError, match=r"does not fit.*layers\.2"):
+        ls.hf.load_adapter(deeper, tmp_path)
+    flatter = tiny.build("llama", num_hidden_layers=1)
+    with pytest.raises(DataError, match=r"no place for 8 of its 16 tensors, first .*layers\.1"):
+        ls.hf.load_adapter(flatter, tmp_path)
+    assert not any("lora" in name for name, _ in flatter.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"{", "describes no adapter"),
+        ("adapter_config.json", b"[]", "describes no adapter"),
+        ("adapter_config.json", b"{}", "does not fit this model"),
+        ("adapter_config.json", b'{"peft_type": "LORE"}', "describes no adapter"),
+        ("adapter_model.safetensors", b"\x09", "does not fit this model"),
+        ("adapter_model.safetensors", None, "no weights of an adapter"),
+    ],
+)
+def test_damaged_adapters_are_said(tiny, tmp_path, name, content, message):
+    ls.hf.save_adapter(trained(tiny.build("llama"), tiny.tokens), tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ls.hf.load_adapter(tiny.build("llama"), tmp_path)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -123,23 +125,50 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
         trainable: whether to go on training it.
 
     Raises:
-        DataError: if the folder holds no adapter, or one for another model.
+        DataError: if the folder holds no whole adapter, or one for another model.
     """
     from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     check_adapter(folder)
     try:
+        held = load_peft_weights(str(folder), device="cpu").keys()
         with _peft_is_behind():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    except (ValueError, RuntimeError, OSError) as error:
+            # Tensors that are lacking would be a warning.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    # What a damaged file does to peft has no error of its own.
+    except Exception as error:
         said = first_line(error)
         raise DataError(f"The adapter in {folder} does not fit this model: {said}") from error
+    # And those that this model has no place for are passed over without a word.
+    over = sorted(held - get_peft_model_state_dict(loaded, save_embedding_layers=True).keys())
+    if over:
+        loaded.unload()
+        raise DataError(
+            f"The adapter in {folder} does not fit this model, which has no place for "
+            f"{len(over)} of its {len(held)} tensors, first {over[0]}."
+        )
+    return loaded
 
 
 def check_adapter(folder: str | Path) -> None:
-    """Raise DataError for a folder that holds no adapter."""
+    """Raise DataError for a folder that holds no adapter, as far as its weights need not be read.
+
+    Peft would look for what is missing on the hub.
+    """
+    from peft import PeftConfig
+
     if not (Path(folder) / "adapter_config.json").is_file():
         raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
+    if not any((Path(folder) / name).is_file() for name in _WEIGHTS):
+        raise DataError(f"{folder} has no weights of an adapter ({', '.join(_WEIGHTS)}).")
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise DataError(
+            f"{folder}/adapter_config.json describes no adapter of peft: {first_line(error)}"
+        ) from error
 
 
 def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrainedModel:
