@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import longspan
 from longspan.cli.app import main
+from longspan.eval.answers import answer
+from longspan.hf.generate import read_prompt
 
 MODEL = f"{longspan.__path__[0]}/assets/demo_model"
 
@@ -133,6 +135,32 @@ def test_bytes_on_standard_input_that_are_no_text_are_said(call, monkeypatch, tm
         code, out, error = call(MODEL, "--prompt-file", "-", "--device", "cpu")
     assert (code, out) == (2, "")
     assert "The prompt - cannot be read" in error
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"num_beams": 3},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"output_attentions": True, "return_dict_in_generate": True},
+    ],
+)
+def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path, saved):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **saved}))
+    options = ("--prompt-file", prompt, "--tokens", 8, "--device", "cpu", "--json")
+    (_, wanted, _), (code, out, _) = call(MODEL, *options), call(folder, *options)
+    assert code == 0
+    assert json.loads(out)["text"] == json.loads(wanted)["text"]
+
+    (plain, tokenizer), (other, _) = longspan.hf.load_model(MODEL), longspan.hf.load_model(folder)
+    ids = read_prompt(tokenizer, prompt.read_text(), chat=False)
+    for make in (None, lambda: longspan.kv.cache(other, "recent(16)")):
+        same = None if make is None else lambda: longspan.kv.cache(plain, "recent(16)")
+        assert answer(other, tokenizer, ids, 8, make) == answer(plain, tokenizer, ids, 8, same)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

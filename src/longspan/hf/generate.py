@@ -15,6 +15,15 @@ from longspan.hf.cache import CacheReport, KVCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Whatever generation settings were saved with a model: one text, token by token, through the
+# cache that is given.
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "cache_implementation": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
@@ -141,6 +150,7 @@ def generate(
             max_new_tokens=tokens,
             # The prompt arrives first.
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
+            **ONE_TEXT,
             **drawn,
         )
     assert isinstance(out, torch.Tensor)
