@@ -38,6 +38,20 @@ def test_default_targets_are_the_attention_projections(model):
     assert len(names) == 16
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layers_elsewhere_with_the_name_of_a_projection_are_left_out(tiny):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    adapted = ls.hf.add_lora(GPT2LMHeadModel(config), rank=4, alpha=8)
+    names = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-5] for name in names} == {"attn"}
+    # Two matrices for each of c_attn and c_proj in two layers.
+    assert len(names) == 8
+
+
 def test_embeddings_and_norms_are_trained_on_request(model):
     adapted = ls.hf.add_lora(model, rank=4, alpha=8, embeddings_and_norms=True)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -110,6 +124,29 @@ def test_wrong_arguments(tiny):
     for again in (adapted, model):
         with pytest.raises(InputError, match="has an adapter already"):
             ls.hf.add_lora(again, rank=4, alpha=8)
+
+
+def test_targets_that_peft_misreads_are_said(tiny):
+    from transformers import AfmoeConfig, AfmoeForCausalLM
+
+    config = AfmoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_dense_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = AfmoeForCausalLM(config)
+    with pytest.raises(InputError, match=r"self_attn.gate_proj.*fused into gate_up_proj.*Give"):
+        ls.hf.add_lora(model, rank=4, alpha=8)
+    ls.hf.add_lora(model, rank=4, alpha=8, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):

@@ -45,8 +45,8 @@ def add_lora(
         A ``PeftModel``. Which pattern is applied to ``model`` makes no difference.
 
     Raises:
-        InputError: for a rank below 1, targets that the model does not have, or a model that has
-            an adapter already.
+        InputError: for a rank below 1, targets that the model does not have or peft does not
+            take, or a model that has an adapter already.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,22 +81,37 @@ def add_lora(
         ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
     )
-    with _peft_is_behind():
-        return get_peft_model(base, config)
+    try:
+        with _peft_is_behind():
+            return get_peft_model(base, config)
+    except ValueError as error:
+        # Peft takes AFMoE's gate of the attention for one of its experts.
+        raise InputError(
+            f"peft does not put an adapter into {', '.join(wanted)} of {type(base).__name__}: "
+            f"{first_line(error)} Give targets without those that it names."
+        ) from error
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the attention modules, such as q_proj and o_proj."""
+    """Names of the linear layers inside the attention modules, such as q_proj and o_proj.
+
+    With the name of their attention in front where layers elsewhere have the same, such as
+    attn.c_proj beside mlp.c_proj.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    names = {
-        name.rpartition(".")[2]
-        for _, attention in routed(model)
+    inside = {
+        f"{path}.{name}": f"{path.rpartition('.')[2]}.{name}"
+        for path, attention in routed(model)
         for name, part in attention.named_modules()
         if isinstance(part, nn.Linear | Conv1D)
     }
-    return sorted(names)
+    elsewhere = {
+        path.rpartition(".")[2] for path, _ in model.named_modules() if path not in inside
+    }
+    names = ((longer, longer.rpartition(".")[2]) for longer in inside.values())
+    return sorted({longer if short in elsewhere else short for longer, short in names})
 
 
 def embedding_and_norm_names(model: PreTrainedModel) -> list[str]:
