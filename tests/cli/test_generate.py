@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import longspan
 from longspan.cli.app import main
+from longspan.eval.answers import answer
+from longspan.hf.generate import read_prompt
 
 MODEL = f"{longspan.__path__[0]}/assets/demo_model"
 
@@ -90,6 +92,7 @@ def test_json_says_everything(call, prompt):
         (["--prompt", "a", "--kv", "hevy(3)"], "did you mean 'heavy'"),
         (["--prompt-file", "nowhere.txt"], "cannot be read"),
         (["--prompt", ""], "The prompt is empty"),
+        (["--prompt", "a\udcff"], "half of a character, or bytes that are no UTF-8"),
         (["--prompt", "a", "--chat"], "no chat template"),
         (["--prompt", "a", "--tokens", "0"], "at least 1 token"),
         (["--prompt", "a", "--temperature", "nan"], "temperature from 0"),
@@ -106,6 +109,58 @@ def test_errors_are_one_paragraph(call, options, message):
     assert message in error
     assert not out
     assert "Traceback" not in error
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(call, monkeypatch, tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbfdef f(x):")
+
+    def asked(*options):
+        code, out, _ = call(MODEL, *options, "--tokens", 1, "--json", "--device", "cpu")
+        assert code == 0
+        return json.loads(out)["prompt_tokens"]
+
+    wanted = asked("--prompt", "def f(x):")
+    assert asked("--prompt-file", marked) == wanted
+    with marked.open(encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert asked("--prompt-file", "-") == wanted
+
+
+def test_bytes_on_standard_input_that_are_no_text_are_said(call, monkeypatch, tmp_path):
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_bytes(b"a\xff")
+    with wrong.open(encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        code, out, error = call(MODEL, "--prompt-file", "-", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "The prompt - cannot be read" in error
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"num_beams": 3},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"output_attentions": True, "return_dict_in_generate": True},
+    ],
+)
+def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path, saved):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **saved}))
+    options = ("--prompt-file", prompt, "--tokens", 8, "--device", "cpu", "--json")
+    (_, wanted, _), (code, out, _) = call(MODEL, *options), call(folder, *options)
+    assert code == 0
+    assert json.loads(out)["text"] == json.loads(wanted)["text"]
+
+    (plain, tokenizer), (other, _) = longspan.hf.load_model(MODEL), longspan.hf.load_model(folder)
+    ids = read_prompt(tokenizer, prompt.read_text(), chat=False)
+    for make in (None, lambda: longspan.kv.cache(other, "recent(16)")):
+        same = None if make is None else lambda: longspan.kv.cache(plain, "recent(16)")
+        assert answer(other, tokenizer, ids, 8, make) == answer(plain, tokenizer, ids, 8, same)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -236,3 +236,14 @@ def test_cards_of_adapters_bring_factors_back(tmp_path):
     del how["rope_factors"]
     (tmp_path / "longspan.json").write_text(json.dumps(how))
     assert trained_positions(tmp_path) == ("longrope", 128, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"rope": "longrope", "length": 128, "rope_factors": [1.0]}']
+)
+def test_damaged_cards_of_adapters_are_said(tmp_path, text):
+    from longspan.eval.subject import trained_positions
+
+    (tmp_path / "longspan.json").write_text(text)
+    with pytest.raises(DataError, match="does not say the position scaling"):
+        trained_positions(tmp_path)

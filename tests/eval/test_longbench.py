@@ -230,6 +230,7 @@ def test_lines_that_are_no_examples_are_named(tmp_path, written, words):
         ({"template": "{context} {question}"}, r"got \{context\}, \{question\}"),
         ({"template": "nothing"}, "got no field"),
         ({"template": "{context"}, "cannot be read"),
+        ({"template": "{context}\udcff"}, "no UTF-8 text"),
         ({"template": "{context:d}"}, "stand alone"),
         ({"template": "{context:{}}"}, "stand alone"),
         ({"metric": "bleu"}, "Unknown metric 'bleu'"),

@@ -38,6 +38,20 @@ def test_default_targets_are_the_attention_projections(model):
     assert len(names) == 16
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layers_elsewhere_with_the_name_of_a_projection_are_left_out(tiny):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    adapted = ls.hf.add_lora(GPT2LMHeadModel(config), rank=4, alpha=8)
+    names = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-5] for name in names} == {"attn"}
+    # Two matrices for each of c_attn and c_proj in two layers.
+    assert len(names) == 8
+
+
 def test_embeddings_and_norms_are_trained_on_request(model):
     adapted = ls.hf.add_lora(model, rank=4, alpha=8, embeddings_and_norms=True)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -112,6 +126,29 @@ def test_wrong_arguments(tiny):
             ls.hf.add_lora(again, rank=4, alpha=8)
 
 
+def test_targets_that_peft_misreads_are_said(tiny):
+    from transformers import AfmoeConfig, AfmoeForCausalLM
+
+    config = AfmoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_dense_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = AfmoeForCausalLM(config)
+    with pytest.raises(InputError, match=r"self_attn.gate_proj.*fused into gate_up_proj.*Give"):
+        ls.hf.add_lora(model, rank=4, alpha=8)
+    ls.hf.add_lora(model, rank=4, alpha=8, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
 def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):
     with pytest.raises(DataError, match=r"adapter_config.json"):
         ls.hf.load_adapter(tiny.build("llama"), tmp_path)
@@ -119,3 +156,30 @@ def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):
     wider = tiny.build("llama", hidden_size=64)
     with pytest.raises(DataError, match="does not fit"):
         ls.hf.load_adapter(wider, tmp_path)
+    deeper = tiny.build("llama", num_hidden_layers=3)
+    with pytest.raises(DataError, match=r"does not fit.*layers\.2"):
+        ls.hf.load_adapter(deeper, tmp_path)
+    flatter = tiny.build("llama", num_hidden_layers=1)
+    with pytest.raises(DataError, match=r"no place for 8 of its 16 tensors, first .*layers\.1"):
+        ls.hf.load_adapter(flatter, tmp_path)
+    assert not any("lora" in name for name, _ in flatter.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"{", "describes no adapter"),
+        ("adapter_config.json", b"[]", "describes no adapter"),
+        ("adapter_config.json", b"{}", "does not fit this model"),
+        ("adapter_config.json", b'{"peft_type": "LORE"}', "describes no adapter"),
+        ("adapter_model.safetensors", b"\x09", "does not fit this model"),
+        ("adapter_model.safetensors", None, "no weights of an adapter"),
+    ],
+)
+def test_damaged_adapters_are_said(tiny, tmp_path, name, content, message):
+    ls.hf.save_adapter(trained(tiny.build("llama"), tiny.tokens), tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ls.hf.load_adapter(tiny.build("llama"), tmp_path)

@@ -109,6 +109,28 @@ def test_packed_documents_with_a_cache_are_refused(tiny):
         model(tiny.tokens(1, 18), position_ids=positions, use_cache=True)
 
 
+def test_families_that_pack_no_documents_are_said(tiny):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=0,
+    )
+    model = GptOssForCausalLM(config).eval()
+    ls.hf.apply(model, "causal()")
+    packed = torch.cat([torch.arange(9), torch.arange(9)])[None]
+    with pytest.raises(InputError, match=r"passed already, this family .* its own row"):
+        model(tiny.tokens(1, 18), position_ids=packed, use_cache=False)
+
+
 def test_packed_documents_beside_a_mask_are_refused(tiny):
     model = tiny.build("llama")
     ls.hf.apply(model, ls.Causal())

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import longspan as ls
+from longspan.errors import InputError, Refusal
 
 N, BATCH = 45, 2
 PATTERN = "window(9) | strided(4) | sink(2)"
@@ -103,4 +105,36 @@ def refusals(rank: int) -> dict[str, str]:
                 told[name] = ""
             except ls.LongspanError as error:
                 told[name] = str(error)
+        model.config.output_router_logits = True
+        assert handle.shard(ids)
+        with pytest.raises(InputError, match="adds a loss of its routers"):
+            handle.shard(ids, labels=ids)
+    counting()
     return told
+
+
+def counting() -> None:
+    """Llama 4's temperature counts the rows that a model is given: on a rank, from 0."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    options: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "intermediate_size_mlp": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "no_rope_layers": [1, 0],
+        "pad_token_id": 0,
+    }
+    tuned = Llama4ForCausalLM(Llama4TextConfig(**options))
+    before = tuned.config._attn_implementation
+    with pytest.raises(Refusal, match=r"counts the rows .*layers\.1\.self_attn"):
+        ls.hf.parallel(tuned, PATTERN)
+    assert tuned.config._attn_implementation == before
+    plain = Llama4ForCausalLM(Llama4TextConfig(**options, attn_temperature_tuning=False))
+    with ls.hf.parallel(plain, PATTERN):
+        pass

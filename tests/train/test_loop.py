@@ -101,6 +101,36 @@ def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert again == first
 
 
+def test_a_log_that_lacks_steps_is_said(tmp_path: Path) -> None:
+    run(tmp_path, CONFIG)
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for kept in (lines[:5], lines[1:], [*lines[:3], "{", *lines[4:]], []):
+        log.write_text("".join(kept))
+        with pytest.raises(RunError, match=r"log.jsonl lacks some of the 9 steps"):
+            run(tmp_path, CONFIG)
+        assert log.read_text() == "".join(kept)
+    log.unlink()
+    with pytest.raises(RunError, match=r"log.jsonl lacks some of the 9 steps"):
+        run(tmp_path, CONFIG)
+
+
+def test_a_kill_while_the_log_is_written_again_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(tmp_path, CONFIG)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, CONFIG)
+    assert run(tmp_path, CONFIG)[0] == whole
+
+
 def test_first_step_is_adamw_on_the_clipped_mean(tmp_path: Path) -> None:
     config = LoopConfig(steps=1, lr=0.1, warmup=0, accumulate=2, clip=0.01, weight_decay=0.5)
     model = Model()

@@ -170,10 +170,10 @@ def _prompt(text: str | None, file: str | None) -> str:
     if file is None:
         assert text is not None
         return text
-    if file == "-":
-        return sys.stdin.read()
     try:
-        return Path(file).read_text(encoding="utf-8")
+        if file == "-":
+            return sys.stdin.read().removeprefix("\ufeff")
+        return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The prompt {file} cannot be read: {error}.") from error
 

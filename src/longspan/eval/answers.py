@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan import hf
 from longspan.errors import InputError
+from longspan.hf.generate import ONE_TEXT
 from longspan.kv import cache
 from longspan.kv import parse as read_policy
 from longspan.kv.policy import Policy
@@ -120,6 +121,7 @@ def answer(
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=padding,
+        **ONE_TEXT,
         **more,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -127,7 +127,10 @@ def _check_template(template: str) -> None:
             f"A template has the fields {{context}} and {{input}}, or one of them; got {found}."
         )
     try:
+        template.encode()
         template.format(context="", input="")
+    except UnicodeEncodeError as error:
+        raise InputError(f"The template is no UTF-8 text: {error}.") from None
     except (ValueError, LookupError) as error:
         raise InputError(
             f"A template's fields {{context}} and {{input}} stand alone, without formats: {error}."

@@ -115,7 +115,8 @@ def trained_positions(adapter: Path) -> tuple[str, int, LongFactors | None]:
         Kind, length in tokens, and the factors of longrope.
 
     Raises:
-        DataError: the folder is missing, or was not written by ``longspan extend``.
+        DataError: the folder is missing, or was not written by ``longspan extend``, or its card
+            is damaged.
     """
     path = adapter / CARD
     if not adapter.is_dir():
@@ -125,8 +126,14 @@ def trained_positions(adapter: Path) -> tuple[str, int, LongFactors | None]:
             f"{path} is missing: this adapter was not written by longspan extend, so its position "
             "scaling is unknown. Say it with --rope."
         )
-    how = json.loads(path.read_text(encoding="utf-8"))
-    # Adapters from before there was longrope say nothing of factors.
-    held = how.get("rope_factors")
-    factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
-    return how["rope"], how["length"], factors
+    try:
+        how = json.loads(path.read_text(encoding="utf-8"))
+        # Adapters from before there was longrope say nothing of factors.
+        held = how.get("rope_factors")
+        factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
+        return how["rope"], how["length"], factors
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} does not say the position scaling of an adapter ({type(error).__name__}: "
+            f"{error}): copy the adapter again, or say it with --rope."
+        ) from error

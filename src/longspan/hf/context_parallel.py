@@ -9,18 +9,22 @@ alone; attention goes across ranks, see ``longspan.parallel``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from longspan.errors import InputError, PatternError
+from longspan.errors import InputError, PatternError, Refusal
 from longspan.hf.ranks import Batch, Parallel
+from longspan.hf.routes import routed
 from longspan.hf.switch import Applied, put
 from longspan.hf.unwrap import base_model
 from longspan.parallel.agreement import group_of
 from longspan.parallel.shards import Shards, shards_of
 from longspan.pattern import Pattern, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,7 @@ class AcrossRanks(Applied):
             Arguments of the model.
 
         Raises:
-            InputError: if shapes or shards do not fit.
+            InputError: if shapes or shards do not fit, or the model adds a loss of its routers.
             PlanError: if the segments do not fit.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -62,6 +66,13 @@ class AcrossRanks(Applied):
             raise InputError(
                 f"labels must have the shape of input_ids {list(input_ids.shape)}, got "
                 f"{list(labels.shape)}"
+            )
+        config = self.model.config.get_text_config()
+        if labels is not None and getattr(config, "output_router_logits", False):
+            raise InputError(
+                f"{type(self.model).__name__} adds a loss of its routers to that of the tokens, "
+                "which a rank would take for its own rows and the sum over ranks count several "
+                "times. Set config.output_router_logits = False."
             )
         what = self._what
         _, rank, ranks = group_of(what.group)
@@ -130,7 +141,8 @@ def parallel(
     Raises:
         InputError: if there is no process group, or the shards do not fit it.
         PatternError: if the pattern does not parse or does not fit the heads.
-        Refusal: as in ``longspan.hf.apply``; the model is then unchanged.
+        Refusal: as in ``longspan.hf.apply``, or if layers count the rows of a forward pass by
+            themselves; the model is then unchanged.
     """
     group, _, ranks = group_of(group)
     if isinstance(pattern, str):
@@ -141,5 +153,20 @@ def parallel(
         shards_of(shards, shards.n, ranks)
     else:
         shards_of(shards, ranks, ranks)
-    applied = put(base_model(model), Parallel(pattern, group), impl)
+    base = base_model(model)
+    _check_counts(base)
+    applied = put(base, Parallel(pattern, group), impl)
     return AcrossRanks(applied.model, applied.entry, shards)
+
+
+def _check_counts(base: PreTrainedModel) -> None:
+    """Refuse Llama 4's layers without rotation, whose temperature follows the row's number."""
+    for path, module in routed(base):
+        tuned = getattr(module, "attn_temperature_tuning", False)
+        if tuned and not getattr(module, "use_rope", True):
+            raise Refusal(
+                f"{type(base).__name__} scales queries by their place in the sequence, for which "
+                f"it counts the rows that it is given ({path}): each rank would begin at 0. Up to "
+                "floor_scale tokens the scale is 1: there build the model with "
+                "attn_temperature_tuning=False. The model was not changed."
+            )

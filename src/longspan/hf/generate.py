@@ -15,6 +15,15 @@ from longspan.hf.cache import CacheReport, KVCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Whatever generation settings were saved with a model: one text, token by token, through the
+# cache that is given.
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "cache_implementation": None,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
@@ -65,8 +74,16 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
         chat: put it into the model's chat template as the words of a user.
 
     Raises:
-        InputError: for a prompt without tokens, or a model without a chat template.
+        InputError: for a prompt without tokens, one that is no Unicode text, or a model without a
+            chat template.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Bytes that are no UTF-8 reach a command line as halves of characters.
+        raise InputError(
+            f"The prompt holds half of a character, or bytes that are no UTF-8 text: {error}."
+        ) from None
     if chat:
         check_chat(tokenizer)
         said = [{"role": "user", "content": text}]
@@ -133,6 +150,7 @@ def generate(
             max_new_tokens=tokens,
             # The prompt arrives first.
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
+            **ONE_TEXT,
             **drawn,
         )
     assert isinstance(out, torch.Tensor)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -43,8 +45,8 @@ def add_lora(
         A ``PeftModel``. Which pattern is applied to ``model`` makes no difference.
 
     Raises:
-        InputError: for a rank below 1, targets that the model does not have, or a model that has
-            an adapter already.
+        InputError: for a rank below 1, targets that the model does not have or peft does not
+            take, or a model that has an adapter already.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -79,22 +81,37 @@ def add_lora(
         ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
     )
-    with _peft_is_behind():
-        return get_peft_model(base, config)
+    try:
+        with _peft_is_behind():
+            return get_peft_model(base, config)
+    except ValueError as error:
+        # Peft takes AFMoE's gate of the attention for one of its experts.
+        raise InputError(
+            f"peft does not put an adapter into {', '.join(wanted)} of {type(base).__name__}: "
+            f"{first_line(error)} Give targets without those that it names."
+        ) from error
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the attention modules, such as q_proj and o_proj."""
+    """Names of the linear layers inside the attention modules, such as q_proj and o_proj.
+
+    With the name of their attention in front where layers elsewhere have the same, such as
+    attn.c_proj beside mlp.c_proj.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    names = {
-        name.rpartition(".")[2]
-        for _, attention in routed(model)
+    inside = {
+        f"{path}.{name}": f"{path.rpartition('.')[2]}.{name}"
+        for path, attention in routed(model)
         for name, part in attention.named_modules()
         if isinstance(part, nn.Linear | Conv1D)
     }
-    return sorted(names)
+    elsewhere = {
+        path.rpartition(".")[2] for path, _ in model.named_modules() if path not in inside
+    }
+    names = ((longer, longer.rpartition(".")[2]) for longer in inside.values())
+    return sorted({longer if short in elsewhere else short for longer, short in names})
 
 
 def embedding_and_norm_names(model: PreTrainedModel) -> list[str]:
@@ -123,23 +140,50 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
         trainable: whether to go on training it.
 
     Raises:
-        DataError: if the folder holds no adapter, or one for another model.
+        DataError: if the folder holds no whole adapter, or one for another model.
     """
     from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     check_adapter(folder)
     try:
+        held = load_peft_weights(str(folder), device="cpu").keys()
         with _peft_is_behind():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    except (ValueError, RuntimeError, OSError) as error:
+            # Tensors that are lacking would be a warning.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            loaded = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    # What a damaged file does to peft has no error of its own.
+    except Exception as error:
         said = first_line(error)
         raise DataError(f"The adapter in {folder} does not fit this model: {said}") from error
+    # And those that this model has no place for are passed over without a word.
+    over = sorted(held - get_peft_model_state_dict(loaded, save_embedding_layers=True).keys())
+    if over:
+        loaded.unload()
+        raise DataError(
+            f"The adapter in {folder} does not fit this model, which has no place for "
+            f"{len(over)} of its {len(held)} tensors, first {over[0]}."
+        )
+    return loaded
 
 
 def check_adapter(folder: str | Path) -> None:
-    """Raise DataError for a folder that holds no adapter."""
+    """Raise DataError for a folder that holds no adapter, as far as its weights need not be read.
+
+    Peft would look for what is missing on the hub.
+    """
+    from peft import PeftConfig
+
     if not (Path(folder) / "adapter_config.json").is_file():
         raise DataError(f"{folder} has no adapter_config.json, so it is no saved adapter.")
+    if not any((Path(folder) / name).is_file() for name in _WEIGHTS):
+        raise DataError(f"{folder} has no weights of an adapter ({', '.join(_WEIGHTS)}).")
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise DataError(
+            f"{folder}/adapter_config.json describes no adapter of peft: {first_line(error)}"
+        ) from error
 
 
 def merge_and_save(model: Any, tokenizer: Any, folder: str | Path) -> PreTrainedModel:

@@ -170,9 +170,11 @@ class Rows:
             return
         if bool((position_ids.diff(dim=-1) != 1).any()):
             raise InputError(
-                "position_ids do not rise by one, there is no attention_mask, and a cache is in "
-                "use: with a cache, transformers lets packed documents see each other. Pass "
-                "use_cache=False to keep documents apart, or an attention_mask for padding."
+                "position_ids do not rise by one and there is no attention_mask, but transformers "
+                "made no packed documents of them, so that they would see each other: with a "
+                "cache it never does. Pass use_cache=False to keep documents apart, or an "
+                "attention_mask for padding. Where it is passed already, this family of models "
+                "(such as gpt-oss, AFMoE, OPT) packs no documents: give each its own row."
             )
 
 

@@ -289,9 +289,14 @@ def _read_jsonl(path: Path, text: str) -> list[Document]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not JSON: {error.msg}.") from None
+        # Brackets too deep, or numbers too long, for Python to read.
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} line {number} is not JSON: {error}.") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(f'{path} line {number} has no string under the key "text".')
+        try:
+            record["text"].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path} line {number} holds half of a character: {error}.") from None
         documents.append(Document(f"{path}:{number}", record["text"]))
     return documents

@@ -24,7 +24,7 @@ from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import read_lines
 from longspan.eval.seed import check_seed
-from longspan.train.checkpoint import Checkpoints
+from longspan.train.checkpoint import Checkpoints, write_atomically
 from longspan.train.finite import LARGEST_RATE, check_step
 
 
@@ -106,7 +106,8 @@ def train(
             ``tokens``, ``seconds``.
 
     Raises:
-        RunError: a checkpoint could not be written, or the loss is no longer finite.
+        RunError: a checkpoint could not be written, the loss is no longer finite, or the log lacks
+            steps that the checkpoint has.
     """
     model = loss.model
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -114,8 +115,16 @@ def train(
     torch.manual_seed(config.seed)
     start = _restore(checkpoints, trained, optimizer)
     records = [r for r in read_lines(log) if r["step"] <= start] if log.exists() else []
+    if [r["step"] for r in records] != list(range(1, start + 1)):
+        raise RunError(
+            f"{log} lacks some of the {start} steps of the checkpoint in {checkpoints.folder}, so "
+            "that their losses are lost. Put the file back, or remove that folder to train from "
+            "the first step again."
+        )
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    # Not emptied first: a run that is killed here still has its losses.
+    kept = "".join(json.dumps(r) + "\n" for r in records).encode()
+    write_atomically(log, lambda file: file.write(kept))
 
     model.train()
     for step in range(start, config.steps):

@@ -28,6 +28,7 @@ from longspan.eval.plain import to_json
 from longspan.eval.seed import check_seed
 from longspan.hf.build import build_llama, save_model, train_tokenizer
 from longspan.hf.models import check_device
+from longspan.train.checkpoint import write_atomically
 from longspan.train.data import (
     Document,
     Sampler,
@@ -223,7 +224,9 @@ def pretrain(
     for hook in hooks:
         hook.remove()
     save_model(model.to(torch.bfloat16), run.tokenizer, out)
-    (out / REPORT_NAME).write_text(to_json(report.to_json(), indent=1) + "\n")
+    # Once there, it says that the run is finished.
+    written = (to_json(report.to_json(), indent=1) + "\n").encode()
+    write_atomically(out / REPORT_NAME, lambda file: file.write(written))
     shutil.rmtree(out / CHECKPOINT_FOLDER, ignore_errors=True)
     return report
 
