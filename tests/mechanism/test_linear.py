@@ -209,6 +209,24 @@ def test_weights_that_all_but_vanish_have_finite_gradients(name, causal):
     assert slopes[2].any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("low", [-36.0, -42.0, -60.0])
+def test_small_features_of_queries_and_keys_have_their_gradients(low, causal):
+    """Elu's features of entries far below 0: products of two are close to the least number."""
+    torch.manual_seed(0)
+    q, k, v = low + torch.randn(1, 2, 9, 4), low + torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = linear_attention(*inputs, "elu", causal=causal)
+        slopes.append(torch.autograd.grad(out.square().sum(), inputs))
+    for found, wanted in zip(*slopes, strict=True):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-3)
+    least = (low - 60 + torch.randn(1, 2, 9, 4)).requires_grad_()
+    out = linear_attention(least, k, v, "elu", causal=causal)
+    assert torch.autograd.grad(out.square().sum(), least)[0].isfinite().all()
+
+
 def test_a_row_without_weight_gives_zero():
     q, k, v = qkv(n=6)
     out = linear_attention(q, -k.abs(), v, "relu")

@@ -234,6 +234,8 @@ def _attend(
         return _linear_fused.causal_attention(*given)
     if valid is not None:
         phi_k = phi_k.masked_fill(~valid[:, None, :, None], 0.0)
+    if not phi.floor:
+        phi_q = _near_one(phi_q)
     phi_q = phi_q.unflatten(1, (k.shape[1], -1))
     v_BKNE = pad(v.to(work), (0, 1), value=1.0)
     sums = log = None
@@ -244,6 +246,14 @@ def _attend(
             phi_k = phi_k * (log_k - log_k.amax(dim=-1, keepdim=True)).exp()[..., None]
         total = phi_q @ (phi_k.transpose(-1, -2) @ v_BKNE)[:, :, None]
     return _divide(total, phi.floor).flatten(1, 2).to(q.dtype), sums, log
+
+
+def _near_one(phi_q: Tensor) -> Tensor:
+    """Features over the largest of their row: a factor that cancels, as do its slopes."""
+    most = phi_q.detach().amax(dim=-1, keepdim=True)
+    # Over less, slopes would leave the range of numbers.
+    least = _FAINT * torch.finfo(most.dtype).tiny
+    return phi_q / most.masked_fill(most < least, 1.0)
 
 
 def _divide(total: Tensor, floor: float) -> Tensor:
