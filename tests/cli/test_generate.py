@@ -141,6 +141,9 @@ def test_bytes_on_standard_input_that_are_no_text_are_said(call, monkeypatch, tm
     "saved",
     [
         {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"stop_strings": ["no such text"]},
         {"return_dict_in_generate": True},
         {"cache_implementation": "static"},
         {"output_attentions": True, "return_dict_in_generate": True},

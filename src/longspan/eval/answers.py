@@ -121,6 +121,8 @@ def answer(
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=padding,
+        # Which stop strings need that were saved with a model.
+        tokenizer=tokenizer,
         **ONE_TEXT,
         **more,
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # cache that is given.
 ONE_TEXT: dict[str, Any] = {
     "num_beams": 1,
+    "num_return_sequences": 1,
     "return_dict_in_generate": False,
     "output_attentions": False,
     "cache_implementation": None,
@@ -148,6 +149,8 @@ def generate(
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             max_new_tokens=tokens,
+            # Which stop strings need that were saved with a model.
+            tokenizer=tokenizer,
             # The prompt arrives first.
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
             **ONE_TEXT,
