@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,29 @@ def test_a_log_that_lacks_steps_is_said(tmp_path: Path) -> None:
     log.unlink()
     with pytest.raises(RunError, match=r"log.jsonl lacks some of the 9 steps"):
         run(tmp_path, CONFIG)
+
+
+def test_a_checkpoint_is_not_on_the_disk_before_the_log_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resuming refuses a log that lacks steps: a power failure must not leave one."""
+    log, there, missed = tmp_path / "log.jsonl", [0], []
+    sync, save = os.fsync, Checkpoints.save
+
+    def synced(file: int) -> None:
+        if log.exists() and os.fstat(file).st_ino == log.stat().st_ino:
+            there.append(len(log.read_text().splitlines()))
+        sync(file)
+
+    def saved(self: Checkpoints, step: int, *state: Any) -> None:
+        missed.append(step - there[-1])
+        save(self, step, *state)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    run(tmp_path, CONFIG)
+    assert len(missed) > 1
+    assert not any(missed)
 
 
 def test_a_kill_while_the_log_is_written_again_loses_nothing(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,9 +132,14 @@ def train(
         record = _step(loss, batch_at, step, trained, optimizer, config)
         check_step(record["loss"], record["grad_norm"], step + 1, config.lr)
         records.append(record)
+        saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if saving:
+                # Without its steps in the log a checkpoint is refused.
+                file.flush()
+                os.fsync(file.fileno())
+        if saving:
             checkpoints.save(step + 1, _state(trained, optimizer))
         speed = record["tokens"] / record["seconds"]
         progress(
