@@ -224,6 +224,16 @@ def test_sampled_shares_hit_the_truth_and_their_error_is_honest(kind):
     assert (abs(shares - truth) > 2 * errors).mean() < 0.1
 
 
+@pytest.mark.parametrize("samples", [4, 64, 256])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_lies_on_a_line_over_the_legal_keys_is_exact(samples, seed):
+    rows = sampled_rows(5000, samples, seed)
+    allowed, mean = rows + 1, 2500.5
+    assert share_and_error(1.0 * allowed, allowed, mean) == (pytest.approx(1, abs=1e-12), 0)
+    share, error = share_and_error(300 + allowed / 4, allowed, mean)
+    assert (share, error) == (pytest.approx(0.25 + 300 / mean, abs=1e-12), 0)
+
+
 def test_large_n_needs_no_dense_mask():
     found = ls.coverage(ls.Window(4096) | ls.Sink(4), 400_000, heads=32, layers=2, samples=4)
     assert found.keys_max == 4100

@@ -129,7 +129,8 @@ def share_and_error(
         allowed: keys that they may see.
         mean: keys that a row may see, over all rows.
     """
-    off, count = (allowed - allowed.mean())[1:-1], len(reached) - 2
+    count = len(reached) - 2
+    off = allowed[1:-1] - allowed[1:-1].mean()
     spread = float((off**2).sum())
     slope = float((off * reached[1:-1]).sum()) / spread if spread else 0.0
     level = reached - slope * (allowed - mean)
