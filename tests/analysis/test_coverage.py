@@ -224,7 +224,7 @@ def test_sampled_shares_hit_the_truth_and_their_error_is_honest(kind):
     assert (abs(shares - truth) > 2 * errors).mean() < 0.1
 
 
-@pytest.mark.parametrize("samples", [4, 64, 256])
+@pytest.mark.parametrize("samples", [8, 64, 256])
 @pytest.mark.parametrize("seed", range(5))
 def test_what_lies_on_a_line_over_the_legal_keys_is_exact(samples, seed):
     rows = sampled_rows(5000, samples, seed)
@@ -232,6 +232,17 @@ def test_what_lies_on_a_line_over_the_legal_keys_is_exact(samples, seed):
     assert share_and_error(1.0 * allowed, allowed, mean) == (pytest.approx(1, abs=1e-12), 0)
     share, error = share_and_error(300 + allowed / 4, allowed, mean)
     assert (share, error) == (pytest.approx(0.25 + 300 / mean, abs=1e-12), 0)
+
+
+@pytest.mark.parametrize("samples", [2, 4, 6])
+def test_few_samples_are_no_line(samples):
+    """Shares between 0 and 1 that rise with the layers, and all of causal()."""
+    for seed in range(10):
+        few = {"samples": samples, "seed": seed, "heads": 4, "layers": 3, "exact_up_to": 0}
+        found = ls.coverage(ls.LongNet((32, 128, 512), (1, 4, 8)), 2000, **few)
+        shares = [found.union, *(one.share for one in found.reach)]
+        assert shares == sorted(shares)
+        assert ls.coverage(ls.Causal(), 2000, **few).union == pytest.approx(1, abs=1e-12)
 
 
 def test_large_n_needs_no_dense_mask():

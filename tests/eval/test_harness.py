@@ -239,7 +239,16 @@ def test_cards_of_adapters_bring_factors_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"rope": "longrope", "length": 128, "rope_factors": [1.0]}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"rope": "longrope", "length": 128, "rope_factors": [1.0]}',
+        '{"rope": 5, "length": 128}',
+        '{"rope": "yarn", "length": "x"}',
+        '{"rope": "yarn", "length": -3}',
+    ],
 )
 def test_damaged_cards_of_adapters_are_said(tmp_path, text):
     from longspan.eval.subject import trained_positions

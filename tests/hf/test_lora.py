@@ -126,6 +126,16 @@ def test_wrong_arguments(tiny):
             ls.hf.add_lora(again, rank=4, alpha=8)
 
 
+def test_models_without_attention_that_is_known_ask_for_targets():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(InputError, match=r"no attention of the kind.*give targets"):
+        ls.hf.add_lora(FalconForCausalLM(config), rank=4, alpha=8)
+
+
 def test_targets_that_peft_misreads_are_said(tiny):
     from transformers import AfmoeConfig, AfmoeForCausalLM
 
@@ -156,13 +166,23 @@ def test_folders_that_hold_no_fitting_adapter(tiny, tmp_path):
     wider = tiny.build("llama", hidden_size=64)
     with pytest.raises(DataError, match="does not fit"):
         ls.hf.load_adapter(wider, tmp_path)
-    deeper = tiny.build("llama", num_hidden_layers=3)
-    with pytest.raises(DataError, match=r"does not fit.*layers\.2"):
-        ls.hf.load_adapter(deeper, tmp_path)
-    flatter = tiny.build("llama", num_hidden_layers=1)
-    with pytest.raises(DataError, match=r"no place for 8 of its 16 tensors, first .*layers\.1"):
-        ls.hf.load_adapter(flatter, tmp_path)
-    assert not any("lora" in name for name, _ in flatter.named_parameters())
+    for changed, message in (
+        ({"num_hidden_layers": 3}, r"does not fit.*layers\.2"),
+        ({"num_hidden_layers": 1}, r"no place for 8 of its 16 tensors, first .*layers\.1"),
+        ({"hidden_size": 64, "intermediate_size": 96}, r"does not fit"),
+    ):
+        model = tiny.build("llama", **changed)
+        before = {name: (x, x.requires_grad) for name, x in model.named_parameters()}
+        # A second try finds the model as it was, too.
+        for _ in range(2):
+            with pytest.raises(DataError, match=message):
+                ls.hf.load_adapter(model, tmp_path)
+            after = {name: (x, x.requires_grad) for name, x in model.named_parameters()}
+            assert after.keys() == before.keys()
+            assert all(
+                x is y and a == b
+                for (x, a), (y, b) in zip(after.values(), before.values(), strict=True)
+            )
 
 
 @pytest.mark.parametrize(

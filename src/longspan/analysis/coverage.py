@@ -4,7 +4,8 @@
     print(ls.coverage(p, 64, heads=8, layers=2))
 
 Up to ``exact_up_to`` tokens every figure is exact, from the dense mask. Beyond, densities are
-still exact, from the plan; reach is estimated from sampled queries and carries its standard error.
+still exact, from the plan; reach is estimated from sampled queries and carries its standard error,
+of what differs between neighbours and at the ends (see ``reach.share_and_error``).
 Nothing of size N x N is built then.
 """
 

@@ -22,6 +22,8 @@ from longspan.analysis.relation import Relation
 from longspan.pattern.algebra import Mask, Pattern
 
 # Mean keys of a query up to which rows are joined one by one instead of by a matrix product.
+# Samples below which shares are estimated in proportion to the legal keys.
+_FEW_SAMPLES = 8
 _FEW = 64
 
 
@@ -123,6 +125,9 @@ def share_and_error(
 
     The error is that of two rows of a stretch. In the first and the last stretch it is that of the
     end, too: often nothing else changes, as in a window, and two rows would be alike by chance.
+    It does not know of a jump elsewhere that no two rows of a stretch lie around, as between two
+    chunks that are much longer than a stretch: there it may be 0 for a share that is off by up to
+    half a stretch times the jump.
 
     Args:
         reached: keys that rows of ``sampled_rows`` reach.
@@ -133,6 +138,9 @@ def share_and_error(
     off = allowed[1:-1] - allowed[1:-1].mean()
     spread = float((off**2).sum())
     slope = float((off * reached[1:-1]).sum()) / spread if spread else 0.0
+    if count < _FEW_SAMPLES:
+        # A line through nothing: that through few points may be any.
+        slope = float(reached[1:-1].sum() / allowed[1:-1].sum())
     level = reached - slope * (allowed - mean)
     share = min(max(float(level[1:-1].mean()) / mean, 0.0), 1.0)
     pairs = level[1:-1].reshape(-1, 2)

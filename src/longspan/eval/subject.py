@@ -13,6 +13,7 @@ from longspan import hf, pattern
 from longspan.errors import DataError, InputError
 from longspan.eval.losses import TokenLoss
 from longspan.hf.models import check_device, check_model, contents_hash
+from longspan.hf.rope import KINDS
 from longspan.position import LongFactors
 
 # What longspan extend writes beside an adapter.
@@ -131,6 +132,8 @@ def trained_positions(adapter: Path) -> tuple[str, int, LongFactors | None]:
         # Adapters from before there was longrope say nothing of factors.
         held = how.get("rope_factors")
         factors = held and LongFactors(short=tuple(held["short"]), long=tuple(held["long"]))
+        if how["rope"] not in KINDS or type(how["length"]) is not int or how["length"] < 1:
+            raise ValueError(f"rope {how['rope']!r} to a length of {how['length']!r}")
         return how["rope"], how["length"], factors
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(

@@ -15,8 +15,8 @@ from longspan.hf.cache import CacheReport, KVCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Whatever generation settings were saved with a model: one text, token by token, through the
-# cache that is given.
+# One text, through the cache that is given, where generation settings saved with a model ask for
+# several or for more than its tokens. What they say of the tokens themselves stays.
 ONE_TEXT: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,

@@ -66,9 +66,14 @@ def add_lora(
         for target in wanted
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
-    if absent or not wanted:
+    if not wanted:
         raise InputError(
-            f"{type(base).__name__} has no layers named {', '.join(absent) or '(none found)'}; "
+            f"{type(base).__name__} has no attention of the kind that longspan looks for: give "
+            "targets, the names of the layers that get an adapter."
+        )
+    if absent:
+        raise InputError(
+            f"{type(base).__name__} has no layers named {', '.join(absent)}; "
             f"its attention projections are {', '.join(attention_projections(base))}."
         )
     extra = embedding_and_norm_names(base) if embeddings_and_norms else []
@@ -146,6 +151,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
     from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     check_adapter(folder)
+    trained = {name: x.requires_grad for name, x in base.named_parameters()}
     try:
         held = load_peft_weights(str(folder), device="cpu").keys()
         with _peft_is_behind():
@@ -155,16 +161,37 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
     # What a damaged file does to peft has no error of its own.
     except Exception as error:
         said = first_line(error)
+        _take_out(base, trained)
         raise DataError(f"The adapter in {folder} does not fit this model: {said}") from error
     # And those that this model has no place for are passed over without a word.
     over = sorted(held - get_peft_model_state_dict(loaded, save_embedding_layers=True).keys())
     if over:
-        loaded.unload()
+        _take_out(base, trained)
         raise DataError(
             f"The adapter in {folder} does not fit this model, which has no place for "
             f"{len(over)} of its {len(held)} tensors, first {over[0]}."
         )
     return loaded
+
+
+def _take_out(base: PreTrainedModel, trained: dict[str, bool]) -> None:
+    """Make a model what it was before an adapter was put in, as far as that went."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, module in list(base.named_modules()):
+        own = None
+        if isinstance(module, BaseTunerLayer):
+            own = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            own = module.original_module
+        if own is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, own)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    for name, x in base.named_parameters():
+        x.requires_grad_(trained.get(name, x.requires_grad))
 
 
 def check_adapter(folder: str | Path) -> None:
