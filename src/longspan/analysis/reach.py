@@ -134,13 +134,14 @@ def share_and_error(
         allowed: keys that they may see.
         mean: keys that a row may see, over all rows.
     """
-    count = len(reached) - 2
-    off = allowed[1:-1] - allowed[1:-1].mean()
+    count, keys, seen = len(reached) - 2, allowed[1:-1], reached[1:-1]
+    off = keys - keys.mean()
     spread = float((off**2).sum())
-    slope = float((off * reached[1:-1]).sum()) / spread if spread else 0.0
     if count < _FEW_SAMPLES:
         # A line through nothing: that through few points may be any.
-        slope = float(reached[1:-1].sum() / allowed[1:-1].sum())
+        slope = float(seen.sum() / keys.sum())
+    else:
+        slope = float((off * seen).sum()) / spread if spread else 0.0
     level = reached - slope * (allowed - mean)
     share = min(max(float(level[1:-1].mean()) / mean, 0.0), 1.0)
     pairs = level[1:-1].reshape(-1, 2)

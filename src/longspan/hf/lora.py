@@ -148,12 +148,12 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
         DataError: if the folder holds no whole adapter, or one for another model.
     """
     from peft import PeftModel
-    from peft.utils import get_peft_model_state_dict, load_peft_weights
+    from peft.utils import get_peft_model_state_dict
 
     check_adapter(folder)
     trained = {name: x.requires_grad for name, x in base.named_parameters()}
     try:
-        held = load_peft_weights(str(folder), device="cpu").keys()
+        held = _tensors(Path(folder))
         with _peft_is_behind():
             # Tensors that are lacking would be a warning.
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -172,6 +172,18 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool =
             f"{len(over)} of its {len(held)} tensors, first {over[0]}."
         )
     return loaded
+
+
+def _tensors(folder: Path) -> set[str]:
+    """Names of the tensors of an adapter; of safetensors without reading these."""
+    from peft.utils import load_peft_weights
+    from safetensors import safe_open
+
+    path = folder / _WEIGHTS[0]
+    if not path.is_file():
+        return set(load_peft_weights(str(folder), device="cpu"))
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
 
 
 def _take_out(base: PreTrainedModel, trained: dict[str, bool]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from longspan.errors import RunError
+from longspan.eval.plain import to_json
 
 
 class Checkpoints:
@@ -143,6 +144,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, completely or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON completely or not at all; infinities become null."""
+    write_text(path, to_json(value, indent=1) + "\n")
 
 
 class _Remembering:

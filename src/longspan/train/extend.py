@@ -28,7 +28,6 @@ from longspan import hf
 from longspan.errors import RunError
 from longspan.eval.environment import environment
 from longspan.eval.losses import TokenLoss
-from longspan.eval.plain import to_json
 from longspan.eval.progress import Progress, prefixed, silent
 from longspan.eval.suite import evaluate
 from longspan.hf import lora
@@ -36,7 +35,7 @@ from longspan.hf.recompute import recompute_layers
 from longspan.hf.rope import set_rope
 from longspan.pattern import Pattern
 from longspan.train.card import write_card
-from longspan.train.checkpoint import Checkpoints, write_atomically
+from longspan.train.checkpoint import Checkpoints, write_json, write_text
 from longspan.train.loop import train
 from longspan.train.prepare import SETTINGS_NAME, Job, prepare
 from longspan.train.settings import ExtendSettings
@@ -186,11 +185,4 @@ def write_report(report: dict[str, Any], out: Path) -> None:
     from longspan.viz.report import render
 
     write_json(out / "report.json", report)
-    page = render(report).encode()
-    write_atomically(out / "report.html", lambda file: file.write(page))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON completely or not at all; infinities become null."""
-    text = to_json(value, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(out / "report.html", render(report))

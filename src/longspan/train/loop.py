@@ -25,7 +25,7 @@ from longspan.eval.losses import TokenLoss
 from longspan.eval.progress import Progress, silent
 from longspan.eval.records import read_lines
 from longspan.eval.seed import check_seed
-from longspan.train.checkpoint import Checkpoints, write_atomically
+from longspan.train.checkpoint import Checkpoints, write_text
 from longspan.train.finite import LARGEST_RATE, check_step
 
 
@@ -124,8 +124,7 @@ def train(
         )
     log.parent.mkdir(parents=True, exist_ok=True)
     # Not emptied first: a run that is killed here still has its losses.
-    kept = "".join(json.dumps(r) + "\n" for r in records).encode()
-    write_atomically(log, lambda file: file.write(kept))
+    write_text(log, "".join(json.dumps(r) + "\n" for r in records))
 
     model.train()
     for step in range(start, config.steps):

@@ -24,11 +24,10 @@ from torch.nn import functional as F
 
 from longspan.errors import InputError
 from longspan.eval.perplexity import exp
-from longspan.eval.plain import to_json
 from longspan.eval.seed import check_seed
 from longspan.hf.build import build_llama, save_model, train_tokenizer
 from longspan.hf.models import check_device
-from longspan.train.checkpoint import write_atomically
+from longspan.train.checkpoint import write_json
 from longspan.train.data import (
     Document,
     Sampler,
@@ -225,8 +224,7 @@ def pretrain(
         hook.remove()
     save_model(model.to(torch.bfloat16), run.tokenizer, out)
     # Once there, it says that the run is finished.
-    written = (to_json(report.to_json(), indent=1) + "\n").encode()
-    write_atomically(out / REPORT_NAME, lambda file: file.write(written))
+    write_json(out / REPORT_NAME, report.to_json())
     shutil.rmtree(out / CHECKPOINT_FOLDER, ignore_errors=True)
     return report
 
