@@ -49,6 +49,23 @@ def test_the_gpu_agrees_with_the_cpu(name, options):
     torch.testing.assert_close(given[1].grad.cpu(), given[0].grad, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_layer_trains(name):
+    layer = build(name, head_dim=64).cuda()
+    x = torch.randn(2, 61, 16, device="cuda", requires_grad=True)
+    compiled = torch.compile(layer)
+    found, wanted = compiled(x), layer(x)
+    torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)
+    inputs = [x, layer.value.weight]
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(wanted.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [40, 128, 256])
 def test_scores_of_compressed_blocks_fit_heads_of_any_width(width, dtype):

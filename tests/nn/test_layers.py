@@ -249,7 +249,7 @@ def test_compiled_operator_passes_torch_opcheck():
     k = torch.randn(1, 2, 7, 8, requires_grad=True)
     v = torch.randn(1, 2, 7, 6, requires_grad=True)
     arguments = (q, k, v, "window(3)", None, None, None, None, 0.3, "auto", 0)
-    torch.library.opcheck(torch.ops.longspan.attend.default, arguments)
+    torch.library.opcheck(torch.ops.longspan.attention.default, arguments)
 
 
 def test_extra_repr_shows_the_pattern():

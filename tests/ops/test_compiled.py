@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from tests.ops import test_hopper
+from tests.ops.test_flex import gpu, relative
 from torch.nn.functional import scaled_dot_product_attention
 
 import longspan as ls
 from longspan.errors import InputError
+from longspan.ops.kernels import native
 
 TEXT = "window(4) | sink(1)"
 
@@ -15,7 +20,8 @@ TEXT = "window(4) | sink(1)"
 def qkv(n, dtype=torch.float32):
     make = torch.Generator().manual_seed(n)
     shapes = [(1, 4, n, 8), (1, 2, n, 8), (1, 2, n, 6)]
-    return [torch.randn(s, generator=make, dtype=dtype, requires_grad=True) for s in shapes]
+    q, k, v = (torch.randn(s, generator=make, dtype=dtype, requires_grad=True) for s in shapes)
+    return q, k, v
 
 
 def grads(out, leaves):
@@ -102,11 +108,12 @@ def test_autocast_casts_as_torch_does():
 def test_autocast_gradients_and_compiled_agree(counted):
     leaves = qkv(9)
 
-    def step(*leaves):
+    def step(q, k, v):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return ls.attend(*leaves, TEXT)
+            return ls.attend(q, k, v, TEXT)
 
-    found, wanted = torch.compile(step, backend="aot_eager")(*leaves), step(*leaves)
+    q, k, v = leaves
+    found, wanted = torch.compile(step, backend="aot_eager")(q, k, v), step(q, k, v)
     assert found.dtype == wanted.dtype == torch.bfloat16
     exact = grads(ls.attend(*leaves, TEXT), leaves)
     for a, b, c in zip(grads(found, leaves), grads(wanted, leaves), exact, strict=True):
@@ -115,13 +122,46 @@ def test_autocast_gradients_and_compiled_agree(counted):
         torch.testing.assert_close(a, c, rtol=5e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("pattern", ["longnet([16, 64], [1, 4])", "ssa(16, 4)"])
-def test_gradients_through_several_passes_and_orders(pattern, counted):
+PATTERNS = [
+    "longnet([16, 64], [1, 4])",
+    "ssa(16, 4)",
+    "dilated(8, 4)",
+    "dilated(8, [1, 1, 4, 4])",
+    "chunk(16) - sink(1)",
+]
+
+
+# Double precision is for kernels that compute their forward again.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_through_several_passes_and_orders(pattern, dtype, counted):
+    def step(q, k, v):
+        out, lse = ls.attend(q, k, v, pattern, return_lse=True)
+        # Rows that see no key have a log-sum-exp of -inf.
+        return out + lse.clamp(min=-9.0)[..., None]
+
+    leaves = qkv(96, dtype)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    found = grads(compiled(*leaves), leaves)
+    for a, b in zip(found, grads(step(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pattern", [TEXT, *PATTERNS])
+def test_the_backward_computes_no_forward_again(pattern, counted, monkeypatch):
+    if not native.level():
+        pytest.skip("native was not compiled for this machine")
+    calls, run = [], native._Call.run
+    monkeypatch.setattr(
+        native._Call, "run", lambda self, what: (calls.append(what), run(self, what))
+    )
     leaves = qkv(96)
     compiled = torch.compile(ls.attend, backend="aot_eager", fullgraph=True)
-    found = grads(compiled(*leaves, pattern), leaves)
-    for a, b in zip(found, grads(ls.attend(*leaves, pattern), leaves), strict=True):
-        torch.testing.assert_close(a, b)
+    out = compiled(*leaves, pattern, impl="native")
+    forward = len(calls)
+    grads(out, leaves)
+    assert calls == ["forward"] * forward + ["backward"] * (len(calls) - forward)
+    assert len(calls) > forward > 0
 
 
 def test_a_compiler_drops_no_gradient_of_the_scale():
@@ -130,3 +170,68 @@ def test_a_compiler_drops_no_gradient_of_the_scale():
     call = torch.compile(lambda q, scale: ls.attend(q, k, v, TEXT, scale=scale), backend="eager")
     with pytest.raises(InputError, match="scale gets no gradient"):
         call(q, scale)
+
+
+GPU_PATTERNS = [
+    "window(128) | sink(4)",
+    "longnet([256, 1024], [1, 4])",
+    "ssa(128, 8)",
+    "dilated(128, 8)",
+    "dilated(128, [1, 2, 4, 8])",
+    "window(128) | global(0, 500, 1000)",
+]
+
+
+@gpu
+# With "reduce-overhead" both passes are recorded as graphs of the GPU and played again.
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("pattern", GPU_PATTERNS)
+def test_compiled_training_on_a_gpu(pattern, mode, counted):
+    def step(q, k, v):
+        return 2 * ls.attend(q * 1.5, k, v, pattern) - 1
+
+    compiled = torch.compile(step, mode=mode, fullgraph=True)
+    for seed in range(4):
+        make = torch.Generator("cuda").manual_seed(seed)
+        leaves = [
+            torch.randn(
+                1, heads, 2048, 64, generator=make, device="cuda", dtype=torch.bfloat16
+            ).requires_grad_()
+            for heads in (8, 2, 2)
+        ]
+        found = [x.clone() for x in grads(compiled(*leaves).float(), leaves)]
+        for a, b in zip(found, grads(step(*leaves).float(), leaves), strict=True):
+            assert relative(a, b) < 1e-2
+
+
+@gpu
+def test_a_recorded_graph_keeps_its_plan():
+    test_hopper.here()
+
+    def made():
+        q, k, v = (
+            torch.randn(1, heads, 1024, 64, device="cuda", dtype=torch.bfloat16)
+            for heads in (8, 2, 2)
+        )
+        return q, k, v
+
+    how, (q, k, v) = {"pattern": "window(128) | sink(4)", "impl": "hopper"}, made()
+    # Outside, where plans may be made, and on a stream of its own.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ls.attend(q, k, v, **how)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ls.attend(q, k, v, **how)
+    # As many others as push it out of those that are kept, and what comes to lie in its place.
+    for width in range(64, 128):
+        ls.attend(q, k, v, f"window({width})", impl="hopper")
+    gc.collect()
+    spoilt = [
+        torch.full((1 << size,), -1, device="cuda") for _ in range(200) for size in range(6, 16)
+    ]
+    for x, other in zip((q, k, v), made(), strict=True):
+        x.copy_(other)
+    graph.replay()
+    torch.testing.assert_close(out, ls.attend(q, k, v, **how))
+    del spoilt

@@ -122,7 +122,7 @@ def in_chunk_ranges(
     """
     width = around_BHTU.shape[-1]
     around_BHTU, token_BHTC = around_BHTU.contiguous(), token_BHTC.contiguous()
-    below = torch.searchsorted(around_BHTU, token_BHTC + int(causal and include_self))
+    below = _below(around_BHTU, token_BHTC + int(causal and include_self))
     base = (around_BT * width)[:, None, :, None].expand_as(below)
     stop = base + (around_BHTU < PADDING).sum(dim=-1, keepdim=True)
     if causal:
@@ -135,3 +135,11 @@ def in_chunk_ranges(
         lo, hi = [base, base + below + own], [base + below, stop]
     padded = (token_BHTC >= PADDING)[..., None]
     return torch.stack(lo, dim=-1), torch.stack(hi, dim=-1).masked_fill(padded, 0)
+
+
+def _below(sorted_BHTU: Tensor, x_BHTC: Tensor) -> Tensor:
+    """How many numbers of each sorted row lie below each one of ``x``."""
+    if torch.compiler.is_compiling():
+        # The compiler of torch 2.11 fails to search a view. It counts without writing pairs down.
+        return (sorted_BHTU[..., None, :] < x_BHTC[..., None]).sum(-1)
+    return torch.searchsorted(sorted_BHTU, x_BHTC)

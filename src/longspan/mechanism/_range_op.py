@@ -1,8 +1,8 @@
 """A kernel over ranges that the data decides, also as one operator inside ``torch.compile``.
 
 Kernels derive schedules from ranges in numpy, which a compiler cannot trace. In a compiled graph
-the call is therefore opaque, and its backward runs the forward again, because the graph of the
-first run is gone. Eager code calls the kernel itself.
+the call is therefore opaque, as ``attend`` is there, and its backward is handed the output and its
+log-sum-exp (see ``longspan.ops.compiled``). Eager code calls the kernel itself.
 
 Axes: B batch, H query heads, K key heads, L query rows, M key rows, D head width, m
 ranges of a row.
@@ -13,8 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import choose
+from longspan.ops.capability import Known, choose
+from longspan.ops.compiled import NOT_RECORDED, slopes_within
 from longspan.ops.inputs import autocast
+from longspan.ops.joint import attend_jointly
+from longspan.ops.lanes import Lanes
+from longspan.ops.loaded import Loaded
+from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 
 
@@ -48,16 +53,31 @@ def over_ranges(
 
 
 def _now(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    impl: str,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tables = lo.shape[:2]
     group = torch.arange(batch * tables, device=q.device).view(batch, tables)
     group = group.repeat_interleave(q.shape[1] // tables, dim=1)
     ranges = KeyRanges(lo.flatten(0, 1), hi.flatten(0, 1), group, k.shape[2])
-    return choose(impl, q, k, v, ranges).load()(q, k, v, ranges, scale)
+    kernel = choose(impl, q, k, v, ranges)
+    if known is not None and kernel.reads_in_place:
+        return kernel.load_passes()(q, k, v, [(ranges, Places())], scale, known)
+    if known is not None and kernel.has_halves:
+        one = [Loaded(ranges, None, None, None, None, q.shape[1])]
+        halves = [kernel.load_halves()(q, k, v, ranges, scale)]
+        found = attend_jointly(one, halves, [(q, k, v)], Lanes(one, (q, k, v), impl), known)
+        return found.out, found.lse
+    return kernel.load()(q, k, v, ranges, scale)
 
 
-@torch.library.custom_op("longspan::over_ranges", mutates_args=())
+@torch.library.custom_op("longspan::attention_over_ranges", mutates_args=(), tags=NOT_RECORDED)
 def _over_ranges(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -71,10 +91,14 @@ def _(q, k, v, lo, hi, scale, impl):
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@torch.library.custom_op("longspan::over_ranges_backward", mutates_args=())
+@torch.library.custom_op(
+    "longspan::attention_over_ranges_backward", mutates_args=(), tags=NOT_RECORDED
+)
 def _over_ranges_backward(
     dout: Tensor,
     dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,22 +107,23 @@ def _over_ranges_backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        dq, dk, dv = torch.autograd.grad(
-            _now(q, k, v, lo, hi, scale, impl), (q, k, v), (dout, dlse)
-        )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    # Autograd hangs their gradients on what it is handed.
+    known = out.detach(), lse.detach()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _now(q, k, v, lo, hi, scale, impl, known)
+
+    return slopes_within(run, (q, k, v), (dout, dlse))
 
 
 @_over_ranges_backward.register_fake
-def _(dout, dlse, q, k, v, lo, hi, scale, impl):
+def _(dout, dlse, out, lse, q, k, v, lo, hi, scale, impl):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output, *tensors)
 
 
 def _backward(ctx, dout, dlse):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.errors import InputError, PatternError, Refusal
 from longspan.ops.capability import (
+    Known,
     choose,
     choose_together,
     in_order,
@@ -63,7 +64,8 @@ def attend(
     Under ``torch.autocast`` inputs are cast as those of torch's own attention are. A compiler
     takes it as one operator, with patterns in text form or made outside; at a plan the graph
     breaks. Under ``torch.func`` (vmap, grad, jvp) and ``forward_ad`` ``"auto"`` takes the dense
-    ``reference``.
+    ``reference``. For ``torch.cuda.graph`` call it once before, as plans are made on the host; the
+    plan of a recorded call is kept for good.
 
     Rows that take no part, such as padding, may hold NaN on a CPU. Elsewhere NaN and infinity may
     reach queries that do not see them: kernels multiply tiles of keys, hidden ones by 0.
@@ -101,15 +103,43 @@ def attend(
     rows = (positions, segments, key_positions, key_segments)
     if torch.compiler.is_compiling():
         return attend_compiled(q, k, v, pattern, rows, scale, return_lse, impl, layer)
+    out, lse = attend_now(q, k, v, pattern, rows, scale, impl, layer, return_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def attend_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Plan | str,
+    rows: tuple[Any, Any, Any, Any],
+    scale: float | None,
+    impl: str,
+    layer: int,
+    *,
+    return_lse: bool = True,
+    known: Known | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What ``attend`` computes, outside of compilers and autocast; see there for the arguments.
+
+    Args:
+        rows: positions and segments of queries, then of keys.
+        known: out and lse of a call before, where gradients alone are wanted: most kernels then
+            compute no forward.
+
+    Returns:
+        out and lse, the latter in any order if it is not returned.
+    """
     check_tensors(q, k, v)
     factor = factor_of(scale, q.shape[-1])
     laid = _plan(q, k, pattern, rows, layer)
     _check_transforms(laid)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _recorded.add(laid)
     # A single pass needs no joining.
     use_lse = return_lse or len(laid.passes) > 1
-    parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse)
-    out, lse = merge_parts(parts, use_lse=use_lse, overwrite=True)
-    return (out, lse) if return_lse else out
+    parts = compute(laid.passes, q, k, v, impl, factor, use_lse=use_lse, known=known)
+    return merge_parts(parts, use_lse=use_lse, overwrite=True)
 
 
 def explain(
@@ -194,6 +224,9 @@ def _rate(measured: Rates, kernel: str) -> str:
         return f"{measured.elsewhere[kernel]:.0f} TFLOP/s on the nearest case that it has"
     return ""
 
+
+# Plans that graphs of a GPU read when they are played again.
+_recorded: set[Plan] = set()
 
 # Plans of a plain call are kept: a training loop asks for the same one in every layer and step.
 _cached_plan = lru_cache(maxsize=32)(plan)

@@ -51,6 +51,10 @@ class Halves(Protocol):
         ...
 
 
+# Output [B, H, N, Dv] and log-sum-exp [B, H, N] of all passes, where gradients alone are wanted.
+Known = tuple[Tensor, Tensor]
+
+
 class PlacedHalves(Halves, Protocol):
     """``Halves`` that write into given tensors, of any layout in which rows are dense.
 

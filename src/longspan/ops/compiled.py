@@ -2,15 +2,18 @@
 
 Plans are made in numpy and kept in Python caches, which a compiler can neither trace nor see
 through. Inside a compiled graph the operation is therefore opaque: shapes are known, the work
-happens outside. Its backward runs the forward again, because the graph of the first run is gone:
-about a third more attention time in compiled training. Eager code never comes here.
+happens outside. The graph of the first run is gone when its backward comes, which is handed the
+output and its log-sum-exp instead: kernels whose backward asks for nothing else (``native``,
+``hopper``, ``cudnn``) run it at once, others their forward again, a third more of attention's
+time. Eager code never comes here.
 
 Axes: B batch, H query heads, K key heads, N rows, D head width.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +21,19 @@ from torch import Tensor
 
 from longspan.pattern import Pattern
 from longspan.planning import Plan
+
+# A graph of the GPU would not know of the plans that a first run makes, nor that they live as long
+# as the graph: around these operators mode="reduce-overhead" records graphs of their own.
+NOT_RECORDED = (torch.Tag.cudagraph_unsafe,)
+
+# What the dispatcher passes by inside an operator. What is not recorded there would be missing in
+# the gradients; another thread, which has all switched on, would wait for ever: autograd has one
+# thread for each GPU, and that is the one that waits.
+_PASSED_BY = (
+    torch.DispatchKey.AutogradFunctionality,
+    torch.DispatchKey.AutogradOther,
+    torch.DispatchKey.ADInplaceOrView,
+)
 
 
 def attend_compiled(
@@ -36,9 +52,8 @@ def attend_compiled(
     A plan holds arrays and is no argument of an operator: the graph breaks at it.
     """
     if isinstance(pattern, Plan):
-        how = {"scale": scale, "impl": impl, "layer": layer}
         outside: Any = torch.compiler.disable(_now)
-        found = outside(q_BHND, k_BKND, v_BKND, pattern, rows, how)
+        found = outside(q_BHND, k_BKND, v_BKND, pattern, rows, scale, impl, layer)
     else:
         factor = q_BHND.shape[-1] ** -0.5 if scale is None else float(scale)
         tables = [row if row is None else torch.as_tensor(row) for row in rows]
@@ -46,7 +61,7 @@ def attend_compiled(
     return found if return_lse else found[0]
 
 
-@torch.library.custom_op("longspan::attend", mutates_args=())
+@torch.library.custom_op("longspan::attention", mutates_args=(), tags=NOT_RECORDED)
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -61,7 +76,7 @@ def _attend(
     layer: int,
 ) -> tuple[Tensor, Tensor]:
     rows = (positions, segments, key_positions, key_segments)
-    out, lse = _now(q, k, v, pattern, rows, {"scale": scale, "impl": impl, "layer": layer})
+    out, lse = _now(q, k, v, pattern, rows, scale, impl, layer)
     return out.contiguous(), lse.contiguous()
 
 
@@ -71,10 +86,12 @@ def _(q, k, v, *_):
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@torch.library.custom_op("longspan::attend_backward", mutates_args=())
+@torch.library.custom_op("longspan::attention_backward", mutates_args=(), tags=NOT_RECORDED)
 def _attend_backward(
     dout: Tensor,
     dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,44 +105,56 @@ def _attend_backward(
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = (positions, segments, key_positions, key_segments)
-    how = {"scale": scale, "impl": impl, "layer": layer}
-    stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
+    # Autograd hangs their gradients on what it is handed.
+    known = out.detach(), lse.detach()
 
-    def work() -> list[Tensor]:
-        with torch.cuda.stream(stream):
-            leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-            found = _now(leaves[0], leaves[1], leaves[2], pattern, rows, how)
-            return [x.contiguous() for x in torch.autograd.grad(found, leaves, (dout, dlse))]
+    def run(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return _now(*qkv, pattern, rows, scale, impl, layer, known=known)
 
-    # Inside an operator the dispatcher passes autograd by, and what is not recorded would be
-    # missing in the gradients. A new thread starts with everything switched on.
-    with ThreadPoolExecutor(1) as thread:
-        dq, dk, dv = thread.submit(work).result()
-    return dq, dk, dv
+    return slopes_within(run, (q, k, v), (dout, dlse))
 
 
 @_attend_backward.register_fake
-def _(dout, dlse, q, k, v, *rest):
+def _(dout, dlse, out, lse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _now(q, k, v, pattern, rows, how) -> tuple[Tensor, Tensor]:
-    from longspan.ops.attend import attend
+def slopes_within(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v inside an operator, contiguous.
 
-    names = ("positions", "segments", "key_positions", "key_segments")
-    given: dict[str, Any] = dict(zip(names, rows, strict=True))
-    return attend(q, k, v, pattern, **given, **how, return_lse=True)
+    Args:
+        run: gives out and lse for q, k and v.
+        inputs: q, k and v.
+        slopes: gradients of out and lse.
+    """
+    with ExitStack() as recording:
+        for key in _PASSED_BY:
+            recording.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        recording.enter_context(torch.enable_grad())
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        dq, dk, dv = torch.autograd.grad(run(*leaves), leaves, slopes)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _now(*given: Any, known: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    from longspan.ops.attend import attend_now
+
+    return attend_now(*given, known=known)
 
 
 def _keep(ctx, inputs, output) -> None:
     q, k, v, ctx.pattern, *rows, scale, impl, layer = inputs
-    ctx.save_for_backward(q, k, v, *rows)
+    ctx.save_for_backward(*output, q, k, v, *rows)
     ctx.how = (scale, impl, layer)
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, *rows = ctx.saved_tensors
-    grads = _attend_backward(dout, dlse, q, k, v, ctx.pattern, *rows, *ctx.how)
+    out, lse, q, k, v, *rows = ctx.saved_tensors
+    grads = _attend_backward(dout, dlse, out, lse, q, k, v, ctx.pattern, *rows, *ctx.how)
     return *grads, *(None for _ in range(8))
 
 

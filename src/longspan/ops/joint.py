@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import Halves
+from longspan.ops.capability import Halves, Known
 from longspan.ops.empty import Index, harmless, index_of
 from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
@@ -38,6 +38,7 @@ def attend_jointly(
     halves: Sequence[Halves],
     inputs: Sequence[Sequence[Tensor]],
     lanes: Lanes,
+    known: Known | None = None,
 ) -> Part:
     """Output and log-sum-exp over all passes, differentiable once.
 
@@ -46,11 +47,12 @@ def attend_jointly(
         halves: forward and backward of the kernel of each.
         inputs: queries, keys and values of each, in its order.
         lanes: where each of them runs.
+        known: what is given in the place of a forward, for gradients alone.
     """
     # Now: a wait in the backward would leave the GPU without work.
     empty = unseen(passes, [len(own[0]) for own in inputs])
     flat = (x for own in inputs for x in own)
-    return Part(*_Joint.apply(tuple(passes), tuple(halves), lanes, empty, *flat))
+    return Part(*_Joint.apply(tuple(passes), tuple(halves), lanes, empty, known, *flat))
 
 
 class _Joint(torch.autograd.Function):
@@ -61,17 +63,10 @@ class _Joint(torch.autograd.Function):
         halves: tuple[Halves, ...],
         lanes: Lanes,
         empty: Index | None,
+        known: Known | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        parts = []
-        with lanes:
-            for index, (one, half) in enumerate(zip(passes, halves, strict=True)):
-                own = inputs[3 * index : 3 * index + 3]
-                with lanes.lane(index) as lane:
-                    part = one.outputs(*half.forward(*own))
-                    lanes.keep(lane, own, (part.out, part.lse))
-                parts.append(part)
-        out_BHND, lse_BHN = merge_parts(parts, overwrite=True)
+        out_BHND, lse_BHN = known or _merged(passes, halves, lanes, inputs)
         ctx.save_for_backward(*inputs, out_BHND, lse_BHN)
         ctx.passes, ctx.halves, ctx.lanes, ctx.empty = passes, halves, lanes, empty
         ctx.set_materialize_grads(False)
@@ -89,14 +84,31 @@ class _Joint(torch.autograd.Function):
             for index, (one, half) in enumerate(zip(ctx.passes, ctx.halves, strict=True)):
                 own = inputs[3 * index : 3 * index + 3]
                 with lanes.lane(index) as lane:
-                    out, lse, dout, dlse = (_rows(one, x) for x in joint)
+                    out, lse, dout, dlse = (x if x is None else rows_of(one, x) for x in joint)
                     assert out is not None
                     assert lse is not None
                     found = half.backward(*own, out, lse, dout, dlse)
                     taken = (x for x in (*own, *joint) if x is not None)
                     lanes.keep(lane, taken, (x for x in found if x is not None))
                 grads += found
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
+
+
+def _merged(
+    passes: Sequence[Loaded | Views],
+    halves: Sequence[Halves],
+    lanes: Lanes,
+    inputs: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    with lanes:
+        for index, (one, half) in enumerate(zip(passes, halves, strict=True)):
+            own = inputs[3 * index : 3 * index + 3]
+            with lanes.lane(index) as lane:
+                part = one.outputs(*half.forward(*own))
+                lanes.keep(lane, own, (part.out, part.lse))
+            parts.append(part)
+    return merge_parts(parts, overwrite=True)
 
 
 def unseen(passes: Sequence[Loaded | Views], batches: Sequence[int]) -> Index | None:
@@ -125,8 +137,6 @@ def _seen(one: Loaded | Views, batch: int) -> Part:
     return one.outputs(lse_BHN[..., None], lse_BHN)
 
 
-def _rows(one: Loaded | Views, x: Tensor | None) -> Tensor | None:
+def rows_of(one: Loaded | Views, x: Tensor) -> Tensor:
     """Rows of outputs [B, H, N, D] or numbers [B, H, N] as the pass has them."""
-    if x is None:
-        return None
     return one.query_rows(x) if x.dim() == 4 else one.query_rows(x[..., None])[..., 0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops.apart import Own, add_up, each_alone
-from longspan.ops.capability import PlacedHalves
+from longspan.ops.capability import Known, PlacedHalves
 from longspan.ops.empty import harmless
 from longspan.ops.lanes import Lanes
 from longspan.ops.libraries import room_for
@@ -28,6 +28,7 @@ def attend_placed(
     halves: Sequence[PlacedHalves],
     inputs: tuple[Tensor, Tensor, Tensor],
     lanes: Lanes,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [1, H, N, Dv] and lse [1, H, N] of all calls, differentiable once.
 
@@ -36,8 +37,9 @@ def attend_placed(
         halves: forward and backward of the kernel of each.
         inputs: q, k and v of all heads.
         lanes: where each of them runs.
+        known: what is given in the place of a forward, for gradients alone.
     """
-    return _Placed.apply(tuple(calls), tuple(halves), lanes, *inputs)
+    return _Placed.apply(tuple(calls), tuple(halves), lanes, known, *inputs)
 
 
 class _Placed(torch.autograd.Function):
@@ -47,19 +49,11 @@ class _Placed(torch.autograd.Function):
         calls: tuple[Own, ...],
         halves: tuple[PlacedHalves, ...],
         lanes: Lanes,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        known: Known | None,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out_BHND = q.new_empty(*q.shape[:3], v.shape[3])
-        lse_BHN = q.new_empty(q.shape[:3], dtype=torch.float32)
-        with lanes:
-            for index, (one, half) in enumerate(zip(calls, halves, strict=True)):
-                own = one.inputs(q, k, v)
-                with lanes.lane(index) as lane:
-                    lanes.keep(lane, (q, k, v, out_BHND, lse_BHN), ())
-                    _, lse = half.forward(*own, out=one.of(out_BHND, one.heads))
-                    one.of(lse_BHN, one.heads).copy_(lse)
+        q, k, v = inputs
+        out_BHND, lse_BHN = known or _computed(calls, halves, lanes, q, k, v)
         ctx.save_for_backward(q, k, v, out_BHND, lse_BHN)
         ctx.calls, ctx.halves, ctx.lanes = calls, halves, lanes
         ctx.set_materialize_grads(False)
@@ -107,4 +101,24 @@ class _Placed(torch.autograd.Function):
                 )
                 for i in range(1, len(room))
             ]
-        return None, None, None, *room, *([None] if len(room) < 3 else [])
+        return None, None, None, None, *room, *([None] if len(room) < 3 else [])
+
+
+def _computed(
+    calls: Sequence[Own],
+    halves: Sequence[PlacedHalves],
+    lanes: Lanes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, Tensor]:
+    out_BHND = q.new_empty(*q.shape[:3], v.shape[3])
+    lse_BHN = q.new_empty(q.shape[:3], dtype=torch.float32)
+    with lanes:
+        for index, (one, half) in enumerate(zip(calls, halves, strict=True)):
+            own = one.inputs(q, k, v)
+            with lanes.lane(index) as lane:
+                lanes.keep(lane, (q, k, v, out_BHND, lse_BHN), ())
+                _, lse = half.forward(*own, out=one.of(out_BHND, one.heads))
+                one.of(lse_BHN, one.heads).copy_(lse)
+    return out_BHND, lse_BHN

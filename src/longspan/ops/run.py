@@ -21,6 +21,7 @@ from longspan.ops.capability import (
     FEW_ROWS,
     Capability,
     Halves,
+    Known,
     choose,
     choose_together,
     may_read_in_place,
@@ -29,7 +30,7 @@ from longspan.ops.capability import (
 )
 from longspan.ops.copies import copies_of
 from longspan.ops.few_rows import few_rows
-from longspan.ops.joint import attend_jointly
+from longspan.ops.joint import attend_jointly, rows_of
 from longspan.ops.key_heads import attend_by_key_heads, by_key_heads
 from longspan.ops.lanes import Lanes
 from longspan.ops.loaded import Loaded
@@ -167,27 +168,29 @@ def compute(
     scale: float,
     *,
     use_lse: bool = True,
+    known: Known | None = None,
 ) -> list[Part]:
     """Output and log-sum-exp of each pass, in its order of queries.
 
-    Without ``use_lse`` the log-sum-exp may be without gradient.
+    Without ``use_lse`` the log-sum-exp may be without gradient. With what all passes give
+    together, for gradients alone, kernels whose backward asks for nothing else compute no forward.
     """
     if (kernel := in_place(passes, q, k, v, impl, use_lse=use_lse)) is not None:
         if _new_tokens(q, k, v):
             lying = [load_where_rows_lie(one, q, k) for one in passes]
             return [Part(*kernel.load_passes()(q, k, v, lying, scale))]
-        return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale)
+        return _in_place([load(one, q, k) for one in passes], q, k, v, kernel, scale, known)
     if calls := calls_apart(passes, q, k):
-        return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse)]
+        return [_compute_apart(calls, q, k, v, impl, scale, use_lse=use_lse, known=known)]
     asked = as_computed(passes, q, k, v, impl, use_lse=use_lse)
     loaded = [suited(one, q, k, v, impl, use_lse=use_lse) for _, one in asked]
     together = _together(loaded, q, k, v)
     parts = []
     with Lanes(loaded, (q, k, v), impl) as lanes:
-        if len(loaded) > 1 and needs_grad(q, k, v):
+        if (len(loaded) > 1 or known is not None) and needs_grad(q, k, v):
             together = together or _each(loaded, q, k, v, lanes)
             if halves := _halves(loaded, together, impl, scale):
-                return [attend_jointly(loaded, halves, together, lanes)]
+                return [attend_jointly(loaded, halves, together, lanes, known)]
         for index, one in enumerate(loaded):
             if isinstance(one, Loaded) and (alone := by_key_heads(one, q, k, v, impl)):
                 place = len(loaded) == 1
@@ -210,12 +213,20 @@ def _in_place(
     v: Tensor,
     kernel: Capability,
     scale: float,
+    known: Known | None,
 ) -> list[Part]:
     """What a kernel gives that needs no order of rows in memory."""
     plain = [(one.ranges, one.places) for one in loaded if isinstance(one, Loaded)]
     views = [one for one in loaded if isinstance(one, Views)]
-    parts = [one.outputs(*kernel.load()(*one.inputs(q, k, v), one.ranges, scale)) for one in views]
-    return [*parts, Part(*kernel.load_passes()(q, k, v, plain, scale))] if plain else parts
+    # Where calls are joined, none gives what is known.
+    alone = known if len(views) + bool(plain) == 1 else None
+    attend = kernel.load_passes()
+    parts = []
+    for one in views:
+        own = None if alone is None else (rows_of(one, alone[0]), rows_of(one, alone[1]))
+        here = [(one.ranges, Places())]
+        parts.append(one.outputs(*attend(*one.inputs(q, k, v), here, scale, own)))
+    return [*parts, Part(*attend(q, k, v, plain, scale, alone))] if plain else parts
 
 
 def calls_apart(passes: Sequence[Pass], q: Tensor, k: Tensor) -> tuple[Own, ...] | None:
@@ -279,6 +290,7 @@ def _compute_apart(
     scale: float,
     *,
     use_lse: bool,
+    known: Known | None,
 ) -> Part:
     views = [(*one.inputs(q, k, v), one.ranges) for one in calls]
     chosen = [choose(impl, *own, use_lse=use_lse) for own in views]
@@ -286,7 +298,8 @@ def _compute_apart(
         halves = [
             kernel.load_placed()(*own, scale) for kernel, own in zip(chosen, views, strict=True)
         ]
-        return Part(*attend_placed(calls, halves, (q, k, v), Lanes(calls, (q, k, v), impl)))
+        lanes = Lanes(calls, (q, k, v), impl)
+        return Part(*attend_placed(calls, halves, (q, k, v), lanes, known))
     outs, lses = [], []
     inputs = split(calls, q, k, v)
     with Lanes(calls, (q, k, v), impl) as lanes:
@@ -427,7 +440,10 @@ def _halves(
 ) -> list[Halves] | None:
     """Forward and backward of the kernel of each pass; None if one has no such halves."""
     each = [(q, k, v, one.ranges) for (q, k, v), one in zip(inputs, loaded, strict=True)]
-    chosen, _ = choose_together(impl, each)
+    if len(each) > 1:
+        chosen, _ = choose_together(impl, each)
+    else:
+        chosen = [choose(impl, *each[0])]
     if not all(kernel.has_halves for kernel in chosen):
         return None
     return [kernel.load_halves()(*own, scale) for kernel, own in zip(chosen, each, strict=True)]

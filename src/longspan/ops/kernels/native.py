@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longspan.ops.capability import lie_apart
+from longspan.ops.capability import Known, lie_apart
 from longspan.ops.native.build import LIBRARY, fingerprint
 from longspan.ops.once import once
 from longspan.ops.places import Places
@@ -183,13 +183,15 @@ def native_passes(
     v_BKMD: Tensor,
     passes: Sequence[tuple[KeyRanges, Places]],
     scale: float,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over several passes; a key that several of them see counts in each.
 
     Each pass joins what those before it gave, in place, and in the backward pass the weights of
-    all are taken from the log-sum-exp of all, so that no pass needs an output of its own.
+    all are taken from the log-sum-exp of all, so that no pass needs an output of its own. With
+    ``known``, what all give together, gradients alone are wanted, and no forward is computed.
     """
-    return _Native.apply(q_BHND, k_BKMD, v_BKMD, tuple(passes), scale)
+    return _Native.apply(q_BHND, k_BKMD, v_BKMD, tuple(passes), scale, known)
 
 
 class _Native(torch.autograd.Function):
@@ -201,24 +203,9 @@ class _Native(torch.autograd.Function):
         v_BKMD: Tensor,
         passes: tuple[tuple[KeyRanges, Places], ...],
         scale: float,
+        known: Known | None,
     ) -> tuple[Tensor, Tensor]:
-        few = q_BHND.shape[2] <= _FEW_ROWS
-        q, k, v = _rows(q_BHND, k_BKMD, v_BKMD, narrow=(1, 2) if few else ())
-        covers = passes[0][1].covers
-        # What several passes give is rounded once, at the end.
-        half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
-        dtype = torch.bfloat16 if half else torch.float32
-        out_BHND = _like(q_BHND, v.shape[-1], dtype, zeros=not covers)
-        lse_BHN = out_BHND.new_empty(out_BHND.shape[:3], dtype=torch.float32)
-        if not covers:
-            lse_BHN.fill_(-torch.inf)
-        for index, (ranges, places) in enumerate(passes):
-            call = _Call(q, k, v, ranges, scale, places, add=index > 0 or not covers)
-            call.task.half = half
-            call.set("out", out_BHND)
-            call.set("lse", lse_BHN)
-            call.run("forward")
-        out_BHND = _narrow(out_BHND, v_BKMD.shape[-1], q_BHND.dtype)
+        out_BHND, lse_BHN = known or _forward(q_BHND, k_BKMD, v_BKMD, passes, scale)
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
         ctx.passes, ctx.scale = passes, scale
         return out_BHND, lse_BHN
@@ -230,7 +217,7 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *inputs, out_BHND, lse_BHN = ctx.saved_tensors
         if not lse_BHN.numel():
-            return *(torch.zeros_like(x) for x in inputs), None, None
+            return *(torch.zeros_like(x) for x in inputs), None, None, None
         q, k, v, out, d_out = _rows(*inputs, out_BHND, grad_outputs[0])
         covers = ctx.passes[0][1].covers
         calls = [
@@ -257,7 +244,33 @@ class _Native(torch.autograd.Function):
         dq, dk, dv = (
             _narrow(grad, x.shape[-1], x.dtype) for grad, x in zip(grads, inputs, strict=True)
         )
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _forward(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    passes: Sequence[tuple[KeyRanges, Places]],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    few = q_BHND.shape[2] <= _FEW_ROWS
+    q, k, v = _rows(q_BHND, k_BKMD, v_BKMD, narrow=(1, 2) if few else ())
+    covers = passes[0][1].covers
+    # What several passes give is rounded once, at the end.
+    half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
+    dtype = torch.bfloat16 if half else torch.float32
+    out_BHND = _like(q_BHND, v.shape[-1], dtype, zeros=not covers)
+    lse_BHN = out_BHND.new_empty(out_BHND.shape[:3], dtype=torch.float32)
+    if not covers:
+        lse_BHN.fill_(-torch.inf)
+    for index, (ranges, places) in enumerate(passes):
+        call = _Call(q, k, v, ranges, scale, places, add=index > 0 or not covers)
+        call.task.half = half
+        call.set("out", out_BHND)
+        call.set("lse", lse_BHN)
+        call.run("forward")
+    return _narrow(out_BHND, v_BKMD.shape[-1], q_BHND.dtype), lse_BHN
 
 
 class _Call:
