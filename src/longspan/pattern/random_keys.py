@@ -15,12 +15,12 @@ attends to its first block r more times instead.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from longspan.pattern.algebra import At, Atom, Interval, Mask, Positions, flag, keep_whole
+from longspan.pattern.algebra import END, At, Atom, Interval, Mask, Positions, flag, keep_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,15 +90,28 @@ class RandomBlocks(Atom):
         real = np.arange(count).reshape(-1, *[1] * own.ndim) < eligible
         return np.where(block < hole, block, block + (after - hole)), real
 
+    def _runs(self, query: Positions, at: At) -> tuple[Positions, Positions, At]:
+        """Where neighbours that draw the same begin, how many they are, and what they draw at."""
+        length = np.broadcast_to(at.length, query.shape)
+        new = np.diff(query // self.size, prepend=-1) != 0
+        begins = np.flatnonzero(new | (np.diff(length, prepend=-1) != 0))
+        return begins, np.diff(begins, append=len(query)), replace(at, length=length[begins])
+
     def allows(self, query: Positions, key: Positions, at: At) -> Mask:
         block, real = self._drawn(query, at)
         met = ((np.asarray(key) // self.size == block) & real).any(axis=0)
         return met & (key <= query) if self.causal else met
 
     def intervals(self, query: Positions, at: At) -> Sequence[Interval]:
-        block, real = self._drawn(query, at)
-        lo = block * self.size
-        hi = np.where(real, lo + self.size, lo)
+        # Queries of a block draw the same: once for neighbours of one block.
+        begins, times, at = self._runs(query, at)
+        block, real = self._drawn(query[begins], at)
+        block = np.where(real, block, END)
+        # What no neighbour shares is put in order where all of it is.
+        edges = (block, block + 1) if self.size == 1 else _side_by_side(block)
+        lo, hi = (
+            np.repeat(np.where(edge < END, edge * self.size, END), times, axis=1) for edge in edges
+        )
         if self.causal:
             hi = np.minimum(hi, query + 1)
         return list(zip(lo, hi, strict=True))
@@ -124,6 +137,15 @@ class Random(RandomBlocks):
         return f"{self.name}({', '.join([*words, *([] if self.causal else ['causal=false'])])})"
 
     __repr__ = __str__
+
+
+def _side_by_side(block: Positions) -> tuple[Positions, Positions]:
+    """First and last + 1 of blocks that follow each other, in order; END for none."""
+    block = np.sort(block, axis=0)
+    follows = block[1:] == block[:-1] + 1
+    first, last = block, block + 1
+    first[1:][follows], last[:-1][follows] = END, END
+    return np.sort(first, axis=0), np.sort(last, axis=0)
 
 
 def _mix(seed: int, head: int, block: Positions, turn: int) -> Any:

@@ -41,7 +41,9 @@ class PassBuilder:
     def put(self, batch_row: int, heads: Sequence[int], places: Ranges) -> None:
         """Set the ranges of some heads in one batch row."""
         lo, hi = places.lo.astype(np.int32), places.hi.astype(np.int32)
-        name = hashlib.blake2b(lo.tobytes() + hi.tobytes(), digest_size=16).digest()
+        content = hashlib.blake2b(np.ascontiguousarray(lo), digest_size=16)
+        content.update(np.ascontiguousarray(hi))
+        name = content.digest()
         if name not in self._kept:
             self._kept[name] = len(self._ranges)
             self._ranges.append((lo, hi))
@@ -70,7 +72,7 @@ class PassBuilder:
         named = {row: c for c, row in enumerate(dict.fromkeys(each))}
         width = max((lo.shape[1] for lo, _ in self._ranges), default=1)
         lo = np.zeros((batch, len(named), n, width), np.int32)
-        hi = np.zeros_like(lo)
+        hi = np.zeros(lo.shape, np.int32)
         for row, c in named.items():
             for b, index in enumerate(row):
                 if index >= 0:
