@@ -68,16 +68,18 @@ class Kept(Generic[Plan]):
     def _by_content(
         self, kind: tuple[object, ...], content: tuple[Tensor, ...], make: Callable[..., Plan]
     ) -> Plan:
-        for at, old in enumerate(self.latest):
+        # Lists are replaced, not changed: other threads may be looking through them.
+        for old in self.latest:
             if old.kind == kind and _equal(old.content, content):
-                self.latest.append(self.latest.pop(at))
+                self.latest = [*(x for x in self.latest if x is not old), old]
                 return old.plan
         plan = make(*content)
         # A plan may hold its content as it is.
         each = {x.data_ptr(): x.nbytes for x in (*content, *self.tensors(plan))}
-        self.latest.append(_Made(kind, content, plan, sum(each.values())))
-        while len(self.latest) > _MOST or sum(x.nbytes for x in self.latest) > _MOST_BYTES:
-            self.latest.pop(0)
+        latest = [*self.latest, _Made(kind, content, plan, sum(each.values()))]
+        while len(latest) > _MOST or sum(x.nbytes for x in latest) > _MOST_BYTES:
+            latest.pop(0)
+        self.latest = latest
         return plan
 
 
