@@ -22,7 +22,7 @@ from tests.ops.test_hopper_plan import (
 import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability
-from longspan.ops.kernels import _hopper_parts, _hopper_plan
+from longspan.ops.kernels import _hopper_calls, _hopper_parts, _hopper_plan
 from longspan.ops.ranges import KeyRanges
 
 module = importlib.import_module("longspan.ops.kernels.hopper")
@@ -252,7 +252,7 @@ def test_equals_the_oracle(name, dtype):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
-    monkeypatch.setattr(module, "processors", lambda _: programs)
+    monkeypatch.setattr(_hopper_calls, "processors", lambda _: programs)
     compare(*on_gpu(name, torch.bfloat16))
 
 

@@ -32,7 +32,7 @@ from tests.ops.test_hopper_plan import (
 
 import longspan as ls
 from longspan.errors import Refusal
-from longspan.ops.kernels import _hopper_back_plan, _hopper_ends, _hopper_plan
+from longspan.ops.kernels import _hopper_back_plan, _hopper_calls, _hopper_ends, _hopper_plan
 from longspan.ops.kernels.reference import reference
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.views import by_remainder, row_after_row
@@ -397,7 +397,7 @@ def test_equals_the_oracle(name, dtype):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
-    monkeypatch.setattr(module, "processors", lambda _: programs)
+    monkeypatch.setattr(_hopper_calls, "processors", lambda _: programs)
     equals_the_oracle(name, torch.bfloat16)
 
 

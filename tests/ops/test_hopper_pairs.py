@@ -24,7 +24,7 @@ from tests.ops.test_hopper_plan import (
     plan,
 )
 
-from longspan.ops.kernels import _hopper_plan
+from longspan.ops.kernels import _hopper_calls, _hopper_plan
 from longspan.ops.ranges import KeyRanges
 
 module = importlib.import_module("longspan.ops.kernels.hopper")
@@ -208,7 +208,7 @@ def test_equals_the_oracle(name, dtype, monkeypatch):
 def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
     here()
     always(monkeypatch)
-    monkeypatch.setattr(module, "processors", lambda _: programs)
+    monkeypatch.setattr(_hopper_calls, "processors", lambda _: programs)
     given = on_gpu(name, torch.bfloat16)
     assert module._ready(*given[1:], given[0], 1.0, backward=False).plan.paired
     compare(*given)

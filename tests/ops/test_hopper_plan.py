@@ -18,7 +18,7 @@ from tests.ops.test_flex import regrouped, scattered, shifted, tensors, window
 
 from longspan.errors import Refusal
 from longspan.ops import kept
-from longspan.ops.kernels import _hopper_parts, _hopper_plan
+from longspan.ops.kernels import _hopper_calls, _hopper_parts, _hopper_plan
 from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge
 from longspan.ops.ranges import KeyRanges
@@ -507,12 +507,12 @@ def test_outputs_of_parts_are_joined_in_the_layout_of_the_queries(parts, monkeyp
         return lse
 
     kernels = SimpleNamespace(forward=None, described=lambda x, *_: x)
-    monkeypatch.setattr(module, "_kernels", lambda: kernels)
-    monkeypatch.setattr(module, "_tiles", lambda: kernels)
-    monkeypatch.setattr(module, "launch", launched)
-    monkeypatch.setattr(module, "merge_stacked", stacked)
-    monkeypatch.setattr(module, "processors", lambda _: 132)
-    ready = module._Ready(made, None, 0.3)
+    monkeypatch.setattr(_hopper_calls, "forward_kernels", lambda: kernels)
+    monkeypatch.setattr(_hopper_calls, "_tiles", lambda: kernels)
+    monkeypatch.setattr(_hopper_calls, "launch", launched)
+    monkeypatch.setattr(_hopper_calls, "merge_stacked", stacked)
+    monkeypatch.setattr(_hopper_calls, "processors", lambda _: 132)
+    ready = _hopper_calls.Ready(made, None, 0.3)
     for value in (v, v[..., :8]):
         out, lse = ready.forward(q, k, value)
         expected = reference(q, k, value, ranges, 0.3)

@@ -140,4 +140,4 @@ def test_a_list_that_would_be_too_long_keeps_heads(monkeypatch):
     # 9 tiles at most for 64 rows, 16 times as many for those of 32 heads.
     monkeypatch.setattr(module, "MOST_TILES", 100)
     made += [module._ready(q, k, k, window(64, 500, keys=1000, heads=32), 1.0, backward=False)]
-    assert [type(one) for one in made] == [HeadsAsRows, module._Ready]
+    assert [type(one) for one in made] == [HeadsAsRows, module.Ready]

@@ -72,8 +72,8 @@ def stand_in(monkeypatch, **more):
         calls["backward"].append(found)
         return found
 
-    monkeypatch.setattr(module._Ready, "forward", forward)
-    monkeypatch.setattr(module._Ready, "backward", backward)
+    monkeypatch.setattr(module.Ready, "forward", forward)
+    monkeypatch.setattr(module.Ready, "backward", backward)
     return calls
 
 

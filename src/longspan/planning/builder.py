@@ -41,8 +41,8 @@ class PassBuilder:
     def put(self, batch_row: int, heads: Sequence[int], places: Ranges) -> None:
         """Set the ranges of some heads in one batch row."""
         lo, hi = places.lo.astype(np.int32), places.hi.astype(np.int32)
-        content = hashlib.blake2b(np.ascontiguousarray(lo), digest_size=16)
-        content.update(np.ascontiguousarray(hi))
+        content = hashlib.blake2b(np.ascontiguousarray(lo).data, digest_size=16)
+        content.update(np.ascontiguousarray(hi).data)
         name = content.digest()
         if name not in self._kept:
             self._kept[name] = len(self._ranges)

@@ -20,10 +20,6 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,23 +28,19 @@ from torch import Tensor
 
 from longspan.errors import Refusal
 from longspan.ops.capability import PlacedHalves, looks, needs_grad
-from longspan.ops.empty import Index, empty_rows, harmless
-from longspan.ops.fused import merge_stacked
-from longspan.ops.kernels._hopper_back_plan import HopperBackPlan, back_plan_of, most_entries
-from longspan.ops.kernels._hopper_ends import begun, ended
+from longspan.ops.empty import empty_rows, harmless
+from longspan.ops.kernels._hopper_back_plan import back_plan_of, most_entries
+from longspan.ops.kernels._hopper_calls import Ready, backward_kernels, forward_kernels
 from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
     MOST_TASKS,
     MOST_TILES,
     TILE,
-    HopperPlan,
     most_tiles,
     plan_of,
 )
 from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
-from longspan.ops.launch import launch
-from longspan.ops.libraries import aligned, processors, why_missing
-from longspan.ops.more_keys import MoreKeys
+from longspan.ops.libraries import why_missing
 from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
 
@@ -56,12 +48,7 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 # The first row of the task that says that there are no more.
 MOST_ROWS = 1 << 30
-# Keys of a batch row where those of another one never follow: no range counts further.
-_ENDLESS = (1 << 31) - 1
-# What is compiled, and the tiles of keys and values that then fit into shared memory.
-_PLACES = {64: 8, 128: 5}
-_LOG2_E = 1.4426950408889634
-_kept: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], _Ready | HeadsAsRows]] = (
+_kept: WeakKeyDictionary[KeyRanges, dict[tuple[object, ...], Ready | HeadsAsRows]] = (
     WeakKeyDictionary()
 )
 
@@ -161,25 +148,10 @@ def missing_gluon() -> str | None:
     """What has to be installed, None if nothing."""
     return why_missing(
         "triton",
-        lambda: (_kernels(), _back_kernels()),
+        lambda: (forward_kernels(), backward_kernels()),
         "Triton is not installed: it comes with torch for CUDA",
         "hopper needs Gluon as in Triton 3.6 and newer, which comes with torch for CUDA",
     )
-
-
-@functools.cache
-def _kernels() -> Any:
-    return importlib.import_module("longspan.ops.kernels._hopper_forward")
-
-
-@functools.cache
-def _tiles() -> Any:
-    return importlib.import_module("longspan.ops.kernels._hopper_tiles")
-
-
-@functools.cache
-def _back_kernels() -> Any:
-    return importlib.import_module("longspan.ops.kernels._hopper_backward")
 
 
 # Under an outer torch.compile this is a graph break: plans are cached by identity, outside graphs.
@@ -233,7 +205,7 @@ def _ready(
     scale: float,
     *,
     backward: bool,
-) -> _Ready | HeadsAsRows:
+) -> Ready | HeadsAsRows:
     """The plans for these ranges and tensors, made once for such tensors."""
     inputs = q_BHND, k_BKMD, v_BKMD
     kept = _kept.setdefault(ranges, {})
@@ -264,14 +236,14 @@ def _planned(
     scale: float,
     *,
     backward: bool,
-) -> _Ready:
+) -> Ready:
     """Both kernels over ranges of the given batch rows and heads of queries, (B, H)."""
     length = k_BKMD.shape[2] if ranges.key_rows > 1 else None
     key_heads = 1 if length else k_BKMD.shape[0], k_BKMD.shape[1]
     row_bytes = sum(x.shape[3] * x.dtype.itemsize for x in (k_BKMD, v_BKMD))
     plan = plan_of(ranges, heads, key_heads, row_bytes, length)
     back = back_plan_of(ranges, heads, key_heads, length) if backward else None
-    return _Ready(plan, back, scale, length, ranges.more)
+    return Ready(plan, back, scale, length, ranges.more)
 
 
 class _Attend(torch.autograd.Function):
@@ -279,7 +251,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ready: _Ready | HeadsAsRows
+        ctx: Any, q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ready: Ready | HeadsAsRows
     ) -> tuple[Tensor, Tensor]:
         out_BHND, lse_BHN = ready.forward(q_BHND, k_BKMD, v_BKMD)
         ctx.save_for_backward(q_BHND, k_BKMD, v_BKMD, out_BHND, lse_BHN)
@@ -295,179 +267,3 @@ class _Attend(torch.autograd.Function):
         *rows, lse_BHN = ctx.saved_tensors
         slopes = harmless(ctx.ready.empty, lse_BHN, dout_BHND, dlse_BHN)
         return *ctx.ready.backward(*rows, *slopes), None
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    """Both kernels over given ranges.
-
-    Attributes:
-        plan: of the forward.
-        back: of the backward, if there will be one.
-        scale: factor on the logits.
-        length: keys in one of several batch rows that all queries share; None if there are none.
-        more: keys that ranges count behind those that are given.
-    """
-
-    plan: HopperPlan
-    back: HopperBackPlan | None
-    scale: float
-    length: int | None = None
-    more: MoreKeys | None = None
-
-    @property
-    def empty(self) -> Index | None:
-        """The rows that see no key, where there is a backward."""
-        assert self.back is not None
-        return self.back.empty
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp. What belongs to a view, as the rows of a remainder, is one."""
-        q_BHND, k_BKMD, v_BKMD = self._queries(q), aligned(k), aligned(v)
-        batch, heads, rows, width = q_BHND.shape
-        if out is not None:
-            out_BHND = out
-        elif v.shape[3] == width:
-            out_BHND = torch.empty_like(q_BHND)
-        else:
-            out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
-        compiled = _compiled(width, v.shape[3])
-        tasks, parts, pairs = len(self.plan.tasks), self.plan.parts, self.plan.paired
-        tile = (64, 64) if pairs else (128, compiled)
-        border, length = (self.more.border, self.more.length) if self.more else (0, self.length)
-        lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
-        to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
-        described = _tiles().described
-        launch(
-            _kernels().forward,
-            (min(processors(q.device), tasks), 1, 1),
-            (
-                described(q_BHND, 64, compiled),
-                *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
-                described(to, 64, compiled),
-                lse,
-                lse.new_zeros(1, dtype=torch.int32),
-                self.plan.tasks,
-                self.plan.entries,
-                self.plan.lo_PN,
-                self.plan.hi_PN,
-                tasks,
-                rows,
-                heads,
-                heads // k.shape[1],
-                int(self.length is None and len(k) > 1),
-                length or _ENDLESS,
-                border,
-                abs(self.scale or 1.0) * _LOG2_E,
-                _PLACES[compiled],
-                compiled,
-                pairs,
-            ),
-            device=q.device,
-            # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled, pairs, self.more is None),
-        )
-        if parts > 1:
-            lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)
-        return out_BHND, lse
-
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        into: Sequence[Tensor | None] = (),
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v, laid out in memory as these are where there is no place.
-
-        Those of keys that ``more`` gathers may be contiguous. All numbers are finite; with
-        ``out``, ``lse`` may be that of more keys.
-        """
-        assert self.back is not None
-        q_BHND, k_BKMD, v_BKMD, out_BHND = self._queries(q), *map(aligned, (k, v, out))
-        dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
-        batch, heads, rows, width = q_BHND.shape
-        scale = abs(self.scale or 1.0)
-        dq_BHND, dk_BKMD, dv_BKMD = (
-            torch.empty_like(x) if place is None else place
-            for x, place in zip_longest((q_BHND, k_BKMD, v_BKMD), into)
-        )
-        compiled, tasks = _compiled(width, v.shape[3]), len(self.back.tasks_T7)
-        # Sums of dq by tiles of 64 rows, of dk and dv by tiles of 128 keys, and the number of
-        # tasks that have been fetched.
-        cut = len(self.back.cut_C4)
-        sizes = (
-            batch * heads * -(-rows // 64) * 64 * compiled,
-            2 * max(cut, 1) * 128 * compiled,
-            1,
-        )
-        first_BH2N, zeros = begun(out_BHND, dout_BHND, lse, dlse, sum(sizes))
-        sums, cut_sums, fetched = zeros.split(sizes)
-        sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
-        more = self._more(k_BKMD, v_BKMD)
-        more_grads: list[Any] = [None if x is None else torch.empty_like(x) for x in more]
-        described = _tiles().described
-        launch(
-            _back_kernels().backward,
-            (min(processors(q.device), tasks), 1, 1),
-            (
-                *(described(x, 64, compiled) for x in (q_BHND, k_BKMD, v_BKMD, *more, dout_BHND)),
-                described(first_BH2N, 2, 64, swizzle=0),
-                described(sums_BHX, 32, 128, swizzle=0),
-                *(described(x, 64, compiled) for x in (dk_BKMD, dv_BKMD, *more_grads)),
-                described(cut_sums, compiled // 4, 128, swizzle=0),
-                fetched.view(torch.int32),
-                self.back.tasks_T7,
-                self.back.parts_P5,
-                self.back.entries_E2,
-                self.plan.lo_PN,
-                self.plan.hi_PN,
-                tasks,
-                rows,
-                scale,
-                scale * _LOG2_E,
-                compiled,
-            ),
-            device=q.device,
-            alike=(q.dtype, compiled, self.more is None),
-        )
-        ended(
-            (sums, dq_BHND, self.scale),
-            (cut_sums, self.back.cut_C4),
-            (dk_BKMD, dv_BKMD, *more_grads),
-            compiled,
-        )
-        if self.more is not None:
-            dk_BKMD, dv_BKMD = (
-                self.more.add(own, behind)
-                for own, behind in zip((dk_BKMD, dv_BKMD), more_grads, strict=True)
-            )
-            for place, whole in zip(into[1:], (dk_BKMD, dv_BKMD), strict=False):
-                if place is not None:
-                    place.copy_(whole)
-        # The log-sum-exp does not depend on the values.
-        return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
-
-    def _more(self, *tensors: Tensor) -> list[Any]:
-        """Further keys, and values, behind those that are given; None where there are none."""
-        return [None if self.more is None else aligned(self.more.of(x)) for x in tensors]
-
-    def _queries(self, q_BHND: Tensor) -> Tensor:
-        """As the kernels take them, with a scale above 0.
-
-        The greatest logit is found before the logits are scaled.
-        """
-        if self.scale > 0:
-            return aligned(q_BHND)
-        return -aligned(q_BHND) if self.scale else torch.zeros_like(aligned(q_BHND))
-
-
-def _compiled(*widths: int) -> int:
-    """The width that a kernel is compiled for."""
-    return next(wide for wide in _PLACES if wide >= max(widths))
