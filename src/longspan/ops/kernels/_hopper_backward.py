@@ -10,10 +10,10 @@ memory, in float32.
 
 What differs: a task has all query heads of its key head, in all batch rows that share these keys,
 so that dk and dv are complete and leave as they are, but for keys that are cut; programs persist,
-and fetch tasks as they finish; and four kinds of warps share the work. One warp loads. Two groups
-of four warps, each 64 of the keys, multiply all but dq, and leave dS in shared memory. A third
-group makes dq of it a step later, so that neither of the others waits for dS of the other, for dq,
-or for dq to leave.
+and fetch tasks as they finish; and four kinds of warps share the work. One warp loads (see
+``_hopper_back_load``). Two groups of four warps, each 64 of the keys, multiply all but dq, and
+leave dS in shared memory. A third group makes dq of it a step later (see ``_hopper_dq``), so that
+neither of the others waits for dS of the other, for dq, or for dq to leave.
 
 A task is int32 [7]: the row of its first key, key head, batch row of the keys, the tile of sums in
 memory, in float32, that its dk and dv are added to (-1 where it has all queries of its keys),
@@ -23,7 +23,7 @@ the keys are in them. A part is int32 [5]: first entry, entries with a mask (the
 entries, query head, batch row. An entry is int32 [2]: the first of 64 queries, and 16 times the
 row of ``lo`` and ``hi`` that says which keys each of them sees, with two bits for either half of
 the keys: 0 nobody sees any, 1 masked, 2 all see all. 10 D flops for each pair of a tile; of dq, 4
-bytes a number are added in memory for each tile. Sums lie in the order of ``_by_thread``, and are
+bytes a number are added in memory for each tile. Sums lie in the order of ``by_thread``, and are
 turned at the end.
 
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
@@ -34,12 +34,8 @@ The log-sum-exp is finite, in rows that see no key as well, whose every entry ha
 
 from __future__ import annotations
 
-from typing import Any
-
-from triton._C.libtriton import ir  # pyright: ignore[reportMissingImports]
 from triton.experimental import gluon  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon import language as gl  # pyright: ignore[reportMissingImports]
-from triton.experimental.gluon.language import _core  # pyright: ignore[reportMissingImports]
 from triton.experimental.gluon.language.nvidia import (  # pyright: ignore[reportMissingImports]
     hopper,
 )
@@ -48,27 +44,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # pyright: ignor
     tma,
 )
 
-from longspan.ops.kernels._hopper_tiles import copy, entry, meet
+from longspan.ops.kernels._hopper_back_load import load
+from longspan.ops.kernels._hopper_back_tiles import (
+    FLAT,
+    add_to,
+    by_thread,
+    next_of_two,
+    part_of,
+    task,
+    told,
+)
+from longspan.ops.kernels._hopper_dq import add_up
 
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _BY_QUERY = gl.constexpr(gl.SliceLayout(0, _SCORES.value))
-_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _DS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-# Of one warp, and of four.
-_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
-_GROUP = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@_core.builtin
-def _add_through_builder(desc, coord, tile, _semantic: Any = None):
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, tile.handle)
-
-
-# Add a tile of shared memory to global memory, by the name that Gluon has for it from Triton 3.8
-# on.
-_add_to = getattr(tma, "async_atomic_add", _add_through_builder)
 
 
 @gluon.jit(
@@ -117,9 +107,9 @@ def backward(
     # What exponents of a place lack, what its sums begin with, the keys that its queries see, and
     # how its tile is cut.
     row_room = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 2, 64], rows_desc.layout)
-    seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], _FLAT)
-    kind_room = gl.allocate_shared_memory(gl.int32, [2, 1], _FLAT)
-    task_room = gl.allocate_shared_memory(gl.int32, [1], _FLAT)
+    seen_room = gl.allocate_shared_memory(gl.int32, [2, 64], FLAT)
+    kind_room = gl.allocate_shared_memory(gl.int32, [2, 1], FLAT)
+    task_room = gl.allocate_shared_memory(gl.int32, [1], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -148,9 +138,9 @@ def backward(
         [
             (_multiply, (0, tiles, fixed, own, work, results, scales)),
             (_multiply, (1, tiles, fixed, own, work, results, scales)),
-            (_add_up, (fixed, own, work, results[0])),
+            (add_up, (fixed, own, work, results[0])),
             (
-                _load,
+                load,
                 (
                     (q_desc, k_descs, v_descs, dout_desc, rows_desc),
                     tiles,
@@ -166,106 +156,6 @@ def backward(
     )
 
 
-# One warp loads.
-
-
-@gluon.jit
-def _load(descs, tiles, fixed, work, bounds, fetched):
-    k_room, v_room, task_room, kv_full, kv_empty = fixed
-    tasks, parts, entries, count = work
-    size: gl.constexpr = 128 * k_room.shape[4] * 2
-    place, phase, kv_phase = 0, 0, 0
-    t = gl.program_id(0)
-    while t < count:
-        key, k_head, batch, part, last = _task(tasks, t)
-        mbarrier.wait(kv_empty, kv_phase ^ 1)
-        _tell(task_room, t)
-        mbarrier.expect(kv_full, 2 * size)
-        for half in gl.static_range(2):
-            row = key + 64 * half
-            copy(descs[1], batch, k_head, row, 0, kv_full, k_room.index(half))
-            copy(descs[2], batch, k_head, row, 0, kv_full, v_room.index(half))
-        kv_phase ^= 1
-        bound = gl.load(tasks + 7 * t + 6)
-        for x in range(part, last):
-            first, masked, length = _part(parts, x)
-            head, q_batch = _whose(parts, x)
-            row, about = entry(entries, first)
-            for j in range(length):
-                # Read before it is needed.
-                row1, about1 = entry(entries, first + j + 1)
-                where = (q_batch, head, row, about, bound)
-                place, phase = _bring(descs, tiles, bounds, where, place, phase, j < masked)
-                row, about = row1, about1
-        t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
-    mbarrier.wait(kv_empty, kv_phase ^ 1)
-    _tell(task_room, t)
-    mbarrier.arrive(kv_full, count=1)
-
-
-@gluon.jit
-def _tell(room, t):
-    room.store(gl.full([1], t, gl.int32, _WARP))
-    meet()
-
-
-@gluon.jit
-def _bring(descs, tiles, bounds, where, place, phase, masked):
-    q_desc, dout_desc, rows_desc = descs[0], descs[3], descs[4]
-    q_room, dout_room, row_room, seen_room, kind_room, full, empty = tiles
-    lo, hi, rows = bounds
-    batch, head, row, about, key = where
-    bar = full.index(place)
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    at = [batch, head, row, 0]
-    tma.async_copy_global_to_shared(q_desc, at, bar, q_room.index(place))
-    at_rows = [batch, head, 0, row]
-    tma.async_copy_global_to_shared(rows_desc, at_rows, bar, row_room.index(place))
-    tma.async_copy_global_to_shared(dout_desc, at, bar, dout_room.index(place))
-    if masked:
-        i = row + gl.arange(0, 64, _WARP)
-        at_i = (about >> 4).to(gl.int64) * rows + i
-        begin = gl.load(lo + at_i, mask=i < rows, other=0) - key
-        end = gl.load(hi + at_i, mask=i < rows, other=0) - key
-        begin = gl.minimum(gl.maximum(begin, 0), 128)
-        end = gl.minimum(gl.maximum(end, 0), 128)
-        length = gl.maximum(end - begin, 0)
-        seen_room.index(place).store(begin + (length << 16))
-        kind_room.index(place).store(gl.full([1], about & 15, gl.int32, _WARP))
-        # All threads have written before one of them says so.
-        meet()
-    mbarrier.expect(bar, 2 * 64 * q_room.shape[4] * 2 + 2 * 64 * 4)
-    return _next(place, phase)
-
-
-@gluon.jit
-def _next(place, phase):
-    return place ^ 1, phase ^ place
-
-
-@gluon.jit
-def _task(tasks, t):
-    at = tasks + 7 * t
-    key, k_head, batch = gl.load(at), gl.load(at + 1), gl.load(at + 2)
-    part = gl.load(at + 4)
-    # With the end of its parts.
-    return key, k_head, batch, part, part + gl.load(at + 5)
-
-
-@gluon.jit
-def _part(parts, part):
-    at = parts + 5 * part
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
-
-
-@gluon.jit
-def _whose(parts, part):
-    return gl.load(parts + 5 * part + 3), gl.load(parts + 5 * part + 4)
-
-
-# Two groups of warps multiply.
-
-
 @gluon.jit
 def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
@@ -276,19 +166,19 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
     place, phase, step = 0, 0, 0
     mbarrier.wait(kv_full, 0)
     kv_phase = 1
-    t = _told(task_room)
+    t = told(task_room)
     while t < count:
-        key, k_head, batch, part, last = _task(tasks, t)
+        key, k_head, batch, part, last = task(tasks, t)
         dk = gl.zeros([64, width], gl.float32, sums)
         dv = gl.zeros([64, width], gl.float32, sums)
         flow = place, phase, step, dk, dv
         for x in range(part, last):
-            _first, masked, length = _part(parts, x)
+            _first, masked, length = part_of(parts, x)
             for j in range(length):
                 mbarrier.wait(full.index(flow[0]), flow[1])
                 kind = 2
                 if j < masked:
-                    kind = (_told(kind_room.index(flow[0])) >> (2 * half)) & 3
+                    kind = (told(kind_room.index(flow[0])) >> (2 * half)) & 3
                 seen = gl.minimum(kind, 1)
                 # Loops of one turn or none: products stay apart from branches.
                 for _ in range(seen):
@@ -311,7 +201,7 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
         kv_phase ^= 1
-        t = _told(task_room)
+        t = told(task_room)
 
 
 @gluon.jit
@@ -323,7 +213,7 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
     width: gl.constexpr = q_room.shape[4]
     dtype: gl.constexpr = q_room.dtype
     left: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    first = row_room.index(place)._reinterpret(gl.float32, [128], _FLAT)
+    first = row_room.index(place)._reinterpret(gl.float32, [128], FLAT)
     # Read while the scores are computed.
     less = first.slice(0, 64).load(_BY_QUERY)[None, :]
     zero = gl.zeros([64, 64], gl.float32, _SCORES)
@@ -348,7 +238,7 @@ def _step(half: gl.constexpr, tiles, fixed, own, scale_log2, flow, masked):
         0, deps=(dv_token, dk_token, p_left, ds_left)
     )
     mbarrier.arrive(empty.index(place), count=1)
-    place, phase = _next(place, phase)
+    place, phase = next_of_two(place, phase)
     return place, phase, step + 1, dk, dv
 
 
@@ -361,7 +251,7 @@ def _pass_by(tiles, own, flow):
     mbarrier.wait(ds_empty.index(turn), ((step >> 1) & 1) ^ 1)
     mbarrier.arrive(ds_full.index(turn), count=1)
     mbarrier.arrive(tiles[6].index(place), count=1)
-    place, phase = _next(place, phase)
+    place, phase = next_of_two(place, phase)
     return place, phase, step + 1, dk, dv
 
 
@@ -374,11 +264,6 @@ def _leave(half: gl.constexpr, own, step, ds):
     ds_room.index(2 * turn + half).store(ds)
     hopper.fence_async_shared()
     mbarrier.arrive(ds_full.index(turn), count=1)
-
-
-@gluon.jit
-def _told(room):
-    return gl.max(room.load(_GROUP), 0)
 
 
 @gluon.jit
@@ -436,12 +321,12 @@ def _add(desc, cut, half: gl.constexpr, dk, dv, k_room, v_room):
     dk_halves, dv_halves = _halves(dk), _halves(dv)
     for piece in gl.static_range(2):
         tma.store_wait(0)
-        dk_room.reshape([tall, 128]).store(_by_thread(dk_halves[piece]))
-        dv_room.reshape([tall, 128]).store(_by_thread(dv_halves[piece]))
+        dk_room.reshape([tall, 128]).store(by_thread(dk_halves[piece]))
+        dv_room.reshape([tall, 128]).store(by_thread(dv_halves[piece]))
         hopper.fence_async_shared()
         row = tall * (2 * half + piece)
-        _add_to(desc, [0, cut, row, 0], dk_room)
-        _add_to(desc, [1, cut, row, 0], dv_room)
+        add_to(desc, [0, cut, row, 0], dk_room)
+        add_to(desc, [1, cut, row, 0], dv_room)
 
 
 @gluon.jit
@@ -451,76 +336,3 @@ def _halves(x):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, wide, 16])
     first, last = x.reshape([64, 2, wide]).permute((0, 2, 1)).split()
     return gl.convert_layout(first, layout), gl.convert_layout(last, layout)
-
-
-# A group of warps adds dq up.
-
-
-@gluon.jit
-def _add_up(fixed, own, work, dq_desc):
-    k_room, _v_room, task_room, kv_full, kv_empty = fixed
-    tasks, parts, entries, count = work
-    step = 0
-    mbarrier.wait(kv_full, 0)
-    kv_phase = 1
-    t = _told(task_room)
-    while t < count:
-        _key, _k_head, _batch, part, last = _task(tasks, t)
-        for x in range(part, last):
-            first, _masked, length = _part(parts, x)
-            head, batch = _whose(parts, x)
-            row, about = entry(entries, first)
-            for j in range(length):
-                row1, about1 = entry(entries, first + j + 1)
-                _of_queries(k_room, own, dq_desc, (batch, head, row, about), step)
-                step += 1
-                row, about = row1, about1
-        mbarrier.arrive(kv_empty, count=1)
-        mbarrier.wait(kv_full, kv_phase)
-        kv_phase ^= 1
-        t = _told(task_room)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _of_queries(k_room, own, desc, where, step):
-    """Add dq of a tile of queries up, of the half of the keys that they see or of both."""
-    dq_room, ds_room, ds_full, ds_empty = own
-    batch, head, row, about = where
-    width: gl.constexpr = k_room.shape[4]
-    pieces: gl.constexpr = width // 64
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    turn = step & 1
-    # Which half comes first, and whether the other one does as well.
-    one = ((about & 3) == 0).to(gl.int32)
-    both = (1 - one) * ((about & 12) != 0).to(gl.int32)
-    mbarrier.wait(ds_full.index(turn), (step >> 1) & 1)
-    for piece in gl.static_range(pieces):
-        dq = gl.zeros([64, 64], gl.float32, layout)
-        ds = ds_room.index(2 * turn + one).permute((1, 0))
-        keys = k_room.index(one).reshape([64, width]).slice(64 * piece, 64, 1)
-        dq = hopper.warpgroup_mma(ds, keys, dq, use_acc=False, is_async=True)
-        # A loop of one turn or none.
-        for _ in range(both):
-            ds = ds_room.index(2 * turn + 1).permute((1, 0))
-            keys = k_room.index(1).reshape([64, width]).slice(64 * piece, 64, 1)
-            dq = hopper.warpgroup_mma(ds, keys, dq, is_async=True)
-        dq = hopper.warpgroup_mma_wait(0, deps=(dq,))
-        if piece == pieces - 1:
-            mbarrier.arrive(ds_empty.index(turn), count=1)
-        room = dq_room.index(piece)
-        tma.store_wait(pieces - 1)
-        room.reshape([32, 128]).store(_by_thread(dq))
-        hopper.fence_async_shared()
-        _add_to(desc, [batch, head, row // 64 * 32 * pieces + 32 * piece, 0], room)
-
-
-@gluon.jit
-def _by_thread(x):
-    """64 rows of sums in the order of the threads that have them, as they are added up.
-
-    Four numbers of a thread lie side by side, and those of a warp: no two want the same bank.
-    """
-    columns: gl.constexpr = x.shape[1]
-    warp_half_row_column = x.reshape([4, 2, 8, columns // 8, 4, 2])
-    return warp_half_row_column.permute((3, 0, 2, 4, 1, 5)).reshape([columns // 2, 128])
