@@ -62,6 +62,23 @@ def call(monkeypatch, capfd):
 BENCH = ("--heads", 2, "--width", 16, "--rounds", 2, "--no-memory", "--device", "cpu")
 
 
+def test_memory_of_zero_has_no_point(call, tmp_path):
+    code, *_ = call("bench", "window(9)", "--lengths", "64,128", *BENCH, "--out", tmp_path)
+    assert code == 0
+    file = tmp_path / "records.jsonl"
+    header, *records = map(json.loads, file.read_text().splitlines())
+    for record in records:
+        for row in record["rows"]:
+            row["memory_bytes"] = 0 if record["n"] == 64 else 3 << 20
+    file.write_text("".join(json.dumps(one) + "\n" for one in (header, *records)))
+    code, _, err = call("report", tmp_path)
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("peak memory, MiB") == 2 * 2
+    assert "<title>longspan auto: 128, 3.000</title>" in page
+    assert "<title>longspan auto: 64, 0.000</title>" not in page
+
+
 def test_bench_then_report(call, tmp_path):
     sizes = ("--lengths", "64,128", *BENCH)
     code, out, err = call("bench", "window(9)", "ssa(8, 4)", *sizes, "--peers", "--out", tmp_path)

@@ -179,6 +179,14 @@ def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path,
         assert answer(other, tokenizer, ids, 8, make) == answer(plain, tokenizer, ids, 8, same)
 
 
+def test_a_text_goes_nowhere_without_a_standard_output(call, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        code, _, error = call(MODEL, "--prompt", "def f", "--tokens", 2, "--device", "cpu")
+    assert code == 0
+    assert "decoding 2 tokens" in error
+
+
 def test_what_ends_a_text_and_what_it_is_drawn_from_stay(prompt):
     model, tokenizer = longspan.hf.load_model(MODEL)
     ids = read_prompt(tokenizer, prompt.read_text(), chat=False)

@@ -62,7 +62,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
             if what == "of_dense":
                 axis.set_ylim(bottom=0)
             elif axis.lines:
-                axis.set_yscale("log")
+                # Memory of a short call may be 0.
+                axis.set_yscale("log", nonpositive="mask")
                 # Numbers as they are, not powers of ten.
                 for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                     ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
