@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from longspan.bench.curves import break_even, crossing, left_out, points, read, unrest
+from longspan.bench.picture import picture
 from longspan.bench.report import render
 from longspan.cli.app import main
 from longspan.errors import DataError
@@ -77,6 +78,18 @@ def test_memory_of_zero_has_no_point(call, tmp_path):
     assert page.count("peak memory, MiB") == 2 * 2
     assert "<title>longspan auto: 128, 3.000</title>" in page
     assert "<title>longspan auto: 64, 0.000</title>" not in page
+
+
+def test_axes_show_numbers_as_they_are(tmp_path):
+    dense, ours = ({"name": name, "of_dense": 1.0} for name in ("dense SDPA", "longspan auto"))
+    rows = [{**dense, "seconds": 3e-4}, {**ours, "seconds": 4e-5}]
+    records = [{"pattern": "window(9)", "way": "forward", "n": n, "rows": rows} for n in (64, 128)]
+    file = tmp_path / "drawn.svg"
+    picture({"settings": {}, "records": records}, file)
+    # Of texts that it draws as curves matplotlib keeps the words.
+    drawn = file.read_text()
+    assert "<!-- 0.1 -->" in drawn
+    assert "e\N{MINUS SIGN}" not in drawn
 
 
 def test_bench_then_report(call, tmp_path):

@@ -94,7 +94,8 @@ def _plan(asked: Any, as_json: bool) -> None:
         typer.echo(f"{line['entry']}  ({line['group'][:-1]})")
     sizes = ", ".join(f"{n:,}" for n in asked.lengths)
     where = f"time and memory on {asked.device}" if asked.rounds else "no time, no memory"
-    typer.echo(f"{len(lines)} entries at {sizes} tokens; {where}. Nothing was measured.")
+    count = f"{len(lines)} {'entry' if len(lines) == 1 else 'entries'}"
+    typer.echo(f"{count} at {sizes} tokens; {where}. Nothing was measured.")
 
 
 def _show(settings: dict[str, Any], found: list[dict[str, Any]]) -> None:
