@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -29,6 +31,7 @@ from longspan.cli.app import main
 from longspan.errors import InputError, LongspanError
 from longspan.eval.records import Records
 from longspan.mechanism.layer import MechanismLayer
+from longspan.ops import capability
 
 SMALL = {"lengths": (32, 64), "tokens": 48, "followed": 4, "near": 8, "text": 64, "rounds": 1}
 
@@ -138,6 +141,18 @@ def test_products_are_counted_without_projections():
     assert tally.products(linformer, x(n)) == 2 * (2 * 2 * 16 * n * d) + 4 * d * 4 * n * 16
 
 
+@pytest.mark.parametrize(("text", "least"), [("MoBA(block=16, top=2)", 0.2), ("Synthesizer", 1)])
+def test_work_is_the_same_without_compiled_code(monkeypatch, text, least):
+    asked = Compare(entries=choose((text,)), **{**SMALL, "rounds": 0})
+    (compiled,) = run(asked, Records(None, asked.settings()))
+    # The attention itself is in it.
+    assert all(row["of_dense"] > least for row in compiled["lengths"])
+    plain = tuple(kernel for kernel in capability.KERNELS if kernel.name != "native")
+    monkeypatch.setattr(capability, "KERNELS", plain)
+    (other,) = run(asked, Records(None, asked.settings()))
+    assert other["lengths"] == compiled["lengths"]
+
+
 def test_peak_counts_what_lives_at_a_time():
     before = torch.ones(1000)
 
@@ -221,6 +236,39 @@ def test_tables_agree_everywhere(found):
     assert "made for 20 rows" in page
     assert "http" not in page
     assert "src=" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("TopK(keep=0)", "TopK.keep=0. cannot be compared: keep must be a whole number"),
+        ("MoBA(impl='fast')", "cannot be compared: impl must be"),
+        ("heads(window(4), window(3), window(2))", "8 query heads"),
+        ("Linformer(causal=True)", "no causal form"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_found_before_any_work(tmp_path, monkeypatch, text, said):
+    monkeypatch.setattr(compare, "Counts", None)
+    monkeypatch.setattr(compare, "Clock", None)
+    asked = Compare(entries=choose(("causal()", text)), **SMALL)
+    with pytest.raises(InputError, match=said):
+        run(asked, Records(None, asked.settings()))
+    out = tmp_path / "out"
+    for more in (["--dry-run"], ["--out", str(out), "--rounds", "0"]):
+        monkeypatch.setattr(sys, "argv", ["longspan", "compare", text, *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+
+
+def test_the_second_process_ends_quietly_without_the_first(tmp_path):
+    sizes = json.dumps({"entries": ["window(8)"], **{**SMALL, "lengths": [32]}})
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "longspan.bench.compare_counts", sizes]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from longspan.bench.curves import break_even, crossing, left_out, points, read, unrest
+from longspan.bench.picture import picture
 from longspan.bench.report import render
 from longspan.cli.app import main
 from longspan.errors import DataError
@@ -60,6 +61,35 @@ def call(monkeypatch, capfd):
 
 
 BENCH = ("--heads", 2, "--width", 16, "--rounds", 2, "--no-memory", "--device", "cpu")
+
+
+def test_memory_of_zero_has_no_point(call, tmp_path):
+    code, *_ = call("bench", "window(9)", "--lengths", "64,128", *BENCH, "--out", tmp_path)
+    assert code == 0
+    file = tmp_path / "records.jsonl"
+    header, *records = map(json.loads, file.read_text().splitlines())
+    for record in records:
+        for row in record["rows"]:
+            row["memory_bytes"] = 0 if record["n"] == 64 else 3 << 20
+    file.write_text("".join(json.dumps(one) + "\n" for one in (header, *records)))
+    code, _, err = call("report", tmp_path)
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("peak memory, MiB") == 2 * 2
+    assert "<title>longspan auto: 128, 3.000</title>" in page
+    assert "<title>longspan auto: 64, 0.000</title>" not in page
+
+
+def test_axes_show_numbers_as_they_are(tmp_path):
+    dense, ours = ({"name": name, "of_dense": 1.0} for name in ("dense SDPA", "longspan auto"))
+    rows = [{**dense, "seconds": 3e-4}, {**ours, "seconds": 4e-5}]
+    records = [{"pattern": "window(9)", "way": "forward", "n": n, "rows": rows} for n in (64, 128)]
+    file = tmp_path / "drawn.svg"
+    picture({"settings": {}, "records": records}, file)
+    # Of texts that it draws as curves matplotlib keeps the words.
+    drawn = file.read_text()
+    assert "<!-- 0.1 -->" in drawn
+    assert "e\N{MINUS SIGN}" not in drawn
 
 
 def test_bench_then_report(call, tmp_path):

@@ -14,7 +14,7 @@ from longspan.bench import admit, memory, oracle, peers, run
 from longspan.bench.run import Bench
 from longspan.bench.setting import Setting, both_ways
 from longspan.bench.timing import in_turns, summary
-from longspan.errors import DataError, InputError, PatternError, Refusal
+from longspan.errors import DataError, InputError, PatternError, Refusal, RunError
 from longspan.eval.records import Records
 from longspan.ops.kernels import native
 
@@ -230,6 +230,13 @@ def test_a_kernel_that_cannot_is_refused():
         run.measure(
             bench("window(9)", impls=("flex",)), "window(9)", replace(SMALL, n=50), "forward"
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_process_that_ends_without_an_answer_is_said(monkeypatch):
+    monkeypatch.setattr(memory.sys, "executable", "false")
+    with pytest.raises(RunError, match=r"window\(64\) at 1,024 rows.*killed.*--no-memory"):
+        memory.in_fresh_process("window(64)", replace(SMALL, n=1024), "forward")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -334,7 +334,7 @@ def test_eval_passkey(call: Callable[..., Result], tiny_model: Path) -> None:
     code, out, _ = call(*arguments)
     assert code == 0
     assert "depth 1" in out
-    assert out.startswith("Passkey retrieval, 1 probes each\n")
+    assert out.startswith("Passkey retrieval, 1 probe each\n")
 
 
 @pytest.mark.parametrize(

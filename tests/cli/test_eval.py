@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import longspan
 from longspan.cli.app import main
+from longspan.cli.eval_options import table
 
 MODEL = f"{longspan.__path__[0]}/assets/demo_model"
 
@@ -34,6 +35,19 @@ def call(monkeypatch, capfd):
         return code, *capfd.readouterr()
 
     return run
+
+
+def test_a_narrow_terminal_cuts_no_name(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    names = ("passage_retrieval_en", "passage_count")
+    table(
+        "Scores",
+        ("dataset", "examples", "score", "0-4k", "4-8k", "8k+"),
+        [(n, *"12345") for n in names],
+    )
+    out = capsys.readouterr().out
+    first = "".join(line.split("│")[1].strip() for line in out.splitlines() if "│" in line)
+    assert first == "".join(names)
 
 
 def test_kv_writes_tables_and_goes_on_where_it_stopped(call, some_text, tmp_path):

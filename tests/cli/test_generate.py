@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import longspan
 from longspan.cli.app import main
 from longspan.eval.answers import answer
-from longspan.hf.generate import read_prompt
+from longspan.hf.generate import generate, read_prompt
 
 MODEL = f"{longspan.__path__[0]}/assets/demo_model"
 
@@ -147,6 +147,19 @@ def test_bytes_on_standard_input_that_are_no_text_are_said(call, monkeypatch, tm
         {"return_dict_in_generate": True},
         {"cache_implementation": "static"},
         {"output_attentions": True, "return_dict_in_generate": True},
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"exponential_decay_length_penalty": [1, 9.0]},
+        {"sequence_bias": [[[300], 99.0]]},
+        {"forced_eos_token_id": 5},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[300]]},
+        {"prompt_lookup_num_tokens": 3},
+        {"token_healing": True},
+        {"is_assistant": True},
+        {"max_time": 1e-9},
+        {"use_cache": False},
     ],
 )
 def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path, saved):
@@ -164,6 +177,33 @@ def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path,
     for make in (None, lambda: longspan.kv.cache(other, "recent(16)")):
         same = None if make is None else lambda: longspan.kv.cache(plain, "recent(16)")
         assert answer(other, tokenizer, ids, 8, make) == answer(plain, tokenizer, ids, 8, same)
+
+
+def test_a_text_goes_nowhere_without_a_standard_output(call, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        code, _, error = call(MODEL, "--prompt", "def f", "--tokens", 2, "--device", "cpu")
+    assert code == 0
+    assert "decoding 2 tokens" in error
+
+
+def test_what_ends_a_text_and_what_it_is_drawn_from_stay(prompt):
+    model, tokenizer = longspan.hf.load_model(MODEL)
+    ids = read_prompt(tokenizer, prompt.read_text(), chat=False)
+    plain = answer(model, tokenizer, ids, 8)
+    first = tokenizer.encode(plain)[0]
+    model.generation_config.suppress_tokens = [first]
+    assert not answer(model, tokenizer, ids, 8).startswith(str(tokenizer.decode([first])))
+    model.generation_config.suppress_tokens = None
+    model.generation_config.eos_token_id = first
+    assert answer(model, tokenizer, ids, 8) == tokenizer.decode([first])
+    model.generation_config.eos_token_id = None
+    model.generation_config.top_k = 1
+    made = generate(model, tokenizer, ids, longspan.kv.cache(model, "sinks(4)"), tokens=8)
+    for temperature in (0.5, 9.0):
+        cache = longspan.kv.cache(model, "sinks(4)")
+        drawn = generate(model, tokenizer, ids, cache, tokens=8, temperature=temperature)
+        assert drawn.text == made.text
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

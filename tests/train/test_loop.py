@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,25 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [json.loads(line) for line in log.read_text().splitlines()] == again
     for one, other in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("at", [3, 9])
+def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path: Path, at: int) -> None:
+    whole, _ = run(tmp_path / "whole", CONFIG)
+
+    def batch(number: int) -> Tensor:
+        if number == 2 * at - 1:
+            signal.raise_signal(signal.SIGINT)
+        return batch_at(number)
+
+    checkpoints = Checkpoints(tmp_path / "cut" / "c")
+    log = tmp_path / "cut" / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        train(Loss(Model()), batch, CONFIG, checkpoints=checkpoints, log=log)  # type: ignore[arg-type]
+    assert checkpoints.steps()[-1] == at
+    again, _ = run(tmp_path / "cut", CONFIG)
+    assert losses(again) == losses(whole)
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -136,14 +136,6 @@ def test_a_last_step_that_breaks_the_weights_is_found_out():
         check_weights([torch.ones(3), torch.tensor([1.0, float("inf")])], 1.0)
 
 
-@pytest.fixture
-def interruptible():
-    """As a terminal starts programs; shells have those in the background ignore the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_the_step_that_it_came_in(tmp_path, capfd):
     whole = pretrain(CONFIG, TEXT, tmp_path / "whole")

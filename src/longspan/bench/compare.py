@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from longspan.bench.compare_asked import Compare
+from longspan.bench.compare_asked import Compare, rehearse
 from longspan.bench.compare_clock import Clock
 from longspan.bench.compare_counts import Counts, refused
 from longspan.bench.compare_entries import Entry
@@ -45,12 +45,17 @@ def run(
 
     Of many entries, a second process counts while this one takes the time, where there are two
     cores.
+
+    Raises:
+        InputError: before any work, for an entry with an option that does not fit.
     """
     total = len(asked.entries)
     todo = [one for one in asked.entries if one.text not in records]
     threads = torch.get_num_threads()
     torch.set_num_threads(asked.threads)
     try:
+        if todo:
+            rehearse(asked, todo)
         clock = Clock(asked) if todo and asked.rounds else None
         with _counting(asked, todo) as counted:
             for done, one in enumerate(asked.entries):
@@ -88,7 +93,10 @@ def _counting(asked: Compare, todo: Sequence[Entry]) -> Iterator[Iterator[dict[s
     if asked.rounds and len(todo) >= _MANY and (cores or 1) > 1:
         sizes = {**vars(asked), "entries": [one.text for one in todo]}
         command = [sys.executable, "-m", "longspan.bench.compare_counts", json.dumps(sizes)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # In a session of its own: Ctrl-C in a terminal is for this process, which ends the other.
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
     try:
         yield _counts(asked, todo, child)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from longspan.bench.compare_entries import Entry, PatternLayer
 from longspan.bench.setting import DTYPES
-from longspan.errors import InputError
+from longspan.errors import InputError, LongspanError
 from longspan.eval.environment import environment
 from longspan.eval.seed import check_seed
 from longspan.hf.beside import layers_beside
@@ -22,6 +23,8 @@ from longspan.train.recipe import demo_model
 # Tokens of the two measurements of the state, in the middle of chunks, which are empty at their
 # borders.
 STATE = (248, 504)
+# Tokens of a rehearsal: what refuses them refuses any.
+_FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,11 @@ class Compare:
         if kind == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, and torch sees none; leave --device out, or cpu")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that any figure needs."""
+        return max(*self.lengths, self.text, self.tokens, *STATE)
+
     def settings(self) -> dict[str, Any]:
         """What a record depends on besides its entry; versions and machine."""
         sizes = {key: value for key, value in vars(self).items() if key != "entries"}
@@ -95,25 +103,46 @@ class Bench:
     def __init__(self, asked: Compare, device: str = "cpu", dtype: str = "float32") -> None:
         self.asked, self.device, self.dtype = asked, device, getattr(torch, dtype)
         self.model, tokenizer = load_model(demo_model(), dtype=dtype, device=device)
-        self.longest = max(*asked.lengths, asked.text, asked.tokens, *STATE)
-        ids = _text(tokenizer, self.longest)
+        ids = _text(tokenizer, asked.longest)
         # Longer runs than there is text read it again: nothing but time depends on that.
-        self.ids = ids.repeat(-(-self.longest // len(ids)))[: self.longest][None]
+        self.ids = ids.repeat(-(-asked.longest // len(ids)))[: asked.longest][None]
 
     def layers(self, one: Entry) -> list[MechanismLayer]:
         """An entry beside each attention module."""
-        torch.manual_seed(self.asked.seed)
-        found = layers_beside(self.model, one.kind, one.at(self.longest))
-        for number, layer in enumerate(found):
-            if isinstance(layer, PatternLayer):
-                layer.layer = number
-        return found
+        return _beside(self.model, self.asked, one)
 
     @torch.no_grad()
     def first(self, n: int) -> Tensor:
         """What the first attention module reads, without running the others [1, N, d_model]."""
         ids = self.ids[:, :n].to(self.device)
         return self.model.model.layers[0].input_layernorm(self.model.model.embed_tokens(ids))
+
+
+@torch.no_grad()
+def rehearse(asked: Compare, entries: Sequence[Entry]) -> None:
+    """Build entries and give them a few tokens, so that a wrong option is found before any work.
+
+    Raises:
+        InputError: which entry cannot be built or called, and why.
+    """
+    model, _ = load_model(demo_model())
+    x = torch.zeros(1, _FEW, model.config.hidden_size)
+    for one in entries:
+        try:
+            for layer in _beside(model, asked, one):
+                layer(x)
+        except LongspanError as error:
+            raise InputError(f"{one.text} cannot be compared: {error}") from error
+
+
+def _beside(model: Any, asked: Compare, one: Entry) -> list[MechanismLayer]:
+    """An entry beside each attention module of a model."""
+    torch.manual_seed(asked.seed)
+    found = layers_beside(model, one.kind, one.at(asked.longest))
+    for number, layer in enumerate(found):
+        if isinstance(layer, PatternLayer):
+            layer.layer = number
+    return found
 
 
 def _text(tokenizer: Any, count: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from longspan.bench import dense
 from longspan.bench.setting import Setting, both_ways
+from longspan.errors import RunError
 from longspan.ops import attend
 
 
@@ -39,12 +40,22 @@ def in_fresh_process(
         setting: sizes.
         way: forward, or forward+backward.
         impl: our kernel.
+
+    Raises:
+        RunError: the process ended without an answer.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     asked = json.dumps({"pattern": pattern, "way": way, "impl": impl, **vars(setting)})
     command = [sys.executable, "-m", "longspan.bench.memory", asked]
-    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    if run.returncode:
+        said = run.stderr.strip().splitlines() or ["killed, as for want of memory"]
+        raise RunError(
+            f"The memory of {pattern or 'dense attention'} at {setting.n:,} rows, {way}, could "
+            f"not be measured: its process ended with {run.returncode} ({said[-1]}). Give shorter "
+            "lengths, or leave memory out: bench --no-memory, advise --quick."
+        )
     return json.loads(run.stdout)["bytes"]
 
 

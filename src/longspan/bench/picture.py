@@ -22,6 +22,12 @@ def picture(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
+    class AsTheyAre(LogFormatter):
+        """Numbers as they are, not powers of ten, where there is room for them."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     records = found["records"]
 
     def even(pattern: str, way: str) -> float | None:
@@ -62,10 +68,10 @@ def picture(found: dict[str, Any], path: Path) -> None:
             if what == "of_dense":
                 axis.set_ylim(bottom=0)
             elif axis.lines:
-                axis.set_yscale("log")
-                # Numbers as they are, not powers of ten.
+                # Memory of a short call may be 0.
+                axis.set_yscale("log", nonpositive="mask")
                 for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                    ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
+                    ticks(AsTheyAre(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
             axis.set_title(f"{way}: {title}", fontsize=10, loc="left")
             axis.set_xlabel("rows", fontsize=9)
             axis.grid(alpha=0.3)

@@ -64,8 +64,8 @@ def options(
     """Sparse, chunked and linear attention for long contexts."""
 
 
-# The exit code of shells for it.
-_INTERRUPTED = 130
+# The exit codes of shells for Ctrl-C and SIGTERM.
+_INTERRUPTED, _TERMINATED = 130, 143
 
 
 def main() -> None:
@@ -77,8 +77,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        # An interrupt, which typer turns into this.
-        if end.code == _INTERRUPTED:
+        # typer turns an interrupt into this, and training a SIGTERM.
+        if end.code in (_INTERRUPTED, _TERMINATED):
             _say_how_to_go_on()
         raise
     except LongspanError as error:

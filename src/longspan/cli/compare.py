@@ -40,10 +40,11 @@ def compare(
     """Work, coverage, decoding state, memory, time and error against dense attention."""
     from longspan.bench import compare_report as report
     from longspan.bench.compare import Compare, run
+    from longspan.bench.compare_asked import rehearse
     from longspan.bench.compare_entries import choose
     from longspan.cli.progress import Bars
     from longspan.cli.values import whole_numbers
-    from longspan.eval.output import check_output_file
+    from longspan.eval.output import check_output_file, check_output_folder
     from longspan.eval.records import Records
 
     asked = Compare(
@@ -56,12 +57,15 @@ def compare(
         seed=seed,
     )
     settings = asked.settings()
-    if dry_run:
-        _plan(asked, as_json)
-        return
     for path in (markdown, html):
         if path is not None:
             check_output_file(path)
+    if out is not None:
+        check_output_folder(out)
+    if dry_run:
+        rehearse(asked, asked.entries)
+        _plan(asked, as_json)
+        return
     records = Records(out / report.FILE if out else None, settings)
     with Bars() as bars:
         found = run(asked, records, bars)
@@ -90,7 +94,8 @@ def _plan(asked: Any, as_json: bool) -> None:
         typer.echo(f"{line['entry']}  ({line['group'][:-1]})")
     sizes = ", ".join(f"{n:,}" for n in asked.lengths)
     where = f"time and memory on {asked.device}" if asked.rounds else "no time, no memory"
-    typer.echo(f"{len(lines)} entries at {sizes} tokens; {where}. Nothing was measured.")
+    count = f"{len(lines)} {'entry' if len(lines) == 1 else 'entries'}"
+    typer.echo(f"{count} at {sizes} tokens; {where}. Nothing was measured.")
 
 
 def _show(settings: dict[str, Any], found: list[dict[str, Any]]) -> None:

@@ -179,7 +179,7 @@ def passkey(
     ]
     columns = ("context", *(f"depth {depth:g}" for depth in places))
     planned = len(sizes) * len(places) * trials
-    table(f"Passkey retrieval, {_asked(trials, 'probes', planned, given.limit)}", columns, rows)
+    table(f"Passkey retrieval, {_asked(trials, 'probe', planned, given.limit)}", columns, rows)
 
 
 @app.command()
@@ -265,7 +265,7 @@ def ruler(
     rows.append(("worst", *("-" if one is None else one["task"] for one in worst)))
     columns = ("task", *(f"{n:,}" for n in sizes))
     planned = len(questions(names, sizes, samples))
-    table(f"RULER, {_asked(samples, 'questions', planned, given.limit)}", columns, rows)
+    table(f"RULER, {_asked(samples, 'question', planned, given.limit)}", columns, rows)
 
 
 app.command("longbench")(longbench_command)
@@ -275,8 +275,8 @@ app.command("kv")(kv_command)
 def _asked(each: int, what: str, planned: int, limit: int | None) -> str:
     """What the figures of a table are of, in words."""
     if limit is None or limit >= planned:
-        return f"{each:,} {what} each"
-    return f"the first {limit:,} of {planned:,} {what} (--limit)"
+        return f"{each:,} {what}{'s' * (each != 1)} each"
+    return f"the first {limit:,} of {planned:,} {what}s (--limit)"
 
 
 def _share(score: float | None) -> str:

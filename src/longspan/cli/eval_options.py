@@ -139,7 +139,8 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
     console.print(title, style="italic", highlight=False, markup=False)
     table = Table()
     for column in columns:
-        table.add_column(column, justify="right")
+        # In a narrow terminal two names that begin alike would be cut to one.
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         # Names of files and datasets may hold brackets.
         table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))

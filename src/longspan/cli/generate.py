@@ -179,5 +179,5 @@ def _prompt(text: str | None, file: str | None) -> str:
 
 
 def _write(text: str) -> None:
+    # Flushes, and goes without a standard output.
     typer.echo(text, nl=False)
-    sys.stdout.flush()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan import hf
 from longspan.errors import InputError
-from longspan.hf.generate import ONE_TEXT
+from longspan.hf.generate import one_text
 from longspan.kv import cache
 from longspan.kv import parse as read_policy
 from longspan.kv.policy import Policy
@@ -119,11 +119,9 @@ def answer(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
-        do_sample=False,
         pad_token_id=padding,
         # Which stop strings need that were saved with a model.
         tokenizer=tokenizer,
-        **ONE_TEXT,
-        **more,
+        **{**one_text(model), **more},
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -15,15 +15,28 @@ from longspan.hf.cache import CacheReport, KVCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# One text, through the cache that is given, where generation settings saved with a model ask for
-# several or for more than its tokens. What they say of the tokens themselves stays.
-ONE_TEXT: dict[str, Any] = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-    "output_attentions": False,
-    "cache_implementation": None,
-}
+# Of the generation settings that were saved with a model: where a text ends, and which tokens are
+# none of any text; then, of texts that are drawn, what they are drawn from.
+_ENDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "stop_strings",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+_DRAWN = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +110,32 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
     return ids
 
 
+def one_text(model: PreTrainedModel, temperature: float = 0.0) -> dict[str, Any]:
+    """Arguments of ``model.generate`` for one text, through the cache that it is given.
+
+    They take back what generation settings saved with the model ask for beside: several texts,
+    beams, other caches and outputs, searches that transformers does not hold; and, where the
+    likeliest token is taken, penalties and biases that make another one the likeliest.
+
+    Args:
+        model: a causal language model.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+    """
+    drawn: dict[str, Any] = {"do_sample": bool(temperature)}
+    if temperature:
+        drawn["temperature"] = temperature
+    kept = (*_ENDS, *_DRAWN) if temperature else _ENDS
+    saved = vars(model.generation_config)
+    back = [name for name in saved if name not in kept and saved[name] is not None]
+    return {
+        **{name: None for name in back if not name.startswith("_")},
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "use_cache": True,
+        **drawn,
+    }
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,9 +178,6 @@ def generate(
             pieces.append(text)
             write(text)
 
-    drawn: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        drawn = {"do_sample": True, "temperature": temperature}
     ids = ids.to(model.device)
     with torch.inference_mode():
         out = model.generate(  # pyright: ignore[reportCallIssue]
@@ -153,8 +189,7 @@ def generate(
             tokenizer=tokenizer,
             # The prompt arrives first.
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
-            **ONE_TEXT,
-            **drawn,
+            **one_text(model, temperature),
         )
     assert isinstance(out, torch.Tensor)
     return Generated(

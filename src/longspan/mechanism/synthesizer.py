@@ -54,6 +54,7 @@ class Synthesizer(PastLayer):
         rank: r of ``factorized``.
         fixed_random: R is not learned.
         causal: row i sees tokens up to i.
+        impl: kernel of ``longspan.attend``.
         kwargs: of ``MechanismLayer``: ``kv_heads`` (of the values, and of the keys of
             ``dot_product``), ``head_dim``, ``rope``, ``bias``, ``device``, ``dtype``.
     """
@@ -71,6 +72,7 @@ class Synthesizer(PastLayer):
         rank: int = 8,
         fixed_random: bool = False,
         causal: bool = True,
+        impl: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(d_model, heads, **kwargs)
@@ -82,7 +84,7 @@ class Synthesizer(PastLayer):
             raise InputError(f"each kind can be mixed in once; got {kind!r}")
         width = self.head_dim if hidden is None else hidden
         at_least_one(max_length=max_length, hidden=width, rank=rank)
-        self.max_length, self.causal = max_length, causal
+        self.max_length, self.causal, self.impl = max_length, causal, impl
         if "dot_product" not in self.kinds:
             self.register_module("query", None)
             self.register_module("key", None)
@@ -144,14 +146,15 @@ class Synthesizer(PastLayer):
         q, k, extra = self._logits(asked, kept, place.clamp_min(0))
         v = kept[0].repeat_interleave(self.heads // self.kv_heads, dim=1).to(q.dtype)
         if extra is None and valid is None and q.shape[2] == k.shape[2]:
-            return attend(q, k, v, Causal() if self.causal else Dense(), scale=1.0)
+            pattern = Causal() if self.causal else Dense()
+            return attend(q, k, v, pattern, scale=1.0, impl=self.impl)
         # Keys that each row sees; padding sees none.
         seen = place + 1
         if not self.causal:
             seen = seen.amax(dim=-1, keepdim=True).where(place >= 0, 0)
         seen = seen[:, None, :, None]
         if extra is None:
-            return over_ranges(q, k, v, torch.zeros_like(seen), seen, 1.0, "auto")[0]
+            return over_ranges(q, k, v, torch.zeros_like(seen), seen, 1.0, self.impl)[0]
         return _softmax(extra if q.shape[-1] == 0 else extra + q @ k.mT, seen) @ v
 
     def _logits(

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, where the state of a run is whole."""
+"""Ctrl-C and SIGTERM between two steps, where the state of a run is whole."""
 
 from __future__ import annotations
 
@@ -9,33 +9,45 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-_NOTED = b"\nCtrl-C: the run stops after this step; once more, and it stops at once\n"
+# The exit code of shells for what a SIGTERM ended.
+TERMINATED = 128 + signal.SIGTERM
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_UNHANDLED = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
 def between_steps() -> Iterator[Callable[[], bool]]:
-    """A block in which the first Ctrl-C is only noted; what it gives says whether there was one.
+    """A block in which the first Ctrl-C or SIGTERM is only noted; what it gives says whether there
+    was one.
 
-    A second one ends the block at once. Outside the main thread, and where somebody else handles
-    the signal, nothing changes.
+    A second one ends the block at once. After the block a Ctrl-C that was noted is raised as
+    KeyboardInterrupt, a SIGTERM as SystemExit with the code that shells have for it. Outside the
+    main thread, and for signals that somebody else handles, nothing changes.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    asked = False
+    main = threading.current_thread() is threading.main_thread()
+    ours = [one for one, usual in _UNHANDLED.items() if main and signal.getsignal(one) is usual]
+    asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        asked.append(number)
+        if len(asked) > 1:
             raise KeyboardInterrupt
-        asked = True
         # A step may take minutes. Buffers are not safe here, and there may be no stream.
+        said = f"\n{_NAMES[signal.Signals(number)]}: the run stops after this step; once more, and"
         with suppress(OSError):
-            os.write(2, _NOTED)
+            os.write(2, f"{said} it stops at once\n".encode())
 
-    signal.signal(signal.SIGINT, note)
+    for one in ours:
+        signal.signal(one, note)
     try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield lambda: bool(asked)
+        finally:
+            for one in ours:
+                signal.signal(one, _UNHANDLED[one])
+    except KeyboardInterrupt:
+        if asked[-1:] == [signal.SIGTERM]:
+            raise SystemExit(TERMINATED) from None
+        raise
+    if asked:
+        raise SystemExit(TERMINATED) if asked[-1] == signal.SIGTERM else KeyboardInterrupt

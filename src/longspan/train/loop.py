@@ -27,6 +27,7 @@ from longspan.eval.records import read_lines
 from longspan.eval.seed import check_seed
 from longspan.train.checkpoint import Checkpoints, write_text
 from longspan.train.finite import LARGEST_RATE, check_step
+from longspan.train.interrupt import between_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,8 @@ def train(
         log: .jsonl file with one line per step; lines after the checkpoint are written again.
         progress: called after each step.
 
+    Ctrl-C or SIGTERM ends the run after the step that it is in, with a checkpoint to resume from.
+
     Returns:
         One record per step: ``step`` (from 1), ``loss`` (nats per token), ``lr``, ``grad_norm``,
             ``tokens``, ``seconds``.
@@ -127,23 +130,31 @@ def train(
     write_text(log, "".join(json.dumps(r) + "\n" for r in records))
 
     model.train()
-    for step in range(start, config.steps):
-        record = _step(loss, batch_at, step, trained, optimizer, config)
-        check_step(record["loss"], record["grad_norm"], step + 1, config.lr)
-        records.append(record)
-        saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    with between_steps() as interrupted:
+        for step in range(start, config.steps):
+            record = _step(loss, batch_at, step, trained, optimizer, config)
+            check_step(record["loss"], record["grad_norm"], step + 1, config.lr)
+            records.append(record)
+            # Asked once: what arrives later is for the next step.
+            stop = interrupted()
+            saving = stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                if saving:
+                    # Without its steps in the log a checkpoint is refused.
+                    file.flush()
+                    os.fsync(file.fileno())
             if saving:
-                # Without its steps in the log a checkpoint is refused.
-                file.flush()
-                os.fsync(file.fileno())
-        if saving:
-            checkpoints.save(step + 1, _state(trained, optimizer))
-        speed = record["tokens"] / record["seconds"]
-        progress(
-            "training", step + 1, config.steps, f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
-        )
+                checkpoints.save(step + 1, _state(trained, optimizer))
+            speed = record["tokens"] / record["seconds"]
+            progress(
+                "training",
+                step + 1,
+                config.steps,
+                f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s",
+            )
+            if stop:
+                raise KeyboardInterrupt
     model.eval()
     return records
 

@@ -150,7 +150,7 @@ def pretrain(
         on_step: called after every tenth step and the last one with (step, train loss, last
             validation loss).
 
-    Ctrl-C ends the run after the step that it is in, with a checkpoint to resume from.
+    Ctrl-C or SIGTERM ends the run after the step that it is in, with a checkpoint to resume from.
 
     Raises:
         DataError: too little text, ``out`` not empty or not to be written, nothing to resume from,
@@ -207,7 +207,6 @@ def pretrain(
         # While the last losses were measured.
         if interrupted():
             keep(config.steps)
-            raise KeyboardInterrupt
 
     report = PretrainReport(
         config=asdict(config),

@@ -132,7 +132,7 @@ def subtitle(found: Views) -> str:
     kind = "causal" if found.causal else "both directions"
     words = [f"{found.n:,} tokens", heads, kind, "rows: queries, columns: keys"]
     if found.cells < found.n:
-        words.append(f"a cell is {found.n / found.cells:g} tokens wide")
+        words.append(f"a cell is {found.n / found.cells:.3g} tokens wide")
     return ", ".join(words)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 12, 46
@@ -55,7 +55,7 @@ def line_chart(
         x_label: text below.
         y_label: text at the left.
         log_x: logarithmic x axis.
-        log_y: logarithmic y axis.
+        log_y: logarithmic y axis; values of 0 and less, which it has no place for, break the line.
         x_ticks: where the x axis is labelled; default: round numbers.
         marks: (x, text) of dashed vertical lines.
         dots: mark the points.
@@ -65,6 +65,8 @@ def line_chart(
     Returns:
         An ``<svg>`` element; one that says so if there is no finite point.
     """
+    if log_y:
+        series = [replace(s, points=[(x, _above_zero(y)) for x, y in s.points]) for s in series]
     known = [(x, y) for s in series for x, y in s.points if y is not None and math.isfinite(y)]
     if not known:
         return (
@@ -192,6 +194,10 @@ def _draw(
     kind = "line faint" if one.faint else "line dashed" if one.dashed else "line"
     drawn = f'<path d="{"".join(path)}" class="{kind}"/>'
     return [f'<g style="--c:var(--s{one.color})">', drawn, *([] if one.faint else marks), "</g>"]
+
+
+def _above_zero(value: float | None) -> float | None:
+    return value if value is not None and value > 0 else None
 
 
 def _span(low: float, high: float, log: bool, pad: float) -> tuple[float, float]:
