@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import reduce, wraps
 from types import ModuleType
 from typing import Any
 
@@ -67,9 +67,14 @@ class Lay:
     blocks: int
 
     def sums(self, score: Tensor) -> Tensor:
-        """Scores of finer blocks [..., S], summed over those that overlap a block [..., T]."""
+        """Scores of finer blocks [..., S], summed over those that overlap a block [..., T].
+
+        From the first to the last: blocks that overlap the same ones, but for zeros, have equal
+        sums to the last bit.
+        """
         wide = pad(score, (self.left, self.blocks * self.step - score.shape[-1]))
-        return wide.unfold(-1, self.step + self.left, self.step).sum(dim=-1)
+        turns = range(self.step + self.left)
+        return reduce(torch.add, (wide[..., c :: self.step][..., : self.blocks] for c in turns))
 
 
 def best_blocks(

@@ -109,7 +109,7 @@ class BlockGate(PastLayer):
     @torch.no_grad()
     def reset_gate(self) -> None:
         """Score by the mean key and the mean query of the group, as far as the width allows."""
-        eye = torch.eye(self.head_dim, self.gate_key.shape[-1])
+        eye = torch.eye(self.head_dim, self.gate_key.shape[-1], device=self.gate_key.device)
         group = self.heads // self.kv_heads
         self.gate_query.copy_(eye.repeat(group, 1) / group)
         self.gate_key.copy_(pad(eye, (0, 0, 2 * self.head_dim, 0)))

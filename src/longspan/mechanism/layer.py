@@ -87,7 +87,7 @@ class MechanismLayer(nn.Module):
             head_dim = d_model // heads
         at_least_one(head_dim=head_dim)
         self.d_model, self.heads, self.kv_heads, self.head_dim = d_model, heads, kv_heads, head_dim
-        self.place = {"device": device, "dtype": dtype}
+        self.place = placed(device, dtype)
         self.query = nn.Linear(d_model, heads * head_dim, bias=bias, **self.place)
         self.key = (
             None
@@ -160,6 +160,14 @@ class MechanismLayer(nn.Module):
     def extra_repr(self) -> str:
         kv = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"d_model={self.d_model}, heads={self.heads}{kv}"
+
+
+def placed(device: Any = None, dtype: Any = None) -> dict[str, Any]:
+    """Where parameters go, torch's defaults spelt out: what is drawn on the CPU follows them."""
+    return {
+        "device": torch.get_default_device() if device is None else device,
+        "dtype": torch.get_default_dtype() if dtype is None else dtype,
+    }
 
 
 def options_of(kind: type[MechanismLayer]) -> dict[str, inspect.Parameter]:

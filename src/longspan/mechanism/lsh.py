@@ -131,7 +131,9 @@ class LSHAttention(MechanismLayer):
         }
         check_names(selection, counting, causal, after, rounds)
         shape = (self.heads, self.head_dim, rounds, sum(self.buckets) // 2)
-        self.rotations = nn.Buffer(torch.randn(shape, generator=generator).to(**self.place))
+        self.rotations = nn.Buffer(
+            torch.randn(shape, generator=generator, device="cpu").to(**self.place)
+        )
 
     @classmethod
     def from_hf(cls, layer: Any) -> LSHAttention:
@@ -169,14 +171,16 @@ class LSHAttention(MechanismLayer):
             own.query.weight.copy_(weight)
             own.value.weight.copy_(layer.value.weight)
             source = torch.Generator().manual_seed(layer.hash_seed)
-            drawn = torch.randn(own.rotations.shape, generator=source, dtype=weight.dtype)
+            drawn = torch.randn(
+                own.rotations.shape, generator=source, dtype=weight.dtype, device="cpu"
+            )
             own.rotations.copy_(drawn)
         return own
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Draw new rotations, in place."""
-        self.rotations.copy_(torch.randn(*self.rotations.shape, generator=generator))
+        self.rotations.copy_(torch.randn(*self.rotations.shape, generator=generator, device="cpu"))
 
     def forward(
         self,

@@ -210,7 +210,7 @@ def _combined(
         parts = [local]
         for (out, lse), tokens in far:
             if count_bias:
-                lse = lse + torch.as_tensor(tokens).to(lse).log()
+                lse = lse + torch.as_tensor(tokens, device=lse.device).to(lse).log()
             parts.append((out, lse))
         return merge(parts)[0], after
     return (local[0] + merge([part for part, _ in far])[0] if far else local[0]), after

@@ -164,7 +164,7 @@ class Synthesizer(PastLayer):
         logits.
         """
         x, count = asked[0], kept[0].shape[2]
-        shares = torch.ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
+        shares = x.new_ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
         nothing = x.new_empty(1, 1, 1, 0)
         queries, keys, extra = [nothing], [nothing], None
         for kind, share in zip(self.kinds, shares.to(x), strict=True):
