@@ -7,11 +7,10 @@ ones, D head width.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce, wraps
+from functools import reduce
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,24 +31,6 @@ _FEW_ROWS = 64
 _NUMBERS, _WIDEST = 1024, 1 << 14
 # Kernels whose name asks for plain PyTorch.
 _PLAIN = ("tiled", "reference")
-
-
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose products stay in the precision of what it multiplies.
-
-    Choices are made there, which rounding to bfloat16 would make otherwise, and sums of many rows.
-    """
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(given.device.type for given in args if isinstance(given, Tensor))
-        # Autocast knows no device without data.
-        if device == "meta":
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def slices(rows: int, per_row: int, most: int | None = None) -> list[slice]:

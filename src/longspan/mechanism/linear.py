@@ -28,7 +28,6 @@ from torch.nn.functional import pad
 
 from longspan.errors import InputError
 from longspan.mechanism import _linear_fused
-from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._linear_chunks import causal_sums, lowest
 from longspan.mechanism.feature_maps import FeatureMap, build
 from longspan.mechanism.layer import (
@@ -41,6 +40,7 @@ from longspan.mechanism.layer import (
     seen,
 )
 from longspan.nn.attention import check
+from longspan.ops.inputs import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)

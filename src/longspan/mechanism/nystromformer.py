@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._past import tokens_first
 from longspan.mechanism.layer import (
     MechanismLayer,
@@ -35,6 +34,7 @@ from longspan.mechanism.layer import (
     rows_at,
     to_front,
 )
+from longspan.ops.inputs import without_autocast
 
 
 def nystrom_attention(
