@@ -152,6 +152,18 @@ def test_nan_in_padding_reaches_no_gradient(name):
     assert all(b.isfinite().all() for b in layer.buffers())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", [0.01, 1.0])
+def test_float16_holds_gradients_of_short_rows_and_padding(name, size):
+    layer = build(name).half()
+    mask = torch.arange(21) >= torch.tensor([[0], [4]])
+    x = (size * torch.randn(2, 21, 16)).half().requires_grad_()
+    layer(x, mask).float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
 @pytest.mark.parametrize(
     "name", ["LinearAttention", "Linformer", "Nystromformer", "Performer", "TopK"]
 )
