@@ -239,6 +239,27 @@ def test_functions_name_what_does_not_fit():
             ls.mechanism.topk_attention(**given, keep=3)
 
 
+DECODING = {
+    **{name: {} for name in LAYERS if not getattr(ls.mechanism, name).no_causal_form},
+    "LSHAttention": {"selection": "window"},
+    "RoutingAttention": {"selection": "window"},
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_states_of_other_sequences_and_layers_are_refused(name):
+    own = build(name, **DECODING[name]).eval()
+    x = torch.randn(2, 21, 16)
+    state = own(x, return_state=True)[1]
+    with pytest.raises(InputError, match=r"that of 2 sequences and 4 key heads, .* 1 and"):
+        own(x[:1], state=state)
+    other = getattr(ls.mechanism, name)(16, 2, **LAYERS[name] | DECODING[name]).eval()
+    with pytest.raises(InputError, match=r"of 2 sequences and 4 key heads, .* of 2 and 2"):
+        other(x, state=state)
+    with pytest.raises(InputError, match=r"expected a state as .* \(\w+State\), got list"):
+        own(x, state=[state])
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_wrong_sizes_are_named(name):
     with pytest.raises(InputError, match=r"expected x of shape \[batch, tokens, 16\]"):

@@ -245,6 +245,35 @@ def share(**numbers: float) -> None:
             raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
+def check_state(state: Any, kind: type, part: str, batch: int, heads: int) -> None:
+    """Refuse what is no state of earlier tokens of as many sequences, in a layer of these heads.
+
+    Args:
+        state: what was given; None is none.
+        kind: of the states of the layer.
+        part: attribute of a state, of rows or sums [batch, heads, ...], or several of them.
+        batch: sequences B.
+        heads: key heads K.
+
+    Raises:
+        InputError: with what was given.
+    """
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise InputError(
+            f"expected a state as return_state=True gives it ({kind.__name__}), got "
+            f"{type(state).__name__}"
+        )
+    kept = getattr(state, part)
+    given = (kept[0] if isinstance(kept, tuple) else kept).shape[:2]
+    if tuple(given) != (batch, heads):
+        raise InputError(
+            f"the state is that of {given[0]} sequences and {given[1]} key heads, the tokens are "
+            f"of {batch} and {heads}: give the one that this layer returned for these sequences"
+        )
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
     """Refuse tensors that are not q [B, H, N, D], k [B, K, N, D], v [B, K, N, Dv], K a divisor of
     H, in one floating dtype, with a mask [B, N] if any.

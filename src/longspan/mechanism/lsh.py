@@ -42,6 +42,7 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least,
     at_least_one,
+    check_state,
     cleared,
     positions,
     seen,
@@ -211,6 +212,7 @@ class LSHAttention(MechanismLayer):
                 'LSHAttention with selection="chunks" cannot decode: a new token moves the chunks '
                 'of earlier ones, so prefill and decoding differ. Use selection="window"'
             )
+        check_state(state, LSHState, "qk", len(x), self.heads)
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
         (x,) = cleared(valid, x)

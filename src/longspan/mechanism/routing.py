@@ -41,6 +41,7 @@ from longspan.mechanism.layer import (
     Count,
     MechanismLayer,
     at_least_one,
+    check_state,
     cleared,
     positions,
     seen,
@@ -145,6 +146,7 @@ class RoutingAttention(MechanismLayer):
                 "which tokens a cluster takes, so prefill and decoding differ. "
                 'Use selection="window"'
             )
+        check_state(state, RoutingState, "k", len(x), self.kv_heads)
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
         (x,) = cleared(valid, x)
