@@ -16,7 +16,7 @@ from tests.mechanism.oracles import (
 
 from longspan.errors import InputError
 from longspan.mechanism import NSA, MoBA, moba_attention
-from longspan.mechanism._blocks import best_blocks
+from longspan.mechanism._blocks import Lay, best_blocks
 from longspan.nn.rotary import rotate
 from longspan.position import default
 
@@ -228,6 +228,21 @@ def test_equal_scores_are_chosen_alike_whatever_comes_later(kind, kwargs):
     for t in range(3, 60, 4):
         torch.testing.assert_close(one(x[:, :t]), whole[:, :t])
     assert_decoding_equals_prefill(one, x, None, (20, 11, 1, 1, 1, 1, 25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_overlap_the_same_ones_score_alike_to_the_last_bit(dtype):
+    torch.manual_seed(0)
+    # Three compressed blocks of nine tokens have ended, at 0, 1 and 2: the blocks of two tokens
+    # from the second to the fifth overlap them all.
+    score = torch.rand(2, 1, 55, 47, dtype=dtype) * (torch.arange(47) < 3)
+    found = Lay(2, 8, 28).sums(score)
+    torch.testing.assert_close(found[..., 1], score.sum(dim=-1))
+    assert torch.equal(found[..., 1:5], found[..., 1:2].expand(-1, -1, -1, 4))
+    assert torch.equal(
+        best_blocks(score, torch.full((1, 55), 28), 2, 1, Lay(2, 8, 28))[..., 0],
+        torch.ones(2, 1, 55, dtype=torch.int64),
+    )
 
 
 def test_of_equal_scores_the_earlier_blocks_are_taken():

@@ -152,6 +152,18 @@ def test_nan_in_padding_reaches_no_gradient(name):
     assert all(b.isfinite().all() for b in layer.buffers())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", [0.01, 1.0])
+def test_float16_holds_gradients_of_short_rows_and_padding(name, size):
+    layer = build(name).half()
+    mask = torch.arange(21) >= torch.tensor([[0], [4]])
+    x = (size * torch.randn(2, 21, 16)).half().requires_grad_()
+    layer(x, mask).float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
 @pytest.mark.parametrize(
     "name", ["LinearAttention", "Linformer", "Nystromformer", "Performer", "TopK"]
 )
@@ -225,6 +237,27 @@ def test_functions_name_what_does_not_fit():
         given = {"q": q, "k": k, "v": v} | wrong
         with pytest.raises(InputError, match=message):
             ls.mechanism.topk_attention(**given, keep=3)
+
+
+DECODING = {
+    **{name: {} for name in LAYERS if not getattr(ls.mechanism, name).no_causal_form},
+    "LSHAttention": {"selection": "window"},
+    "RoutingAttention": {"selection": "window"},
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_states_of_other_sequences_and_layers_are_refused(name):
+    own = build(name, **DECODING[name]).eval()
+    x = torch.randn(2, 21, 16)
+    state = own(x, return_state=True)[1]
+    with pytest.raises(InputError, match=r"that of 2 sequences and 4 key heads, .* 1 and"):
+        own(x[:1], state=state)
+    other = getattr(ls.mechanism, name)(16, 2, **LAYERS[name] | DECODING[name]).eval()
+    with pytest.raises(InputError, match=r"of 2 sequences and 4 key heads, .* of 2 and 2"):
+        other(x, state=state)
+    with pytest.raises(InputError, match=r"expected a state as .* \(\w+State\), got list"):
+        own(x, state=[state])
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -227,6 +227,16 @@ def test_small_features_of_queries_and_keys_have_their_gradients(low, causal):
     assert torch.autograd.grad(out.square().sum(), least)[0].isfinite().all()
 
 
+def test_features_of_mega_keep_their_digits_far_below_the_mean():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 4, dtype=torch.float64) for _ in range(3))
+    q, k = (0.2 * x - 1 for x in (q, k))
+    exact = linear_attention(q, k, v, "mega")
+    assert exact.abs().min() > 0
+    found = linear_attention(q.float(), k.float(), v.float(), "mega")
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_without_weight_gives_zero():
     q, k, v = qkv(n=6)
     out = linear_attention(q, -k.abs(), v, "relu")

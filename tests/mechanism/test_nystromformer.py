@@ -67,6 +67,20 @@ def test_padding_is_absent(landmarks):
     assert_padding_is_absent(layer, torch.randn(2, 3, 16, dtype=torch.float64), 2, 1)
 
 
+def test_padding_between_tokens_is_absent():
+    torch.manual_seed(0)
+    layer = Nystromformer(16, 4, kv_heads=2, landmarks=4, conv_kernel=5).double()
+    x = torch.randn(2, 21, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 21) < 0.6
+    found = layer(x, mask)
+    alone = [layer(row[real][None])[0] for row, real in zip(x, mask, strict=True)]
+    torch.testing.assert_close(found[mask], torch.cat(alone))
+    assert not found[~mask].any()
+    toward = torch.randn_like(found)[mask]
+    a, b = (torch.autograd.grad((t * toward).sum(), x)[0] for t in (found[mask], torch.cat(alone)))
+    torch.testing.assert_close(a, b)
+
+
 def test_a_row_does_not_depend_on_its_batch_unless_published():
     q, k, v = (x.detach() * 3 for x in qkv(n=24))
     for shared, same in ((False, True), (True, False)):

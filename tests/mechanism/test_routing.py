@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tests.mechanism.oracles import (
@@ -195,6 +197,20 @@ def test_padding_moves_no_centroid(value):
     wide = torch.cat([torch.full((1, 4, 16), value).double(), x], 1)
     own(wide, torch.arange(14)[None] >= 4)
     torch.testing.assert_close(own.gathered, wanted)
+
+
+def test_float16_moves_centroids_and_has_a_loss_beside_padding():
+    own = layer().float().train()
+    low = copy.deepcopy(own).half()
+    own.load_state_dict(low.state_dict())
+    x = torch.randn(2, 30, 16).half()
+    mask = torch.arange(30) >= torch.tensor([[0], [8]])
+    (_, wanted), (_, found) = (
+        own(x.float(), mask, return_loss=True),
+        low(x, mask, return_loss=True),
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(low.gathered.float(), own.gathered, atol=2e-2, rtol=2e-2)
 
 
 def test_refusals_say_what_to_do():

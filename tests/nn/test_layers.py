@@ -128,6 +128,17 @@ def test_nan_in_padding_reaches_no_gradient():
         assert all(g.isfinite().all() for g in (x.grad, *(p.grad for p in layer.parameters())))
 
 
+@pytest.mark.parametrize(
+    "layer", [ls.nn.LocalAttention(32, 6), ls.nn.VerticalSlashAttention(32, 6, 2)]
+)
+def test_nan_in_padding_reaches_no_gradient_of_one_head(layer):
+    mask = torch.arange(20) >= torch.tensor([[0], [4]])
+    x = torch.randn(2, 20, 32).masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    out = layer(x, mask=mask)
+    found = grads(out.square().sum(), x, *layer.parameters())
+    assert all(g.isfinite().all() for g in (out, *found))
+
+
 def test_packed_documents_equal_separate_runs():
     layer = ls.nn.Attention(16, 2, ls.Window(4) | ls.Sink(1), rope=1e4, dtype=torch.float64)
     x = torch.randn(1, 12, 16, dtype=torch.float64)

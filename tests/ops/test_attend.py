@@ -236,6 +236,27 @@ def test_rows_that_are_no_whole_numbers(rows):
 
 
 @pytest.mark.parametrize(
+    "rows", [torch.zeros(29, dtype=torch.int64, device="meta"), torch.zeros(29).long().to_sparse()]
+)
+def test_rows_that_cannot_be_read(rows):
+    for name in ("positions", "segments"):
+        with pytest.raises(PlanError, match=f"{name} must be a dense tensor with data"):
+            ls.attend(*qkv(), ls.Causal(), **{name: rows})
+        with pytest.raises(PlanError, match=name):
+            ls.plan(ls.Causal(), 29, **{name: rows})
+
+
+def test_vmap_goes_over_no_segments():
+    q, k, v = (x.detach() for x in qkv())
+
+    def one(q, row):
+        return ls.attend(q, k, v, ls.Causal(), segments=row)
+
+    with pytest.raises(PlanError, match=r"segments must be .* vmap goes over: .* all batch"):
+        torch.vmap(one)(q[None], torch.zeros(1, 29, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
     ("scale", "words"),
     [
         ("wide", "finite number, got 'wide'"),

@@ -105,6 +105,21 @@ def test_autocast_casts_as_torch_does():
     assert ls.attend(q, k, v, "causal()").dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", ["auto", "tiled", "reference"])
+def test_autocast_rounds_inputs_alone(impl):
+    q, k, v = (x.detach() for x in qkv(33))
+    low = (x.bfloat16() for x in (q, k, v))
+    wanted = ls.attend(*low, TEXT, impl=impl, return_lse=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ls.attend(q, k, v, TEXT, impl=impl, return_lse=True)
+        # Here ``auto`` is the reference.
+        several = torch.vmap(lambda q: ls.attend(q, k, v, TEXT, return_lse=True)[1])(q[None])
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert several.dtype == torch.float32
+
+
 def test_autocast_gradients_and_compiled_agree(counted):
     leaves = qkv(9)
 

@@ -126,7 +126,7 @@ def rehearse(asked: Compare, entries: Sequence[Entry]) -> None:
         InputError: which entry cannot be built or called, and why.
     """
     model, _ = load_model(demo_model())
-    x = torch.zeros(1, _FEW, model.config.hidden_size)
+    x = torch.zeros(1, _FEW, model.config.hidden_size, device=model.device)
     for one in entries:
         try:
             for layer in _beside(model, asked, one):

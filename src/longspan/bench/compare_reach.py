@@ -45,7 +45,7 @@ def walk(layers: Sequence[MechanismLayer], inputs: Sequence[Tensor], rows: Mask)
     reached = torch.from_numpy(rows)
     for layer, x in zip(reversed(layers), reversed(inputs), strict=True):
         copies = x.detach().expand(len(reached), -1, -1).clone().requires_grad_()
-        weights = torch.randn(x.shape[1:], generator=draw).to(x)
+        weights = torch.randn(x.shape[1:], generator=draw, device="cpu").to(x)
         total = ((layer(copies) * weights).sum(dim=-1) * reached).sum()
         (slope,) = torch.autograd.grad(total, copies)
         seen = (slope != 0).any(dim=-1)
@@ -98,9 +98,9 @@ def leak(layer: MechanismLayer, x: Tensor, cuts: int = 4) -> float:
     n = x.shape[1]
     # New tokens and not old ones moved or scaled, which some choices would not notice.
     draw = torch.Generator().manual_seed(0)
-    other = torch.randn(x.shape, generator=draw).to(x) * x.std()
-    cut = torch.arange(1, cuts + 1)[:, None] * n // (cuts + 1)
-    before = torch.arange(n) < cut
+    other = torch.randn(x.shape, generator=draw, device="cpu").to(x) * x.std()
+    cut = torch.arange(1, cuts + 1, device="cpu")[:, None] * n // (cuts + 1)
+    before = torch.arange(n, device="cpu") < cut
     # Side by side: batch rows do not know of each other.
     plain, *changed = layer(torch.cat([x, x.where(before[..., None], other)]))
     apart = (torch.stack(changed) - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-12)

@@ -109,7 +109,7 @@ def row_error(
 
     def keys(head: int, row: int) -> Tensor:
         found = [key for part in plan.passes for key in _keys(part, head, row, plan.keys)]
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device="cpu")
 
     return row_error_over(keys, inputs, out_BHND, rows)
 

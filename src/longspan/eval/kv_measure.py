@@ -179,10 +179,10 @@ class _Run:
         """Ids and mask, both int64 [B, N], filled up on the left."""
         read = self.tokenizer(list(texts), add_special_tokens=first, verbose=False)["input_ids"]
         longest = max(map(len, read))
-        ids = torch.zeros(len(read), longest, dtype=torch.int64)
+        ids = torch.zeros(len(read), longest, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for row, found in enumerate(read):
-            ids[row, longest - len(found) :] = torch.tensor(found)
+            ids[row, longest - len(found) :] = torch.tensor(found, device="cpu")
             mask[row, longest - len(found) :] = 1
         return ids.to(self.device), mask.to(self.device)
 
@@ -209,7 +209,7 @@ class _Run:
             held = _held(cache)
             logits = self._feed(cache, prompts.question, prompts.mask)
             yield cell, {**self._answered(cache, prompts, logits), **held}
-        logits = torch.empty(0)
+        logits = torch.empty(0, device="cpu")
         if prompts.answers and second:
             logits = self._feed(reader, prompts.question, prompts.mask)
         for cell, policy in second.items():
@@ -252,7 +252,10 @@ class _Run:
 
     def _answered(self, cache: Any, prompts: Prompts, logits: Tensor) -> dict[str, Any]:
         """What is said greedily, until all answers were given or there is no room for more."""
-        mask, said = prompts.mask, torch.empty(len(prompts.answers), 0, dtype=torch.int64)
+        mask, said = (
+            prompts.mask,
+            torch.empty(len(prompts.answers), 0, dtype=torch.int64, device="cpu"),
+        )
         end, scores, texts = self.tokenizer.eos_token_id, [0.0], [""]
         for _ in range(prompts.tokens):
             token = logits[:, -1].argmax(-1, keepdim=True)

@@ -167,7 +167,7 @@ def try_apart(
     """
     weight = owner.o_proj.weight
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, owner.q_proj.in_features, generator=draw).to(weight)
+    x = torch.randn(1, 5, owner.q_proj.in_features, generator=draw, device="cpu").to(weight)
     place = torch.arange(5, device=x.device)[None]
     training = owner.training
     try:

@@ -347,7 +347,8 @@ class KeptLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         if self.store is not None:
-            self.reorder_cache(torch.arange(len(self.store.length)).repeat_interleave(repeats))
+            row = torch.arange(len(self.store.length), device="cpu")
+            self.reorder_cache(row.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to take back of 0 tokens; more cannot be taken back.
@@ -381,13 +382,17 @@ class KeptLayer(CacheLayerMixin):
             self._forget_padding(rows, told, batch)
         self._told = told
         if rows.positions is None or rows.segments is None:
-            at = (rows.query_start + torch.arange(rows.queries)).expand(batch, -1)
-            self._real = torch.full((batch,), rows.query_start + rows.queries)
+            at = (rows.query_start + torch.arange(rows.queries, device="cpu")).expand(batch, -1)
+            self._real = torch.full((batch,), rows.query_start + rows.queries, device="cpu")
             self.seen += rows.queries
             return at, None
         at = torch.from_numpy(rows.positions).expand(batch, -1)
         real = torch.from_numpy(rows.segments >= 0).expand(batch, -1)
-        before = torch.zeros(batch, dtype=torch.int64) if self._real is None else self._real
+        before = (
+            torch.zeros(batch, dtype=torch.int64, device="cpu")
+            if self._real is None
+            else self._real
+        )
         last = (at + 1).masked_fill(~real, 0).amax(1)
         self._real = torch.maximum(before, last)
         self.seen += rows.queries
@@ -404,7 +409,7 @@ class KeptLayer(CacheLayerMixin):
         if "before" not in rows.kept:
             # Once for all layers.
             rows.kept["before"] = (
-                torch.full((batch,), self.seen)
+                torch.full((batch,), self.seen, device="cpu")
                 if told is None
                 else torch.from_numpy(told[:, : self.seen].sum(1))
             )
@@ -484,8 +489,8 @@ class KeptLayer(CacheLayerMixin):
                 keys.contiguous(),
                 values.contiguous(),
                 Dense(),
-                positions=torch.arange(query.shape[2]),
-                key_positions=torch.arange(keys.shape[2]),
+                positions=torch.arange(query.shape[2], device="cpu"),
+                key_positions=torch.arange(keys.shape[2], device="cpu"),
                 scale=self._scale,
                 return_lse=True,
             )

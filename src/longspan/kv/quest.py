@@ -99,7 +99,7 @@ class PageBounds:
         if self.low.is_inference() and not torch.is_inference_mode_enabled():
             # Made in inference mode, they could not be changed outside of it.
             self.low, self.high = self.low.clone(), self.high.clone()
-        step = torch.arange(new)
+        step = torch.arange(new, device="cpu")
         page = (length[..., None] + step) // self.page
         page = page.clamp(max=self.low.shape[2] - 1).to(device)[..., None].expand_as(keys)
         void = (step >= count[..., None]).to(device)[..., None]
@@ -115,7 +115,7 @@ class PageBounds:
         """
         grouped = over_group(q, self.low.shape[1])
         bound = product_bounds(grouped, self.low, self.high)
-        page = torch.arange(self.low.shape[2])
+        page = torch.arange(self.low.shape[2], device="cpu")
         beyond = (page >= -(-length // self.page)[..., None]).to(q.device)
         return bound.sum(2).masked_fill(beyond, -torch.inf)
 

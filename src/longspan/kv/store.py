@@ -39,7 +39,7 @@ class Store:
 
     def __init__(self, batch: int, heads: int, like: dict[str, Tensor]) -> None:
         """Empty, for rows of the shapes, dtypes and device of ``like`` (name: [..., width])."""
-        empty = torch.zeros(batch, heads, dtype=torch.int64)
+        empty = torch.zeros(batch, heads, dtype=torch.int64, device="cpu")
         self._describe(empty, empty)
         self.buffers = {
             name: row.new_zeros(0, *row.shape[-1:]) if row.dim() else row.new_zeros(0)
@@ -61,7 +61,7 @@ class Store:
 
     def valid(self) -> Tensor:
         """Which places of ``padded`` hold a token, bool [B, G, C] on the buffer's device."""
-        return (torch.arange(self.longest) < self.length[..., None]).to(self._device)
+        return (torch.arange(self.longest, device="cpu") < self.length[..., None]).to(self._device)
 
     def padded(self, name: str) -> Tensor:
         """A buffer as a rectangle [B, G, C, ...]; places without a token hold anything finite."""
@@ -90,7 +90,11 @@ class Store:
         """
         new = next(iter(rows.values())).shape[2]
         batch, heads = self.length.shape
-        count = torch.full((batch, 1), new) if real is None else real.sum(1, keepdim=True)
+        count = (
+            torch.full((batch, 1), new, device="cpu")
+            if real is None
+            else real.sum(1, keepdim=True)
+        )
         if bool((self.length + count > self.room).any()):
             self._lay_out(self.length + count + SPARE)
         if real is None and self.even and self._places is not None:
@@ -98,9 +102,15 @@ class Store:
             for name, row in rows.items():
                 self._rectangle(name)[:, :, begin : begin + new] = row.detach()
         else:
-            order = torch.arange(new).expand(batch, -1) if real is None else real.cumsum(1) - 1
+            order = (
+                torch.arange(new, device="cpu").expand(batch, -1)
+                if real is None
+                else real.cumsum(1) - 1
+            )
             place = (self._start + self.length)[..., None] + order[:, None]
-            taken = torch.ones(batch, new, dtype=torch.bool) if real is None else real
+            taken = (
+                torch.ones(batch, new, dtype=torch.bool, device="cpu") if real is None else real
+            )
             taken = taken[:, None].expand(batch, heads, new)
             target = place[taken].to(self._device)
             chosen = taken.to(self._device)
@@ -201,7 +211,7 @@ class Store:
         length = length.flatten()
         first = length.cumsum(0) - length
         shift = torch.repeat_interleave(start.flatten() - first, length)
-        return (torch.arange(int(length.sum())) + shift).to(self._device)
+        return (torch.arange(int(length.sum()), device="cpu") + shift).to(self._device)
 
     def _move(self, source: Tensor, target: Tensor, places: int) -> None:
         for name, buffer in self.buffers.items():

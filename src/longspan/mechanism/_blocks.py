@@ -7,11 +7,10 @@ ones, D head width.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import reduce
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +33,6 @@ _NUMBERS, _WIDEST = 1024, 1 << 14
 _PLAIN = ("tiled", "reference")
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose products stay in the precision of what it multiplies.
-
-    Choices are made there, which rounding to bfloat16 would make otherwise, and sums of many rows.
-    """
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(given.device.type for given in args if isinstance(given, Tensor))
-        # Autocast knows no device without data.
-        if device == "meta":
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def slices(rows: int, per_row: int, most: int | None = None) -> list[slice]:
     """Cut query rows, ``most`` at a time, so that a bounded number of scores exists at once."""
     step = max(1, min(_SCORES // max(1, per_row), rows if most is None else most))
@@ -67,9 +48,14 @@ class Lay:
     blocks: int
 
     def sums(self, score: Tensor) -> Tensor:
-        """Scores of finer blocks [..., S], summed over those that overlap a block [..., T]."""
+        """Scores of finer blocks [..., S], summed over those that overlap a block [..., T].
+
+        From the first to the last: blocks that overlap the same ones, but for zeros, have equal
+        sums to the last bit.
+        """
         wide = pad(score, (self.left, self.blocks * self.step - score.shape[-1]))
-        return wide.unfold(-1, self.step + self.left, self.step).sum(dim=-1)
+        turns = range(self.step + self.left)
+        return reduce(torch.add, (wide[..., c :: self.step][..., : self.blocks] for c in turns))
 
 
 def best_blocks(

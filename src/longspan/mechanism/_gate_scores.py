@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longspan.mechanism._blocks import best_blocks, slices, without_autocast
+from longspan.mechanism._blocks import best_blocks, slices
+from longspan.ops.inputs import without_autocast
 
 
 def own_block(place: Tensor, block: int, batch: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longspan.mechanism._blocks import slices, without_autocast
+from longspan.mechanism._blocks import slices
+from longspan.ops.inputs import without_autocast
 
 
 @without_autocast

@@ -18,8 +18,14 @@ from longspan.ops.merge import merge
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1; the published norm, its epsilon included."""
-    return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * x.shape[-1] ** -0.5
+    """Rows of length 1; the published norm, its epsilon included.
+
+    In float32 at least: float16 does not hold the slope of a short row, nor the square of a long
+    one.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    factor = (wide.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt() * x.shape[-1] ** -0.5
+    return (wide * factor).to(x.dtype)
 
 
 def over_window(

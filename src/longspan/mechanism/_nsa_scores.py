@@ -15,8 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from longspan.mechanism._blocks import Lay, slices, without_autocast
+from longspan.mechanism._blocks import Lay, slices
 from longspan.ops.fused import can_fuse
+from longspan.ops.inputs import without_autocast
 
 # A program holds one tile of keys and one of queries for each stage, at most 48 KiB in all for
 # heads of up to 256 numbers in float32: what any GPU of the last ten years has.

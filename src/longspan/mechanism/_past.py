@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from longspan.mechanism._summary_state import join_masks
-from longspan.mechanism.layer import Count, MechanismLayer, cleared, positions, rows_at, to_front
+from longspan.mechanism.layer import (
+    Count,
+    MechanismLayer,
+    check_state,
+    cleared,
+    positions,
+    rows_at,
+    to_front,
+)
 from longspan.nn.attention import check
 
 
@@ -54,6 +62,7 @@ class PastLayer(MechanismLayer):
             [B, N, d_model], and with ``return_state`` the state. At padding the attention is 0.
         """
         check(x, self.d_model, mask)
+        check_state(state, TokenState, "kept", len(x), self.kv_heads)
         valid = None if mask is None else mask.to(torch.bool)
         (x,) = cleared(valid, x)
         before = 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from longspan.errors import InputError
 from longspan.mechanism._routing_selections import (
@@ -15,6 +14,7 @@ from longspan.mechanism._routing_selections import (
     over_clusters,
     over_window,
     similarity,
+    unit,
 )
 from longspan.mechanism.layer import at_least_one, check_heads
 
@@ -68,7 +68,7 @@ def routing_attention(
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (q, k, v))
     near_q, near_k = similarity(q, centroids), similarity(k, centroids)
     if shared_key:
-        k = normalize(k, dim=-1)
+        k = unit(k).to(k.dtype)
     if selection == "window":
         one = (nearest(near_q, valid), nearest(near_k, valid))
         out = over_window(q, k, v, *one, window, shared_key, impl)

@@ -13,11 +13,19 @@ from longspan.mechanism._buckets import PADDING, bucket_window, in_chunk_ranges,
 from longspan.mechanism._range_op import over_ranges
 
 
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, or 0 where they are 0.
+
+    In float32 at least: float16 does not hold the least length that they are divided by.
+    """
+    return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
 def similarity(x_BHND: Tensor, centroids_KcD: Tensor) -> Tensor:
     """Cosine of rows and centroids, times the length of these [B, H, N, c]; no gradient."""
     repeat = x_BHND.shape[1] // centroids_KcD.shape[0]
-    unit = normalize(x_BHND.detach(), dim=-1)
-    return unit @ centroids_KcD.to(unit.dtype).repeat_interleave(repeat, dim=0).mT
+    rows = unit(x_BHND.detach()).to(x_BHND.dtype)
+    return rows @ centroids_KcD.to(rows.dtype).repeat_interleave(repeat, dim=0).mT
 
 
 def nearest(near_BHNc: Tensor, valid: Tensor | None) -> Tensor:

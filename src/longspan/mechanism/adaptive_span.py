@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._past import PastLayer, TokenState, in_order
 from longspan.mechanism._range_op import over_ranges
 from longspan.mechanism.layer import Count, at_least_one, check_heads, rows_at, share, to_front
 from longspan.ops import merge
+from longspan.ops.inputs import without_autocast
 
 
 def adaptive_span_attention(

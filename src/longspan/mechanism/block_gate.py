@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longspan.errors import InputError, Refusal
-from longspan.mechanism._blocks import over_blocks, without_autocast
+from longspan.mechanism._blocks import over_blocks
 from longspan.mechanism._gate_scores import (
     chosen_blocks,
     mean_queries,
@@ -46,6 +46,7 @@ from longspan.mechanism._past import PastLayer, TokenState, places, tokens_first
 from longspan.mechanism.layer import at_least_one, rows_at
 from longspan.nn.attention import check, frequencies
 from longspan.nn.rotary import rotate
+from longspan.ops.inputs import without_autocast
 from longspan.position import Frequencies
 
 LEVELS = ("token", "block")
@@ -109,7 +110,7 @@ class BlockGate(PastLayer):
     @torch.no_grad()
     def reset_gate(self) -> None:
         """Score by the mean key and the mean query of the group, as far as the width allows."""
-        eye = torch.eye(self.head_dim, self.gate_key.shape[-1])
+        eye = torch.eye(self.head_dim, self.gate_key.shape[-1], device=self.gate_key.device)
         group = self.heads // self.kv_heads
         self.gate_query.copy_(eye.repeat(group, 1) / group)
         self.gate_key.copy_(pad(eye, (0, 0, 2 * self.head_dim, 0)))

@@ -81,8 +81,9 @@ class Mega(FeatureMap):
     """The Laplace activation of Mega: a smooth step from 0 to 1."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Features:
-        # Mean sqrt(1/2) and deviation sqrt(1 / (4 pi)), as published.
-        return 0.5 * (1 + torch.erf((x - math.sqrt(0.5)) * math.sqrt(2 * math.pi))), None
+        # Mean sqrt(1/2) and deviation sqrt(1 / (4 pi)), as published. Not 1 + erf, of which
+        # nothing is left far below the mean.
+        return 0.5 * torch.erfc((math.sqrt(0.5) - x) * math.sqrt(2 * math.pi)), None
 
 
 class Laplace(FeatureMap):

@@ -87,7 +87,7 @@ class MechanismLayer(nn.Module):
             head_dim = d_model // heads
         at_least_one(head_dim=head_dim)
         self.d_model, self.heads, self.kv_heads, self.head_dim = d_model, heads, kv_heads, head_dim
-        self.place = {"device": device, "dtype": dtype}
+        self.place = placed(device, dtype)
         self.query = nn.Linear(d_model, heads * head_dim, bias=bias, **self.place)
         self.key = (
             None
@@ -160,6 +160,14 @@ class MechanismLayer(nn.Module):
     def extra_repr(self) -> str:
         kv = "" if self.kv_heads == self.heads else f", kv_heads={self.kv_heads}"
         return f"d_model={self.d_model}, heads={self.heads}{kv}"
+
+
+def placed(device: Any = None, dtype: Any = None) -> dict[str, Any]:
+    """Where parameters go, torch's defaults spelt out: what is drawn on the CPU follows them."""
+    return {
+        "device": torch.get_default_device() if device is None else device,
+        "dtype": torch.get_default_dtype() if dtype is None else dtype,
+    }
 
 
 def options_of(kind: type[MechanismLayer]) -> dict[str, inspect.Parameter]:
@@ -235,6 +243,35 @@ def share(**numbers: float) -> None:
     for name, value in numbers.items():
         if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
+def check_state(state: Any, kind: type, part: str, batch: int, heads: int) -> None:
+    """Refuse what is no state of earlier tokens of as many sequences, in a layer of these heads.
+
+    Args:
+        state: what was given; None is none.
+        kind: of the states of the layer.
+        part: attribute of a state, of rows or sums [batch, heads, ...], or several of them.
+        batch: sequences B.
+        heads: key heads K.
+
+    Raises:
+        InputError: with what was given.
+    """
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise InputError(
+            f"expected a state as return_state=True gives it ({kind.__name__}), got "
+            f"{type(state).__name__}"
+        )
+    kept = getattr(state, part)
+    given = (kept[0] if isinstance(kept, tuple) else kept).shape[:2]
+    if tuple(given) != (batch, heads):
+        raise InputError(
+            f"the state is that of {given[0]} sequences and {given[1]} key heads, the tokens are "
+            f"of {batch} and {heads}: give the one that this layer returned for these sequences"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:

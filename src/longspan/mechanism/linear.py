@@ -28,7 +28,6 @@ from torch.nn.functional import pad
 
 from longspan.errors import InputError
 from longspan.mechanism import _linear_fused
-from longspan.mechanism._blocks import without_autocast
 from longspan.mechanism._linear_chunks import causal_sums, lowest
 from longspan.mechanism.feature_maps import FeatureMap, build
 from longspan.mechanism.layer import (
@@ -36,11 +35,13 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least_one,
     check_heads,
+    check_state,
     cleared,
     positions,
     seen,
 )
 from longspan.nn.attention import check
+from longspan.ops.inputs import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def linear_attention(
             f"{feature_map} has weights: make them once with longspan.mechanism."
             f"{str(feature_map).capitalize()}(head_dim) and pass that as feature_map"
         )
+    check_state(state, LinearState, "sum_BKRE", *k.shape[:2])
     phi = build(feature_map, q.shape[-1], max_length)
     start, rows = (0, k.shape[2]) if state is None else (state.count, state.rows + k.shape[2])
     if phi.max_rows is not None and rows > phi.max_rows:
@@ -182,6 +184,7 @@ class LinearAttention(MechanismLayer):
             came before.
         """
         check(x, self.d_model, mask)
+        check_state(state, LinearState, "sum_BKRE", len(x), self.kv_heads)
         valid = None if mask is None else mask.to(torch.bool)
         (x,) = cleared(valid, x)
         q, k, v = self.project(x, positions(x, valid, 0 if state is None else state.count))

@@ -42,6 +42,7 @@ from longspan.mechanism.layer import (
     MechanismLayer,
     at_least,
     at_least_one,
+    check_state,
     cleared,
     positions,
     seen,
@@ -131,7 +132,9 @@ class LSHAttention(MechanismLayer):
         }
         check_names(selection, counting, causal, after, rounds)
         shape = (self.heads, self.head_dim, rounds, sum(self.buckets) // 2)
-        self.rotations = nn.Buffer(torch.randn(shape, generator=generator).to(**self.place))
+        self.rotations = nn.Buffer(
+            torch.randn(shape, generator=generator, device="cpu").to(**self.place)
+        )
 
     @classmethod
     def from_hf(cls, layer: Any) -> LSHAttention:
@@ -169,14 +172,16 @@ class LSHAttention(MechanismLayer):
             own.query.weight.copy_(weight)
             own.value.weight.copy_(layer.value.weight)
             source = torch.Generator().manual_seed(layer.hash_seed)
-            drawn = torch.randn(own.rotations.shape, generator=source, dtype=weight.dtype)
+            drawn = torch.randn(
+                own.rotations.shape, generator=source, dtype=weight.dtype, device="cpu"
+            )
             own.rotations.copy_(drawn)
         return own
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Draw new rotations, in place."""
-        self.rotations.copy_(torch.randn(*self.rotations.shape, generator=generator))
+        self.rotations.copy_(torch.randn(*self.rotations.shape, generator=generator, device="cpu"))
 
     def forward(
         self,
@@ -207,6 +212,7 @@ class LSHAttention(MechanismLayer):
                 'LSHAttention with selection="chunks" cannot decode: a new token moves the chunks '
                 'of earlier ones, so prefill and decoding differ. Use selection="window"'
             )
+        check_state(state, LSHState, "qk", len(x), self.heads)
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
         (x,) = cleared(valid, x)

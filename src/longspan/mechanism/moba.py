@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mechanism._blocks import best_blocks, over_blocks, slices, without_autocast
+from longspan.mechanism._blocks import best_blocks, over_blocks, slices
 from longspan.mechanism._past import PastLayer, in_order
 from longspan.mechanism.layer import at_least_one, check_heads
+from longspan.ops.inputs import without_autocast
 
 
 def moba_attention(

@@ -109,7 +109,9 @@ class NSA(PastLayer):
                 own.load_state_dict(getattr(self, part).state_dict())
         nn.init.zeros_(self.gate.weight)
         # Sigmoids of 0.0025, 0.0025 and 0.9975: open or closed, and still with a gradient.
-        start = torch.tensor([-6.0, -6.0, 6.0]).repeat_interleave(self.heads)
+        start = torch.tensor([-6.0, -6.0, 6.0], device=self.gate.bias.device).repeat_interleave(
+            self.heads
+        )
         self.gate.bias.copy_(start)
 
     def ask(self, x: Tensor, place: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

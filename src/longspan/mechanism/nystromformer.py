@@ -25,8 +25,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import without_autocast
-from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads
+from longspan.mechanism._past import tokens_first
+from longspan.mechanism.layer import (
+    MechanismLayer,
+    at_least_one,
+    check_heads,
+    cleared,
+    rows_at,
+    to_front,
+)
+from longspan.ops.inputs import without_autocast
 
 
 def nystrom_attention(
@@ -168,10 +176,12 @@ class Nystromformer(MechanismLayer):
         )
         if self.conv is None:
             return out
-        hidden = None if valid is None else ~valid[:, None, :, None]
-        near = self.conv(v if hidden is None else v.masked_fill(hidden, 0.0))
-        out = out + near.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        return out if hidden is None else out.masked_fill(hidden, 0.0)
+        # Tokens are neighbours across the padding between them.
+        near = self.conv(*tokens_first(valid, v))
+        if valid is not None:
+            near = rows_at(near, to_front(valid)[1])
+        (out,) = cleared(valid, out + near.repeat_interleave(self.heads // self.kv_heads, dim=1))
+        return out
 
 
 def _segments(x: Tensor, valid: Tensor | None, landmarks: int) -> tuple[Tensor, Tensor]:

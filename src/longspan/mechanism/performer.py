@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.mechanism.feature_maps import FeatureMap, Features, stable_exp
-from longspan.mechanism.layer import at_least_one
+from longspan.mechanism.layer import at_least_one, placed
 from longspan.mechanism.linear import LinearAttention
 
 
@@ -49,7 +49,7 @@ def orthogonal_gaussian(
             the same everywhere.
     """
     blocks = -(-rows // dim)
-    draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     q, r = torch.linalg.qr(torch.randn(blocks, dim, dim, **draw))
     # Signs make the orthogonal matrices uniformly distributed.
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]
@@ -84,7 +84,7 @@ class Favor(FeatureMap):
             raise InputError(f"kernel must be softmax or relu, got {kernel!r}")
         self.kernel = kernel
         self.projection = nn.Buffer(
-            orthogonal_gaussian(count, head_dim, generator=generator, **place)
+            orthogonal_gaussian(count, head_dim, generator=generator, **placed(**place))
         )
 
     def forward(self, x: Tensor, positions: Tensor) -> Features:

@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.mechanism._summaries import Summaries
 from longspan.mechanism._summary_state import SummaryState
-from longspan.mechanism.layer import MechanismLayer, at_least_one, check_heads, cleared
+from longspan.mechanism.layer import (
+    MechanismLayer,
+    at_least_one,
+    check_heads,
+    check_state,
+    cleared,
+)
 from longspan.nn.attention import check, frequencies
 from longspan.ops import merge
 from longspan.position import Frequencies
@@ -204,13 +210,14 @@ def _combined(
     combine: str,
     count_bias: bool,
 ) -> tuple[Tensor, SummaryState | None]:
+    check_state(state, SummaryState, "open_key", *k.shape[:2])
     q, k, v = cleared(valid, q, k, v)
     local, far, after = how.attend(q, k, v, valid, state, keep)
     if combine == "joint":
         parts = [local]
         for (out, lse), tokens in far:
             if count_bias:
-                lse = lse + torch.as_tensor(tokens).to(lse).log()
+                lse = lse + torch.as_tensor(tokens, device=lse.device).to(lse).log()
             parts.append((out, lse))
         return merge(parts)[0], after
     return (local[0] + merge([part for part, _ in far])[0] if far else local[0]), after

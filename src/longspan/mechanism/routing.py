@@ -32,16 +32,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from longspan.errors import Refusal
 from longspan.mechanism._buckets import take
 from longspan.mechanism._routing_attention import check_names, routing_attention
-from longspan.mechanism._routing_selections import nearest, over_window, similarity
+from longspan.mechanism._routing_selections import nearest, over_window, similarity, unit
 from longspan.mechanism.layer import (
     Count,
     MechanismLayer,
     at_least_one,
+    check_state,
     cleared,
     positions,
     seen,
@@ -111,7 +111,7 @@ class RoutingAttention(MechanismLayer):
         self.window, self.causal, self.selection = window, causal, selection
         self.shared_key, self.decay, self.impl = shared_key, decay, impl
         shape = (self.kv_heads, clusters, self.head_dim)
-        self.centroids = nn.Buffer(normalize(torch.randn(shape, **self.place), dim=-1))
+        self.centroids = nn.Buffer(unit(torch.randn(shape, **self.place)).to(self.place["dtype"]))
         self.gathered = nn.Buffer(torch.zeros(shape, **self.place), persistent=False)
 
     def forward(
@@ -146,6 +146,7 @@ class RoutingAttention(MechanismLayer):
                 "which tokens a cluster takes, so prefill and decoding differ. "
                 'Use selection="window"'
             )
+        check_state(state, RoutingState, "k", len(x), self.kv_heads)
         valid = None if mask is None else mask.to(torch.bool)
         start = 0 if state is None else state.count
         (x,) = cleared(valid, x)
@@ -167,7 +168,7 @@ class RoutingAttention(MechanismLayer):
             if valid is not None:
                 q, k, v = (z.masked_fill(~valid[:, None, :, None], 0.0) for z in (q, k, v))
             cluster_q, cluster = (nearest(similarity(z, self.centroids), valid) for z in (q, k))
-            keys = normalize(k, dim=-1) if self.shared_key else k
+            keys = unit(k).to(k.dtype) if self.shared_key else k
             if state is not None:
                 keys = torch.cat([state.k, keys], dim=2)
                 v = torch.cat([state.v, v], dim=2)
@@ -186,7 +187,7 @@ class RoutingAttention(MechanismLayer):
     def _gather(self, q: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
         """Add tokens to the centroids nearest to them; their mean squared distance."""
         q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
-        tokens = normalize(q if self.shared_key else torch.cat([q, k], dim=2), dim=-1)
+        tokens = unit(q if self.shared_key else torch.cat([q, k], dim=2))
         cluster = similarity(tokens, self.centroids).argmax(dim=-1)
         used = torch.ones_like(cluster, dtype=torch.bool)
         if valid is not None:
@@ -209,7 +210,7 @@ class RoutingAttention(MechanismLayer):
                 step of k-means, which is a good start.
         """
         decay = self.decay if decay is None else decay
-        new = normalize(self.gathered, dim=-1)
+        new = unit(self.gathered)
         moved = self.centroids * decay + new * (1 - decay)
         some = self.gathered.abs().sum(dim=-1, keepdim=True) > 0
         self.centroids.copy_(torch.where(some, moved, self.centroids))

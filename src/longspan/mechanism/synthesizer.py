@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError
 from longspan.mechanism._past import PastLayer, TokenState
 from longspan.mechanism._range_op import over_ranges
-from longspan.mechanism.layer import at_least_one
+from longspan.mechanism.layer import at_least_one, check_state
 from longspan.nn.attention import check
 from longspan.ops import attend
 from longspan.pattern import Causal, Dense
@@ -125,6 +125,7 @@ class Synthesizer(PastLayer):
         if not self.causal and (state is not None or return_state):
             raise InputError("a state exists only for causal=True")
         check(x, self.d_model, mask)
+        check_state(state, TokenState, "kept", len(x), self.kv_heads)
         rows = x.shape[1] + (0 if state is None else state.kept[0].shape[2])
         if rows > self.max_length:
             raise InputError(f"the layer was made for {self.max_length} rows, got {rows}")
@@ -164,7 +165,7 @@ class Synthesizer(PastLayer):
         logits.
         """
         x, count = asked[0], kept[0].shape[2]
-        shares = torch.ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
+        shares = x.new_ones(1) if len(self.kinds) == 1 else self.mixture.softmax(dim=0)
         nothing = x.new_empty(1, 1, 1, 0)
         queries, keys, extra = [nothing], [nothing], None
         for kind, share in zip(self.kinds, shares.to(x), strict=True):

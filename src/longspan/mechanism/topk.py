@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import InputError
-from longspan.mechanism._blocks import slices, without_autocast
+from longspan.mechanism._blocks import slices
 from longspan.mechanism._past import PastLayer, TokenState, in_order
 from longspan.mechanism.layer import at_least_one, check_heads
+from longspan.ops.inputs import without_autocast
 
 
 def topk_attention(

@@ -117,9 +117,7 @@ class Attention(nn.Module):
         for name, rows in (("positions", positions), ("segments", segments)):
             _check_rows(x, name, rows)
         segments = join(x, mask, segments)
-        if segments is not None:
-            # Padding may hold anything: 0 times NaN would be NaN in gradients of the weights.
-            x = x.masked_fill((segments < 0)[..., None], 0.0)
+        x = cleared(x, segments)
         q_BHND = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BKND = self.key(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         v_BKND = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
@@ -166,6 +164,13 @@ def join(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor | No
         return segments
     own = torch.zeros(mask.shape, dtype=torch.int64, device=x.device)
     return torch.where(mask.to(torch.bool), own if segments is None else segments, -1)
+
+
+def cleared(x: Tensor, segments: Tensor | None) -> Tensor:
+    """Tokens with 0 at padding, which may hold anything: 0 times NaN would be NaN in gradients of
+    the weights.
+    """
+    return x if segments is None else x.masked_fill((segments < 0)[..., None], 0.0)
 
 
 def _places(x: Tensor, positions: Tensor | None, segments: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longspan.errors import InputError
-from longspan.nn.attention import check, join
+from longspan.nn.attention import check, cleared, join
 from longspan.ops import attend
 from longspan.pattern import Pattern, Window
 
@@ -41,8 +41,10 @@ class OneHead(nn.Module):
             [B, N, d_model]; 0 at padding.
         """
         check(x, self.d_model, mask)
+        segments = join(x, mask, None)
+        x = cleared(x, segments)
         q, k, v = (project(x)[:, None] for project in (self.query, self.key, self.value))
-        return attend(q, k, v, self.pattern, segments=join(x, mask, None))[:, 0]
+        return attend(q, k, v, self.pattern, segments=segments)[:, 0]
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}"

@@ -56,7 +56,10 @@ def attend_compiled(
         found = outside(q_BHND, k_BKND, v_BKND, pattern, rows, scale, impl, layer)
     else:
         factor = q_BHND.shape[-1] ** -0.5 if scale is None else float(scale)
-        tables = [row if row is None else torch.as_tensor(row) for row in rows]
+        tables = [
+            row if row is None or isinstance(row, Tensor) else torch.as_tensor(row, device="cpu")
+            for row in rows
+        ]
         found = _attend(q_BHND, k_BKND, v_BKND, str(pattern), *tables, factor, impl, layer)
     return found if return_lse else found[0]
 

@@ -173,5 +173,5 @@ def _alone(few: Pass) -> float:
 def _tiles(lo_GNm: Rows, hi_GNm: Rows) -> NDArray[np.int64]:
     """Tiles of keys of each tile of queries [G, Q]."""
     lo, hi = torch.from_numpy(lo_GNm), torch.from_numpy(hi_GNm)
-    group = torch.zeros(1, 1, dtype=torch.int64)
+    group = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     return task_tiles(KeyRanges(lo, hi, group, int(hi_GNm.max(initial=1)))).numpy()

@@ -6,6 +6,8 @@ Axes: B batch, H query heads, K key heads, N query rows, M key rows, D head widt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,6 +36,24 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose products stay in the precision of what it multiplies.
+
+    Choices are made there, which rounding to bfloat16 would make otherwise, and sums of many rows.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(given.device.type for given in args if isinstance(given, Tensor))
+        # Autocast knows no device without data.
+        if device == "meta":
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -111,13 +131,20 @@ def on_cpu(name: str, row: Any) -> Any:
     """Positions or segments as numpy reads them; what is no tensor stays as it is.
 
     Raises:
-        PlanError: if a tensor holds no whole numbers.
+        PlanError: if a tensor holds no whole numbers, or none that can be read.
     """
     if not isinstance(row, Tensor):
         return row
     if row.is_floating_point() or row.is_complex():
         raise PlanError(f"{name} must be whole numbers, got {row.dtype}")
-    return row.detach().cpu().numpy()
+    try:
+        return row.detach().cpu().numpy()
+    # A batch of vmap's, a tensor without data, or one that is not dense.
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(
+            f"{name} must be a dense tensor with data, one for the whole call (none that vmap "
+            f"goes over: it takes them for all batch rows at once); {error}"
+        ) from None
 
 
 def _shape(t: Any) -> str:

@@ -157,7 +157,9 @@ class Order:
         # Places without a row are those of a row behind the last one.
         ascending_LP, place_LP = torch.sort(flat_LP.where(flat_LP >= 0, rows), dim=1, stable=True)
         # How many places of the same row come before each.
-        turn_LP = torch.arange(flat_LP.shape[1]) - torch.searchsorted(ascending_LP, ascending_LP)
+        turn_LP = torch.arange(flat_LP.shape[1], device="cpu") - torch.searchsorted(
+            ascending_LP, ascending_LP
+        )
         turn_LP = turn_LP.where(ascending_LP < rows, 0)
         rest = None
         often = ascending_LP[turn_LP >= _MOST_PLACES].unique()
@@ -167,7 +169,7 @@ class Order:
             more = torch.isin(flat_LP[0], often)
             own = torch.searchsorted(often, flat_LP[0][more])
             turn = (own[:, None] == own).tril(-1).sum(1)
-            place_cR = torch.full((int(turn.max()) + 1, len(often)), -1)
+            place_cR = torch.full((int(turn.max()) + 1, len(often)), -1, device="cpu")
             place_cR[turn, own] = torch.nonzero(more)[:, 0]
             rest = often.to(device), Table.of(place_cR[:, None, None], device)
             kept = ~torch.isin(ascending_LP, often)
@@ -175,8 +177,10 @@ class Order:
                 x[kept][None] for x in (ascending_LP, place_LP, turn_LP)
             )
         most = int(turn_LP.max()) + 1 if turn_LP.numel() else 1
-        back_cLN = torch.full((most, len(flat_LP), rows + 1), -1)
-        back_cLN[turn_LP, torch.arange(len(flat_LP))[:, None], ascending_LP] = place_LP
+        back_cLN = torch.full((most, len(flat_LP), rows + 1), -1, device="cpu")
+        back_cLN[turn_LP, torch.arange(len(flat_LP), device="cpu")[:, None], ascending_LP] = (
+            place_LP
+        )
         back = back_cLN[..., :rows].unflatten(1, row_BGP.shape[:2])
         return cls(rows, table, Table.of(back, device), rest)
 

@@ -150,7 +150,9 @@ def _ranges(
 ) -> KeyRanges:
     """Bounds of a pass [B, G, P, m] for the heads that take part."""
     batch, classes, places, width = lo.shape
-    group = torch.arange(batch)[:, None] * classes + torch.tensor(one.head_class)
+    group = torch.arange(batch, device="cpu")[:, None] * classes + torch.tensor(
+        one.head_class, device="cpu"
+    )
     return KeyRanges(
         torch.from_numpy(lo.reshape(-1, places, width)).to(device),
         torch.from_numpy(hi.reshape(-1, places, width)).to(device),

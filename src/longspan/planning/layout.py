@@ -202,7 +202,8 @@ def table(name: str, value: ArrayLike | None, rows: int) -> Positions | None:
         return None
     try:
         array: NDArray[Any] = np.asarray(value)
-    except ValueError as error:
+    # What numpy and tensors say that it cannot read.
+    except (ValueError, TypeError, RuntimeError) as error:
         raise PlanError(f"{name} must have shape [{rows}] or [batch, {rows}]: {error}") from None
     if array.ndim not in (1, 2) or array.shape[-1] != rows:
         raise PlanError(

@@ -166,7 +166,9 @@ def tokenize_documents(tokenizer: Any, documents: Sequence[Document]) -> list[Te
     encoded = tokenizer(
         [document.text for document in documents], add_special_tokens=False, verbose=False
     )
-    return [torch.tensor([*ids, end], dtype=torch.int64) for ids in encoded["input_ids"]]
+    return [
+        torch.tensor([*ids, end], dtype=torch.int64, device="cpu") for ids in encoded["input_ids"]
+    ]
 
 
 def windows(documents_T: Sequence[Tensor], length: int, *, seed: int | None) -> Tensor:
@@ -207,7 +209,7 @@ class Sampler:
         self.tokens = require("the data", documents_T, length)
         self.sequences_per_epoch = self.tokens // length
         self._epoch = -1
-        self._sequences_nL = torch.empty(0, length, dtype=torch.int64)
+        self._sequences_nL = torch.empty(0, length, dtype=torch.int64, device="cpu")
 
     def sequence(self, index: int) -> Tensor:
         """Sequence number ``index`` >= 0: int64 [L]."""

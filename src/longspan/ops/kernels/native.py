@@ -354,9 +354,9 @@ class _Call:
     def split(self, parts: int) -> None:
         """Cut the rows of each head into parts that take equally long."""
         before_t = (self._cost(self.tile // self.task.share).sum(0) + 1).cumsum(0)
-        goal = before_t[-1] * torch.arange(1, parts) // parts
+        goal = before_t[-1] * torch.arange(1, parts, device="cpu") // parts
         inner = torch.searchsorted(before_t, goal) + 1
-        ends = (torch.tensor([0]), inner, torch.tensor([len(before_t)]))
+        ends = (inner.new_tensor([0]), inner, inner.new_tensor([len(before_t)]))
         self.keep(first=torch.cat(ends).clamp(max=len(before_t)))
         self.task.parts = parts
 
@@ -421,7 +421,7 @@ def _rows(*tensors: Tensor, narrow: tuple[int, ...] = ()) -> list[Tensor]:
 
 @cache
 def _all_heads(count: int) -> Tensor:
-    return torch.arange(count)
+    return torch.arange(count, device="cpu")
 
 
 def _narrow(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.ops.inputs import without_autocast
 from longspan.ops.ranges import KeyRanges
 
 
+@without_autocast
 def reference(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, ranges: KeyRanges, scale: float
 ) -> tuple[Tensor, Tensor]:
