@@ -138,6 +138,10 @@ def test_other_families_route_too(tiny, name):
         expected = model(ids, attention_mask=mask).logits
         ls.hf.apply(model, ls.Causal())
         got = model(ids, attention_mask=mask).logits
+        # GPT-2, OPT and StableLM do not tell their layers.
+        with pytest.raises(InputError, match="Attention weights are never formed"):
+            model(ids, attention_mask=mask, output_attentions=True)
+        assert model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     real = mask.bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
 

@@ -49,6 +49,12 @@ _UNREAD = (
     "while the cache is in use."
 )
 
+_READ_TWICE = (
+    "This model attends twice to the same keys (as DiffLlama does, and layers that share the keys "
+    "of an earlier one), which a cache with a policy stores and forgets at their first reading. "
+    "Leave past_key_values out; the cache and what the model computed are not to be used."
+)
+
 
 class KeptLayer(CacheLayerMixin):
     """Keys and values of one layer, and what its policy needs to know of them."""
@@ -209,7 +215,12 @@ class KeptLayer(CacheLayerMixin):
 
         Returns:
             out [B, H, N, Dv], and lse [B, H, N] if it was computed.
+
+        Raises:
+            Refusal: if the new keys were read before: they would be stored twice.
         """
+        if not self._pending:
+            raise Refusal(_READ_TWICE)
         self._pending = False
         self._scale = asked.scale
         at, real = self._stand(asked.rows, len(query))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError, PatternError, Refusal
-from longspan.hf.ranks import Batch, Parallel
+from longspan.hf.ranks import ROUTERS, Batch, Parallel
 from longspan.hf.routes import routed
 from longspan.hf.switch import Applied, put
 from longspan.hf.unwrap import base_model
@@ -69,11 +69,7 @@ class AcrossRanks(Applied):
             )
         config = self.model.config.get_text_config()
         if labels is not None and getattr(config, "output_router_logits", False):
-            raise InputError(
-                f"{type(self.model).__name__} adds a loss of its routers to that of the tokens, "
-                "which a rank would take for its own rows and the sum over ranks count several "
-                "times. Set config.output_router_logits = False."
-            )
+            raise InputError(ROUTERS)
         what = self._what
         _, rank, ranks = group_of(what.group)
         lie = shards_of(self.shards, input_ids.shape[1], ranks)
@@ -84,7 +80,7 @@ class AcrossRanks(Applied):
             )
         if isinstance(segments, Tensor):
             segments = segments.detach().cpu().numpy()
-        batch = Batch.of(lie, rank, segments)
+        batch = Batch.of(lie, rank, segments, labels is not None)
         if len(batch.positions) not in (1, len(input_ids)):
             raise InputError(
                 f"segments have {len(batch.positions)} batch rows, input_ids {len(input_ids)}"

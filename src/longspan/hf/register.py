@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
+from longspan.hf.collected import collected
 from longspan.hf.rows import Rows, rows_mask, within
 from longspan.ops import attend
 from longspan.ops.inputs import autocast
@@ -210,7 +211,7 @@ def checked_rows(
             raise Refusal(f"{kind} changes its logits by {argument!r}, which no kernel computes.")
     if kwargs.get("is_causal") is False and attention_mask.own.is_causal:
         raise Refusal(f"{kind} asks for attention to both sides but made a causal mask.")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or collected("attentions"):
         raise InputError("Attention weights are never formed; call without output_attentions.")
     # A cache with a policy hands on new keys alone, and reads the others by itself.
     keys = attention_mask.queries if kept_layer(key) else attention_mask.keys
