@@ -127,7 +127,7 @@ def build(
     for part, name, _ in _PARTS:
         own, lent = getattr(layer, part), getattr(owner, name)
         if isinstance(own, nn.Linear) and own.weight.shape == lent.weight.shape:
-            own.load_state_dict({key: lent.state_dict()[key] for key in own.state_dict()})
+            _copy(lent, own)
     layer.start_near_dense()
     scaling = float(getattr(owner, "scaling", head**-0.5)) * head**0.5
     for part, name, norm in _PARTS:
@@ -147,6 +147,14 @@ def build(
                 norm = HeadNorm(copy.deepcopy(owner.k_norm), head)
                 setattr(layer, name, nn.Sequential(part, norm))
     return layer.train(owner.training)
+
+
+@torch.no_grad()
+def _copy(lent: Any, own: nn.Linear) -> None:
+    """Weights of a projection, which LoRA may have wrapped; Qwen2 has a bias on three of four."""
+    own.weight.copy_(lent.weight)
+    if own.bias is not None:
+        own.bias.zero_() if lent.bias is None else own.bias.copy_(lent.bias)
 
 
 @torch.no_grad()

@@ -120,8 +120,8 @@ def set_rope(
 
     Raises:
         InputError: as in ``rope_parameters``; the model is then unchanged.
-        Refusal: a model without RoPE, or rotary modules that cannot be rebuilt to these
-            frequencies.
+        Refusal: a model without RoPE or with a mechanism in it, or rotary modules that cannot be
+            rebuilt to these frequencies.
     """
     base = base_model(model)
     planned, rebuilt = _planned(base, kind, length, factors)
@@ -147,6 +147,15 @@ def _planned(
     base: PreTrainedModel, kind: str, length: int, factors: position.LongFactors | None
 ) -> tuple[PreTrainedConfig, list[tuple[nn.Module, nn.Module]]]:
     """The configuration that a scaling makes, and each rotary module with the one for it."""
+    from longspan.hf.mechanisms import swapped
+
+    if swapped(base):
+        raise Refusal(
+            f"{type(base).__name__} computes a mechanism, which was made for the present "
+            "frequencies and would keep them. Take it out (longspan.hf.remove, after "
+            "longspan.hf.save_mechanism if it has weights), set the scaling, and put it in again. "
+            "The model was not changed."
+        )
     config = base.config.get_text_config()
     planned = copy.deepcopy(config)
     planned.rope_parameters = rope_parameters(config, kind, length, factors=factors)
