@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,8 @@ def refusals(rank: int) -> dict[str, str]:
         with pytest.raises(InputError, match="adds a loss of its routers"):
             handle.shard(ids, labels=ids)
     counting()
-    sharing()
+    if importlib.util.find_spec("transformers.models.gemma4"):
+        sharing()
     told["routers"] = routers()
     return told
 
