@@ -209,6 +209,14 @@ def checked_rows(
     for argument in _CHANGES_LOGITS:
         if kwargs.get(argument) is not None:
             raise Refusal(f"{kind} changes its logits by {argument!r}, which no kernel computes.")
+    ends = kwargs.get("cu_seq_lens_q")
+    packed = attention_mask.segments is not None and not attention_mask.masked
+    if ends is not None and len(ends) > 2 and not packed:
+        raise InputError(
+            f"{kind} got cu_seq_lens_q of {len(ends) - 1} packed documents, which only flash "
+            "attention reads: they would see each other. Pass position_ids that start again with "
+            "each document, without attention_mask and with use_cache=False."
+        )
     if kwargs.get("is_causal") is False and attention_mask.own.is_causal:
         raise Refusal(f"{kind} asks for attention to both sides but made a causal mask.")
     if kwargs.get("output_attentions") or collected("attentions"):
