@@ -171,8 +171,21 @@ def sharing() -> None:
 
 
 def counting() -> None:
-    """Llama 4's temperature counts the rows that a model is given: on a rank, from 0."""
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+    """Llama 4's temperature counts the rows that a model is given, on a rank from 0; so does Bart.
+
+    Bart was given positions, and ignored them.
+    """
+    from transformers import BartConfig, BartForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+
+    small: dict[str, Any] = {
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 16,
+        "vocab_size": 50,
+    }
+    bart = BartForCausalLM(BartConfig(**small, decoder_attention_heads=4))
+    with pytest.raises(Refusal, match="BartForCausalLM takes no position_ids"):
+        ls.hf.parallel(bart, PATTERN)
 
     own: dict[str, Any] = {
         "intermediate_size_mlp": 16,

@@ -8,6 +8,7 @@ alone; attention goes across ranks, see ``longspan.parallel``.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,16 @@ def parallel(
 
 
 def _check_counts(base: PreTrainedModel) -> None:
-    """Refuse Llama 4's layers without rotation, whose temperature follows the row's number."""
+    """Refuse models that count the rows of a forward pass, on each rank from 0.
+
+    Those that take no positions (Bart), and Llama 4's layers without rotation, whose temperature
+    follows the row's number.
+    """
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise Refusal(
+            f"{type(base).__name__} takes no position_ids and counts the rows that it is given: "
+            "each rank would begin at 0. The model was not changed."
+        )
     for path, module in routed(base):
         tuned = getattr(module, "attn_temperature_tuning", False)
         if tuned and not getattr(module, "use_rope", True):
