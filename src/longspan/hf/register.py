@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
 from longspan.hf.collected import collected
-from longspan.hf.rows import Rows, rows_mask, within
+from longspan.hf.rows import CROSSES, Rows, rows_mask, within
 from longspan.ops import attend
 from longspan.ops.inputs import autocast
 from longspan.pattern import Causal, Pattern
@@ -187,6 +187,8 @@ def checked_rows(
 ) -> Rows:
     """The record in place of a mask, once everything that would be ignored has been refused."""
     kind = type(module).__name__
+    if _crosses(module, attention_mask):
+        raise Refusal(f"{kind}: {CROSSES}")
     if not isinstance(attention_mask, Rows):
         given = "none" if attention_mask is None else type(attention_mask).__name__
         if isinstance(attention_mask, Tensor):
@@ -230,3 +232,16 @@ def checked_rows(
             "one type different lengths."
         )
     return attention_mask
+
+
+def _crosses(module: nn.Module, attention_mask: Any) -> bool:
+    """Whether the keys are those of another text or of an image.
+
+    Modules of a decoder that read an encoder's rows are two-sided (Bart), or say what they are
+    (GPT-2, BERT, Mllama); some are given no mask at all.
+    """
+    if isinstance(attention_mask, Rows) and attention_mask.own.is_causal:
+        return False
+    decodes = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    named = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
+    return bool(decodes or named)

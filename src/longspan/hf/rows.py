@@ -37,6 +37,13 @@ from longspan.planning import Plan, plan
 
 Table = NDArray[np.int64]
 
+CROSSES = (
+    "rows of one text that look at those of another, or of an image (cross-attention), are not "
+    "supported, nor is a cache of a two-sided model: patterns speak of one sequence. Leave "
+    "encoder_hidden_states, images and the cache out, or use the model's own attention: "
+    "longspan.hf.remove(model)."
+)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rows:
@@ -238,6 +245,8 @@ def rows_mask(
         return attention_mask
     query_start, key_start = int(q_offset), int(kv_offset)
     own, documents = read_mask(mask_function)
+    if not own.is_causal and q_length != kv_length:
+        raise Refusal(f"{q_length} rows and {kv_length} keys: {CROSSES}")
     common = {
         "attention": attention,
         "queries": q_length,
