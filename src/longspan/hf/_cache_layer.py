@@ -230,7 +230,7 @@ class KeptLayer(CacheLayerMixin):
             out, lse = new_rows()
             self._append(key, value, at, real)
         elif query.shape[2] > 1 and asked.pattern == Causal():
-            out, lse = merge([self._read_old(query, at), new_rows()])
+            out, lse = merge([self._read_old(query, at, real), new_rows()])
             self._append(key, value, at, real)
         else:
             self._append(key, value, at, real)
@@ -483,10 +483,12 @@ class KeptLayer(CacheLayerMixin):
         shift = (goal - positions).masked_fill(positions < 0, 0)
         return self.turn(keys.flatten(0, 1)[:, None], shift.flatten(0, 1)).view_as(keys)
 
-    def _read_old(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_old(self, query: Tensor, at: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention of new rows, all later, over everything that is kept."""
         assert self.store is not None
-        keys = self._as_read(self.store.padded("keys"), at.amin(1))
+        # Padding before the new tokens stands where the last old one does.
+        later = at if real is None else at.masked_fill(~real, int(at.max()))
+        keys = self._as_read(self.store.padded("keys"), later.amin(1))
         values = self.store.padded("values")
         if self.store.even:
             # Nothing to mask: any kernel does it.
