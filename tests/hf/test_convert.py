@@ -407,6 +407,23 @@ def test_refusals_name_the_method_and_leave_the_model_alone(tiny):
         ls.hf.convert(tiny.build("llama", rope_parameters=dynamic), "MoBA")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models_take_what_needs_no_weights(tiny):
+    """Layers of torch's quantisation have no parameters, and a method in place of a weight."""
+    plain, ids = tiny.build("llama"), tiny.tokens(1, N)
+    engines = torch.backends.quantized.supported_engines
+    if engines == ["none"]:
+        pytest.skip("this torch quantises nothing")
+    model = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear})
+    wanted = logits(model, ids)
+    with pytest.raises(Refusal, match=r"self_attn .* has quantised weights"):
+        ls.hf.apply(model, "MoBA", **NO_WEIGHTS["MoBA"])
+    for what in ("causal()", ls.DualChunk(chunk=32, local=8)):
+        with ls.hf.apply(model, what):
+            # Activations are quantised in every call, by their largest values.
+            assert (logits(model, ids) - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_what_would_be_lost_or_mixed_up_is_refused(tiny):
     model, ids = tiny.build("llama"), tiny.tokens(1, N)
     applied = put(model, "NSA", NEW_WEIGHTS["NSA"])

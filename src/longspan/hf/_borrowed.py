@@ -100,7 +100,9 @@ def why_not_apart(owner: nn.Module) -> str:
         return f"has parts that no mechanism reads: {', '.join(more)}"
     if "forward" in vars(owner) and "mechanism" not in dict(owner.named_children()):
         return "has a forward of its own already (hooks of another library)"
-    if not owner.o_proj.weight.is_floating_point():  # pyright: ignore
+    # Layers of torch's own quantisation have a method of that name.
+    weight = owner.o_proj.weight  # pyright: ignore
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "has quantised weights"
     return ""
 
