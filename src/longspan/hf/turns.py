@@ -32,12 +32,12 @@ def check_turns(turns: Any, frequencies: Frequencies, valid: Tensor | None) -> N
     Raises:
         InputError: if neighbouring tokens are another distance apart.
     """
-    cos, sin = (part.detach().flatten(0, -3).to(torch.float64) for part in turns)
+    cos, sin = (part.detach().flatten(0, -3).float() for part in turns)
     scale = frequencies.attention_factor**2
     apart = (cos[:, 1:] * cos[:, :-1] + sin[:, 1:] * sin[:, :-1]) / scale
     # Channels of one frequency lie side by side or half a width apart.
-    wanted = torch.from_numpy(frequencies.inv_freq).cos().repeat(2).sort().values
-    off = (apart.sort(-1).values - wanted.to(apart.device)).abs().amax(-1) > _TOLERANCE
+    wanted = torch.from_numpy(frequencies.inv_freq).cos().repeat(2).sort().values.to(apart)
+    off = (apart.sort(-1).values - wanted).abs().amax(-1) > _TOLERANCE
     if valid is not None:
         both = valid[:, 1:] & valid[:, :-1]
         off = off[:, None] & both if len(off) == 1 else off.unflatten(0, (-1, len(both))) & both
