@@ -254,3 +254,24 @@ def test_a_cache_is_copied_but_not_pickled(text, positions, llama, tiny):
             found = [llama(ids, past_key_values=held).logits for held in (cache, other)]
         assert torch.equal(*found)
         assert cache.report() == other.report()
+
+
+@pytest.mark.parametrize("positions", ["original", "packed"])
+@pytest.mark.parametrize("text", [POLICIES[0], POLICIES[3], POLICIES[5], "snapkv(6, 4, 3)"])
+def test_padding_between_two_prompts_is_absent(text, positions, llama, tiny):
+    """Packed keys lay one place too far back, and observed queries were pushed out by padding."""
+    ids = tiny.tokens(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    # The second row's prompts have 14, 2 and 3 tokens, with padding on either side of the first.
+    mask[1, [0, 1, *range(16, 18), *range(18, 23), *range(25, 33)]] = 0
+    cuts = [18, 25, 36, 37, 38, 39, 40]
+    cache = ls.kv.cache(llama, text, positions=positions)
+    found = feed(llama, ids, mask, cuts, cache)
+    real = mask[1].bool()
+    alone = ls.kv.cache(llama, text, positions=positions)
+    own = torch.cumsum(mask[1], 0)[torch.tensor(cuts) - 1].tolist()
+    expected = feed(llama, ids[1:, real], mask[1:, real], own, alone)
+    torch.testing.assert_close(found[1:, real], expected, atol=1e-5, rtol=1e-5)
+    for both, single in zip(cache.layers, alone.layers, strict=True):
+        kept = [[head[head >= 0].tolist() for head in one.positions[-1]] for one in (both, single)]
+        assert kept[0] == kept[1]

@@ -11,6 +11,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from tests.hf.conftest import COMMON  # noqa: E402
+
 import longspan as ls  # noqa: E402
 from longspan.errors import DataError, InputError, PatternError, Refusal  # noqa: E402
 from longspan.hf.routes import routed  # noqa: E402
@@ -225,6 +227,76 @@ def test_new_weights_are_saved_and_loaded(tiny, name, options, tmp_path):
     assert torch.equal(logits(other, ids), plain)
 
 
+def test_projections_may_have_biases_of_their_own_and_adapters(tiny):
+    """Qwen2 has a bias on all but the output; LoRA wraps projections before a mechanism comes."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model, ids = (
+        transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON)).eval(),
+        tiny.tokens(1, N),
+    )
+    for _, owner in routed(model):
+        torch.nn.init.normal_(owner.q_proj.bias)
+        torch.nn.init.normal_(owner.k_proj.bias)
+    for adapted in (False, True):
+        if adapted:
+            model = ls.hf.add_lora(model, rank=2, alpha=4.0)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+        plain = logits(model, ids)
+        for name, options in (("MoBA", {"block": 5, "top": 6}), ("AdaptiveSpan", {})):
+            with put(model, name, options):
+                close(logits(model, ids), plain)
+        assert torch.equal(logits(model, ids), plain)
+
+
+@pytest.mark.parametrize("name", ["TopK", "NSA"])
+def test_positions_that_are_not_one_apart_are_refused(tiny, name):
+    """A mechanism counts tokens; gaps and images were rotated as if there were none."""
+    model, ids = tiny.build("llama"), tiny.tokens(2, N)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = dict(BOTH)[name]
+    put(model, name, options)
+    plain = logits(model, ids, attention_mask=mask)
+    for places in (torch.arange(N) + 1000, (mask.cumsum(1) - 1).clamp(min=0)):
+        places = places.expand(2, -1)
+        close(logits(model, ids, attention_mask=mask, position_ids=places), plain, 1e-4)
+    gap = torch.arange(N) + (torch.arange(N) > 20)
+    with pytest.raises(InputError, match="by other distances than 1"):
+        logits(model, ids, attention_mask=mask, position_ids=gap.expand(2, -1))
+    with pytest.raises(InputError, match="by other distances than 1"):
+        logits(model, ids, attention_mask=mask[:1], position_ids=gap[None])
+    scaling = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    torch.manual_seed(0)
+    seeing = transformers.Qwen2VLTextModel(
+        transformers.Qwen2VLTextConfig(**COMMON, rope_parameters=scaling)
+    ).eval()
+    put(seeing, name, options)
+    places = torch.arange(N).expand(3, 2, -1).clone()
+    with torch.no_grad():
+        seeing(ids, position_ids=places, use_cache=False)
+        # Four tokens of an image, two by two.
+        places[:, :, 5:9] = torch.tensor([[5, 5, 5, 5], [5, 5, 6, 6], [5, 6, 5, 6]])[:, None]
+        with pytest.raises(InputError, match="or images, whose tokens have several"):
+            seeing(ids, position_ids=places, use_cache=False)
+
+
+def test_a_scaling_comes_before_a_mechanism(tiny):
+    """A mechanism keeps the frequencies that it was made with."""
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    with ls.hf.apply(model, "TopK", keep=64):
+        plain = logits(model, ids)
+        with pytest.raises(Refusal, match="set the scaling, and put it in again"):
+            ls.hf.set_rope(model, "yarn", 128)
+        assert torch.equal(logits(model, ids), plain)
+    ls.hf.set_rope(model, "yarn", 128)
+    plain = logits(model, ids)
+    with ls.hf.apply(model, "TopK", keep=64):
+        close(logits(model, ids), plain)
+
+
 def test_saving_the_model_keeps_its_own_names(tiny, tmp_path):
     model = tiny.build("llama")
     names = set(model.state_dict())
@@ -333,6 +405,23 @@ def test_refusals_name_the_method_and_leave_the_model_alone(tiny):
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(Refusal, match="frequencies change with the length"):
         ls.hf.convert(tiny.build("llama", rope_parameters=dynamic), "MoBA")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models_take_what_needs_no_weights(tiny):
+    """Layers of torch's quantisation have no parameters, and a method in place of a weight."""
+    plain, ids = tiny.build("llama"), tiny.tokens(1, N)
+    engines = torch.backends.quantized.supported_engines
+    if engines == ["none"]:
+        pytest.skip("this torch quantises nothing")
+    model = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear})
+    wanted = logits(model, ids)
+    with pytest.raises(Refusal, match=r"self_attn .* has quantised weights"):
+        ls.hf.apply(model, "MoBA", **NO_WEIGHTS["MoBA"])
+    for what in ("causal()", ls.DualChunk(chunk=32, local=8)):
+        with ls.hf.apply(model, what):
+            # Activations are quantised in every call, by their largest values.
+            assert (logits(model, ids) - wanted).norm() < 0.05 * wanted.norm()
 
 
 def test_what_would_be_lost_or_mixed_up_is_refused(tiny):

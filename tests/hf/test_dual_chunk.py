@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.hf.conftest import COMMON
 from tests.mechanism.oracles import weighted_softmax
 
 transformers = pytest.importorskip("transformers")
@@ -193,6 +194,23 @@ def test_positions_that_count_otherwise_are_refused(tiny):
     ls.hf.apply(model, CONFIG)
     with pytest.raises(InputError, match="count the real tokens"):
         logits(model, ids, position_ids=torch.arange(3, 3 + N)[None])
+
+
+def test_images_are_refused(tiny):
+    """Their tokens have several positions each: chunks would end elsewhere than rotations."""
+    scaling = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    torch.manual_seed(0)
+    model = transformers.Qwen2VLTextModel(
+        transformers.Qwen2VLTextConfig(**COMMON, rope_parameters=scaling)
+    ).eval()
+    ids, places = tiny.tokens(2, N), torch.arange(N).expand(4, 2, -1).clone()
+    wanted = model(ids, use_cache=False).last_hidden_state
+    ls.hf.apply(model, ls.DualChunk(chunk=64, local=16))
+    found = model(ids, position_ids=places, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    places[3, :, 5] = 6
+    with pytest.raises(InputError, match="several positions each"):
+        model(ids, position_ids=places, use_cache=False)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tests.hf.conftest import COMMON
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import longspan as ls
 from longspan import position
-from longspan.errors import DataError, InputError, PatternError, Refusal
+from longspan.errors import DataError, InputError, LongspanError, PatternError, Refusal
 from longspan.hf.rope import KINDS, check_rope, rope_parameters, set_rope, trained_length
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -507,3 +508,46 @@ def test_other_long_frequencies_than_meant_are_noticed(tiny, monkeypatch):
     with pytest.raises(Refusal, match="other frequencies"):
         set_rope(model, "longrope", TARGET, factors=FACTORS)
     assert model.config.max_position_embeddings == TRAINED
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GraniteSWAConfig"), reason="is not there yet")
+def test_layers_with_bases_of_their_own_are_refused(tiny):
+    """Granite SWA builds a rotary module for each base, from a copy of the configuration."""
+    bases = {"layer_rope_theta": [1e4, 5e4], "layer_types": ["full_attention"] * 2}
+    torch.manual_seed(0)
+    model = transformers.GraniteSWAForCausalLM(
+        transformers.GraniteSWAConfig(**COMMON, **bases)
+    ).eval()
+    before, ids = model.config.to_dict(), tiny.tokens(1, 20)
+    plain = model(ids).logits
+    for kind in ("ntk", "dynamic", "yarn"):
+        with pytest.raises(Refusal, match=r"rotary_embs\.0 .* has a configuration of its own"):
+            set_rope(model, kind, TARGET)
+    assert model.config.to_dict() == before
+    assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="is not there yet")
+@pytest.mark.parametrize("kind", ["default", "proportional"])
+def test_layers_with_heads_of_several_widths(kind):
+    """Gemma 4: its configuration does not say one width."""
+    scaling = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": kind, "rope_theta": 1e6},
+    }
+    small = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 97}
+    model = transformers.Gemma4ForCausalLM(
+        transformers.Gemma4TextConfig(
+            **COMMON,
+            **small,
+            global_head_dim=16,
+            rope_parameters=scaling,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )
+    with pytest.raises(LongspanError, match=r"several head widths|already scaled"):
+        ls.hf.extend(model, TARGET, "causal()")
+    assert model.config.max_position_embeddings == TRAINED
+    assert not model.config._attn_implementation.startswith("longspan")
+    ls.hf.extend(model, TARGET, "causal()", "none")
+    assert model.config.max_position_embeddings == TARGET

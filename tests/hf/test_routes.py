@@ -138,6 +138,10 @@ def test_other_families_route_too(tiny, name):
         expected = model(ids, attention_mask=mask).logits
         ls.hf.apply(model, ls.Causal())
         got = model(ids, attention_mask=mask).logits
+        # GPT-2, OPT and StableLM do not tell their layers.
+        with pytest.raises(InputError, match="Attention weights are never formed"):
+            model(ids, attention_mask=mask, output_attentions=True)
+        assert model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     real = mask.bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
 
@@ -189,6 +193,35 @@ def test_an_encoder_takes_two_sided_patterns(tiny):
         far = model(changed, attention_mask=mask).logits
     assert torch.equal(near[:, :16], far[:, :16])
     assert not torch.equal(near[1, 16], far[1, 16])
+
+
+CROSSING = {
+    "Bart": {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 16}
+    | {"decoder_attention_heads": 4, "max_position_embeddings": 32},
+    "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
+    | {"add_cross_attention": True},
+    "Bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    | {"intermediate_size": 16, "is_decoder": True, "add_cross_attention": True},
+}
+
+
+@pytest.mark.parametrize("name", CROSSING)
+@pytest.mark.parametrize("rows", [12, 7])
+def test_rows_of_an_encoder_are_refused(tiny, name, rows):
+    """The pattern would hold between two texts: as many rows or other numbers of them."""
+    config = getattr(transformers, f"{name}Config")(vocab_size=97, **CROSSING[name])
+    head = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}.get(name, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(config).eval()
+    ids, other = tiny.tokens(2, 12), torch.randn(2, rows, 32)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        ls.hf.apply(model, "causal()")
+        got = model(ids, use_cache=False).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        for mask in (None, torch.ones(2, rows, dtype=torch.int64)):
+            with pytest.raises(Refusal, match=r"cross-attention.* patterns speak of one sequence"):
+                model(ids, encoder_hidden_states=other, encoder_attention_mask=mask)
 
 
 def test_something_else_than_a_model_is_refused():

@@ -101,6 +101,22 @@ def test_packed_documents_equal_each_document_alone(model, tiny, pattern):
     close(got, alone)
 
 
+def test_documents_that_only_flash_attention_is_told_of_are_refused(tiny):
+    """As DataCollatorWithFlattening says them; other attentions of transformers pass them over."""
+    model = tiny.build("llama")
+    ls.hf.apply(model, ls.Causal())
+    ends = torch.tensor([0, 11, 18], dtype=torch.int32)
+    told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 11, "max_length_k": 11}
+    ids, places = tiny.tokens(1, 18), torch.cat([torch.arange(11), torch.arange(7)])[None]
+    expected = logits(model, ids, position_ids=places)
+    close(logits(model, ids, position_ids=places, **told), expected)
+    for more in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(InputError, match="cu_seq_lens_q of 2 packed documents"):
+            logits(model, ids, **told, **more)
+    one = {**told, "cu_seq_lens_q": torch.tensor([0, 18])}
+    close(logits(model, ids, **one), logits(model, ids))
+
+
 def test_packed_documents_with_a_cache_are_refused(tiny):
     model = tiny.build("llama")
     ls.hf.apply(model, ls.Causal())

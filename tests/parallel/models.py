@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "zigzag": {"shards": "zigzag"},
     "documents": {"shards": "zigzag", "segments": SEGMENTS},
     "checkpointed": {"shards": "zigzag", "segments": SEGMENTS, "checkpointed": True},
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
 }
 
 
@@ -110,26 +121,78 @@ def refusals(rank: int) -> dict[str, str]:
         with pytest.raises(InputError, match="adds a loss of its routers"):
             handle.shard(ids, labels=ids)
     counting()
+    if importlib.util.find_spec("transformers.models.gemma4"):
+        sharing()
+    told["routers"] = routers()
     return told
 
 
-def counting() -> None:
-    """Llama 4's temperature counts the rows that a model is given: on a rank, from 0."""
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+def routers() -> str:
+    """What a rank is told of the routers' loss, asked for in the call alone."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    ids = torch.randint(50, (BATCH, N))
+    with ls.hf.parallel(model, PATTERN) as handle:
+        # Without a loss of the tokens there is none of the routers.
+        assert model(**handle.shard(ids), output_router_logits=True).router_logits
+        batch = handle.shard(ids, labels=ids)
+        assert model(**batch).loss > 0
+        with pytest.raises(InputError) as told:
+            model(**batch, output_router_logits=True)
+    return str(told.value)
+
+
+def sharing() -> None:
+    """Gemma 4 computes the layers that share keys for some rows alone, if it is asked to."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     options: dict[str, Any] = {
+        **SIZES,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 8,
+    }
+    kinds = ["sliding_attention", "full_attention"] * 2
+    small: dict[str, Any] = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 50}
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(**options, **small, layer_types=kinds, sliding_window=8)
+    model, ids = Gemma4ForCausalLM(config).eval(), torch.randint(50, (BATCH, N))
+    with torch.no_grad():
+        with ls.hf.apply(model, PATTERN):
+            expected = model(ids, use_cache=False).logits
+        with ls.hf.parallel(model, PATTERN) as handle:
+            batch = handle.shard(ids)
+            found = model(**batch).logits
+            with pytest.raises(InputError, match="leave logits_to_keep out"):
+                model(**batch, logits_to_keep=1)
+    torch.testing.assert_close(found, expected[:, batch["position_ids"][0]], atol=1e-5, rtol=1e-5)
+
+
+def counting() -> None:
+    """Llama 4's temperature counts the rows that a model is given, on a rank from 0; so does Bart.
+
+    Bart was given positions, and ignored them.
+    """
+    from transformers import BartConfig, BartForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+
+    small: dict[str, Any] = {
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 16,
         "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 16,
+    }
+    bart = BartForCausalLM(BartConfig(**small, decoder_attention_heads=4))
+    with pytest.raises(Refusal, match="BartForCausalLM takes no position_ids"):
+        ls.hf.parallel(bart, PATTERN)
+
+    own: dict[str, Any] = {
         "intermediate_size_mlp": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
         "num_local_experts": 2,
         "no_rope_layers": [1, 0],
-        "pad_token_id": 0,
     }
+    options = {**SIZES, **own}
     tuned = Llama4ForCausalLM(Llama4TextConfig(**options))
     before = tuned.config._attn_implementation
     with pytest.raises(Refusal, match=r"counts the rows .*layers\.1\.self_attn"):

@@ -219,6 +219,7 @@ def models_refuse_what_would_be_misread(found):
         "labels": "labels must have the shape of input_ids",
         "ids": "expected input_ids [batch, tokens]",
         "segments": "segments must have shape [45]",
+        "routers": "adds a loss of its routers",
     }
     for name, expected in words.items():
         for one in found:

@@ -100,7 +100,9 @@ def why_not_apart(owner: nn.Module) -> str:
         return f"has parts that no mechanism reads: {', '.join(more)}"
     if "forward" in vars(owner) and "mechanism" not in dict(owner.named_children()):
         return "has a forward of its own already (hooks of another library)"
-    if not owner.o_proj.weight.is_floating_point():  # pyright: ignore
+    # Layers of torch's own quantisation have a method of that name.
+    weight = owner.o_proj.weight  # pyright: ignore
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "has quantised weights"
     return ""
 
@@ -127,7 +129,7 @@ def build(
     for part, name, _ in _PARTS:
         own, lent = getattr(layer, part), getattr(owner, name)
         if isinstance(own, nn.Linear) and own.weight.shape == lent.weight.shape:
-            own.load_state_dict({key: lent.state_dict()[key] for key in own.state_dict()})
+            _copy(lent, own)
     layer.start_near_dense()
     scaling = float(getattr(owner, "scaling", head**-0.5)) * head**0.5
     for part, name, norm in _PARTS:
@@ -147,6 +149,14 @@ def build(
                 norm = HeadNorm(copy.deepcopy(owner.k_norm), head)
                 setattr(layer, name, nn.Sequential(part, norm))
     return layer.train(owner.training)
+
+
+@torch.no_grad()
+def _copy(lent: Any, own: nn.Linear) -> None:
+    """Weights of a projection, which LoRA may have wrapped; Qwen2 has a bias on three of four."""
+    own.weight.copy_(lent.weight)
+    if own.bias is not None:
+        own.bias.zero_() if lent.bias is None else own.bias.copy_(lent.bias)
 
 
 @torch.no_grad()

@@ -49,6 +49,12 @@ _UNREAD = (
     "while the cache is in use."
 )
 
+_READ_TWICE = (
+    "This model attends twice to the same keys (as DiffLlama does, and layers that share the keys "
+    "of an earlier one), which a cache with a policy stores and forgets at their first reading. "
+    "Leave past_key_values out; the cache and what the model computed are not to be used."
+)
+
 
 class KeptLayer(CacheLayerMixin):
     """Keys and values of one layer, and what its policy needs to know of them."""
@@ -209,7 +215,12 @@ class KeptLayer(CacheLayerMixin):
 
         Returns:
             out [B, H, N, Dv], and lse [B, H, N] if it was computed.
+
+        Raises:
+            Refusal: if the new keys were read before: they would be stored twice.
         """
+        if not self._pending:
+            raise Refusal(_READ_TWICE)
         self._pending = False
         self._scale = asked.scale
         at, real = self._stand(asked.rows, len(query))
@@ -219,7 +230,7 @@ class KeptLayer(CacheLayerMixin):
             out, lse = new_rows()
             self._append(key, value, at, real)
         elif query.shape[2] > 1 and asked.pattern == Causal():
-            out, lse = merge([self._read_old(query, at), new_rows()])
+            out, lse = merge([self._read_old(query, at, real), new_rows()])
             self._append(key, value, at, real)
         else:
             self._append(key, value, at, real)
@@ -477,10 +488,12 @@ class KeptLayer(CacheLayerMixin):
         shift = (goal - positions).masked_fill(positions < 0, 0)
         return self.turn(keys.flatten(0, 1)[:, None], shift.flatten(0, 1)).view_as(keys)
 
-    def _read_old(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_old(self, query: Tensor, at: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention of new rows, all later, over everything that is kept."""
         assert self.store is not None
-        keys = self._as_read(self.store.padded("keys"), at.amin(1))
+        # Padding before the new tokens stands where the last old one does.
+        later = at if real is None else at.masked_fill(~real, int(at.max()))
+        keys = self._as_read(self.store.padded("keys"), later.amin(1))
         values = self.store.padded("values")
         if self.store.even:
             # Nothing to mask: any kernel does it.

@@ -58,9 +58,10 @@ class QueryNotes:
             last = self._policy.observes
             queries = query if self.queries is None else torch.cat([self.queries, query], 2)
             places = place if self.positions is None else torch.cat([self.positions, place], 1)
-            # A copy: a view would hold on to the queries of the whole prompt.
-            self.queries = queries[:, :, -last:].clone()
-            self.positions = places[:, -last:].clone()
+            # The last tokens of each row: padding between two prompts pushes none of them out.
+            chosen = (places >= 0).byte().argsort(dim=1, stable=True)[:, -last:]
+            self.queries = queries.take_along_dim(chosen[:, None, :, None], 2)
+            self.positions = places.gather(1, chosen)
         if self._policy.needs_moments:
             self._add_moments(query, place, position_ids)
 

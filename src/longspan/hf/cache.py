@@ -161,6 +161,11 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             f"{type(base).__name__} caches latents (multi-head latent attention), from which keys "
             "are made afterwards: a policy would keep or forget what it cannot read."
         )
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        raise Refusal(
+            f"The last {shared} layers of {type(base).__name__} read the keys of earlier ones, "
+            "which a policy has decided about by then."
+        )
     layers: list[Any] = list(DynamicCache(config=config).layers)
     chosen = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not chosen:

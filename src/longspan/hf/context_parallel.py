@@ -8,6 +8,7 @@ alone; attention goes across ranks, see ``longspan.parallel``.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import InputError, PatternError, Refusal
-from longspan.hf.ranks import Batch, Parallel
+from longspan.hf.ranks import ROUTERS, Batch, Parallel
 from longspan.hf.routes import routed
 from longspan.hf.switch import Applied, put
 from longspan.hf.unwrap import base_model
@@ -69,11 +70,7 @@ class AcrossRanks(Applied):
             )
         config = self.model.config.get_text_config()
         if labels is not None and getattr(config, "output_router_logits", False):
-            raise InputError(
-                f"{type(self.model).__name__} adds a loss of its routers to that of the tokens, "
-                "which a rank would take for its own rows and the sum over ranks count several "
-                "times. Set config.output_router_logits = False."
-            )
+            raise InputError(ROUTERS)
         what = self._what
         _, rank, ranks = group_of(what.group)
         lie = shards_of(self.shards, input_ids.shape[1], ranks)
@@ -84,7 +81,7 @@ class AcrossRanks(Applied):
             )
         if isinstance(segments, Tensor):
             segments = segments.detach().cpu().numpy()
-        batch = Batch.of(lie, rank, segments)
+        batch = Batch.of(lie, rank, segments, labels is not None)
         if len(batch.positions) not in (1, len(input_ids)):
             raise InputError(
                 f"segments have {len(batch.positions)} batch rows, input_ids {len(input_ids)}"
@@ -160,7 +157,16 @@ def parallel(
 
 
 def _check_counts(base: PreTrainedModel) -> None:
-    """Refuse Llama 4's layers without rotation, whose temperature follows the row's number."""
+    """Refuse models that count the rows of a forward pass, on each rank from 0.
+
+    Those that take no positions (Bart), and Llama 4's layers without rotation, whose temperature
+    follows the row's number.
+    """
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise Refusal(
+            f"{type(base).__name__} takes no position_ids and counts the rows that it is given: "
+            "each rank would begin at 0. The model was not changed."
+        )
     for path, module in routed(base):
         tuned = getattr(module, "attn_temperature_tuning", False)
         if tuned and not getattr(module, "use_rope", True):

@@ -177,9 +177,15 @@ def _fold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     config = registered(getattr(module.config, "_attn_implementation", None))
     if not isinstance(config, DualChunk):
         return None
+    places = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    if places.dim() > 2 and bool((places != places[:1]).any()):
+        raise InputError(
+            "Tokens of images have several positions each, which chunks do not count. Use Dual "
+            "Chunk Attention for text alone, or a pattern: longspan.hf.remove(model)."
+        )
     if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": kwargs["position_ids"] % config.chunk}
-    return (args[0], args[1] % config.chunk, *args[2:]), kwargs
+        return args, {**kwargs, "position_ids": places % config.chunk}
+    return (args[0], places % config.chunk, *args[2:]), kwargs
 
 
 def _count(rotary: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,8 +24,10 @@ from longspan.hf.register import attention_over, checked_rows, enlist
 from longspan.hf.rope import rotary_modules, trained_length
 from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
+from longspan.hf.turns import check_turns
 from longspan.mechanism.layer import MechanismLayer, options_of
 from longspan.pattern import Causal
+from longspan.position import Frequencies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,7 +147,7 @@ def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: 
     for path, owner, layer in built:
         owner.mechanism = layer
         # Unlike a method, which is pickled as a name of its owner.
-        owner.forward = partial(_forward, owner)
+        owner.forward = partial(_forward, owner, frequencies)
         text = f"{path} ({type(owner).__name__}) computes {wanted.kind.__name__}"
         changes.append((text, Undo(owner)))
     note_changes(base, changes)
@@ -188,6 +190,7 @@ def why_not_swap(base: PreTrainedModel, layers: tuple[int, ...] | None) -> Itera
 
 def _forward(
     module: Any,
+    frequencies: Frequencies,
     hidden_states: Tensor,
     position_embeddings: Any = None,
     attention_mask: Any = None,
@@ -209,6 +212,9 @@ def _forward(
     )
     rows.check_positions(kwargs.get("position_ids"))
     layer, valid = module.mechanism, _valid(rows, hidden_states.device)
+    if "turns" not in rows.kept and rows.queries > 1:
+        check_turns(position_embeddings, frequencies, valid)
+        rows.kept["turns"] = True
     if past_key_values is None:
         return layer(hidden_states, valid), None
     cache = state_layer(past_key_values, module.layer_idx)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
+from longspan.hf.collected import collected
 from longspan.hf.register import Attention, beside_sink, checked_rows, enlist, registered
 from longspan.hf.rows import Rows, read_mask, within
 from longspan.parallel.attention import attend_unless
@@ -25,6 +26,12 @@ from longspan.parallel.shards import Shards
 from longspan.pattern import Pattern
 
 _numbers = count()
+
+ROUTERS = (
+    "The model adds a loss of its routers to that of the tokens, which a rank would take for its "
+    "own rows and the sum over ranks count several times. Set output_router_logits = False, in "
+    "the call and in the configuration."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +42,20 @@ class Batch:
         shards: which rows lie where.
         segments: [1 or B, N], or None for one segment.
         positions: of this rank's rows [1 or B, P], as the model rotates them.
+        labelled: whether the model is to return a loss.
     """
 
     shards: Shards
     segments: Any
     positions: Any
+    labelled: bool = False
 
     @classmethod
-    def of(cls, shards: Shards, rank: int, segments: Any) -> Batch:
+    def of(cls, shards: Shards, rank: int, segments: Any, labelled: bool) -> Batch:
         """Of a rank, with segments as ``longspan.parallel.attend`` takes them."""
         places = Places(shards.n, segments=segments)
         positions = places.position_BN[:, shards.rows(rank)]
-        return cls(shards=shards, segments=segments, positions=positions)
+        return cls(shards=shards, segments=segments, positions=positions, labelled=labelled)
 
 
 @dataclass(eq=False)
@@ -100,11 +109,19 @@ def _attention(name: str, wanted: Parallel, impl: str) -> Attention:
         rows, batch, seen = None, wanted.batch, wanted.pattern
         try:
             rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
+            if "batch" not in rows.kept:
+                # Cut from the record of all rows.
+                raise InputError(
+                    "across ranks all layers compute all rows: leave logits_to_keep out, by which "
+                    f"{type(module).__name__} was given {rows.queries} of {rows.keys}"
+                )
             batch = rows.kept["batch"]
             if rows.kept["complaint"] is not None:
                 raise rows.kept["complaint"]
             if "checked" not in rows.kept:
                 _check_positions(kwargs.get("position_ids"), batch, query)
+                if batch is not None and batch.labelled and collected("router_logits"):
+                    raise InputError(ROUTERS)
                 rows.kept["checked"] = True
             seen = within(
                 wanted.pattern.at_layer(getattr(module, "layer_idx", None) or 0), rows.own

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
-from longspan.hf.rows import Rows, rows_mask, within
+from longspan.hf.collected import collected
+from longspan.hf.rows import CROSSES, Rows, rows_mask, within
 from longspan.ops import attend
 from longspan.ops.inputs import autocast
 from longspan.pattern import Causal, Pattern
@@ -186,6 +187,8 @@ def checked_rows(
 ) -> Rows:
     """The record in place of a mask, once everything that would be ignored has been refused."""
     kind = type(module).__name__
+    if _crosses(module, attention_mask):
+        raise Refusal(f"{kind}: {CROSSES}")
     if not isinstance(attention_mask, Rows):
         given = "none" if attention_mask is None else type(attention_mask).__name__
         if isinstance(attention_mask, Tensor):
@@ -208,9 +211,17 @@ def checked_rows(
     for argument in _CHANGES_LOGITS:
         if kwargs.get(argument) is not None:
             raise Refusal(f"{kind} changes its logits by {argument!r}, which no kernel computes.")
+    ends = kwargs.get("cu_seq_lens_q")
+    packed = attention_mask.segments is not None and not attention_mask.masked
+    if ends is not None and len(ends) > 2 and not packed:
+        raise InputError(
+            f"{kind} got cu_seq_lens_q of {len(ends) - 1} packed documents, which only flash "
+            "attention reads: they would see each other. Pass position_ids that start again with "
+            "each document, without attention_mask and with use_cache=False."
+        )
     if kwargs.get("is_causal") is False and attention_mask.own.is_causal:
         raise Refusal(f"{kind} asks for attention to both sides but made a causal mask.")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or collected("attentions"):
         raise InputError("Attention weights are never formed; call without output_attentions.")
     # A cache with a policy hands on new keys alone, and reads the others by itself.
     keys = attention_mask.queries if kept_layer(key) else attention_mask.keys
@@ -221,3 +232,16 @@ def checked_rows(
             "one type different lengths."
         )
     return attention_mask
+
+
+def _crosses(module: nn.Module, attention_mask: Any) -> bool:
+    """Whether the keys are those of another text or of an image.
+
+    Modules of a decoder that read an encoder's rows are two-sided (Bart), or say what they are
+    (GPT-2, BERT, Mllama); some are given no mask at all.
+    """
+    if isinstance(attention_mask, Rows) and attention_mask.own.is_causal:
+        return False
+    decodes = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    named = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
+    return bool(decodes or named)

@@ -91,11 +91,11 @@ def rope_parameters(
         )
     current = copy.deepcopy(text.rope_parameters)
     if "rope_type" in current or "rope_theta" in current:
-        return _stretch(current, kind, length, trained, _rotary_width(text, current), factors)
+        return _stretch(current, kind, length, trained, text, factors)
     return {
         layer: entry
         if entry is None or layer in LOCAL_LAYERS
-        else _stretch(entry, kind, length, trained, _rotary_width(text, entry), factors)
+        else _stretch(entry, kind, length, trained, text, factors)
         for layer, entry in current.items()
     }
 
@@ -120,8 +120,8 @@ def set_rope(
 
     Raises:
         InputError: as in ``rope_parameters``; the model is then unchanged.
-        Refusal: a model without RoPE, or rotary modules that cannot be rebuilt to these
-            frequencies.
+        Refusal: a model without RoPE or with a mechanism in it, or rotary modules that cannot be
+            rebuilt to these frequencies.
     """
     base = base_model(model)
     planned, rebuilt = _planned(base, kind, length, factors)
@@ -147,13 +147,30 @@ def _planned(
     base: PreTrainedModel, kind: str, length: int, factors: position.LongFactors | None
 ) -> tuple[PreTrainedConfig, list[tuple[nn.Module, nn.Module]]]:
     """The configuration that a scaling makes, and each rotary module with the one for it."""
+    from longspan.hf.mechanisms import swapped
+
+    if swapped(base):
+        raise Refusal(
+            f"{type(base).__name__} computes a mechanism, which was made for the present "
+            "frequencies and would keep them. Take it out (longspan.hf.remove, after "
+            "longspan.hf.save_mechanism if it has weights), set the scaling, and put it in again. "
+            "The model was not changed."
+        )
     config = base.config.get_text_config()
     planned = copy.deepcopy(config)
     planned.rope_parameters = rope_parameters(config, kind, length, factors=factors)
     if kind != "dynamic":
         planned.max_position_embeddings = length
     _check_savable(planned, kind)
-    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary_modules(base)]
+    rotary = list(rotary_modules(base))
+    for name, old in rotary:
+        if old.config is not config:
+            raise Refusal(
+                f"{name} ({type(old).__name__}) has a configuration of its own, as where layers "
+                "have bases of their own (Granite SWA) or beside an image encoder: a scaling of "
+                "the model's would not reach it. The model was not changed."
+            )
+    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary]
     if not rebuilt:
         raise Refusal(
             f"{type(base).__name__} has no rotary module with inverse frequencies that can be "
@@ -184,7 +201,7 @@ def _stretch(
     kind: str,
     length: int,
     trained: int,
-    width: int,
+    config: PreTrainedConfig,
     factors: position.LongFactors | None,
 ) -> dict[str, Any]:
     present = entry.get("rope_type", "default")
@@ -199,6 +216,7 @@ def _stretch(
             f"The positions of this model are already scaled by {present!r}; they can be "
             f"stretched further by the same kind or left alone ('none'), not by {kind!r}."
         )
+    width = _rotary_width(config, entry)
     if kind == "ntk":
         entry["rope_theta"] = position.ntk_base(width, entry["rope_theta"], growth)
         return entry
@@ -249,7 +267,15 @@ def _put_factors(entry: dict[str, Any], width: int, factors: position.LongFactor
 
 
 def _rotary_width(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        head = getattr(config, "head_dim", None)
+    except RuntimeError as error:
+        # Gemma 4: a configuration of layers that differ in it.
+        raise Refusal(
+            f"{type(config).__name__} has layers of several head widths; only models whose heads "
+            "have one can be extended."
+        ) from error
+    head = head or config.hidden_size // config.num_attention_heads
     return int(head * entry.get("partial_rotary_factor", 1.0))
 
 

@@ -39,7 +39,8 @@ def rotation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def rotations_add(module: nn.Module, rotary: nn.Module) -> bool:
     """Whether turning by 5 and then by 7 is turning by 12, with the width that queries have."""
-    device = next(module.parameters()).device
+    # Quantised modules have no parameters, and those that are offloaded lie nowhere.
+    device = next(rotary.buffers()).device
     width = getattr(module, "head_dim", None)
     if not isinstance(width, int):
         return False

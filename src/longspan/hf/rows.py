@@ -37,6 +37,13 @@ from longspan.planning import Plan, plan
 
 Table = NDArray[np.int64]
 
+CROSSES = (
+    "rows of one text that look at those of another, or of an image (cross-attention), are not "
+    "supported, nor is a cache of a two-sided model: patterns speak of one sequence. Leave "
+    "encoder_hidden_states, images and the cache out, or use the model's own attention: "
+    "longspan.hf.remove(model)."
+)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rows:
@@ -80,6 +87,35 @@ class Rows:
     def contiguous(self) -> Rows:
         """Itself; see ``ndim``."""
         return self
+
+    def __getitem__(self, index: Any) -> Rows:
+        """The record of the last query rows, as of a 4-D mask: ``rows[:, :, -1:, :]``.
+
+        Gemma 4 computes layers that share keys for the rows alone whose logits are wanted.
+
+        Raises:
+            Refusal: for anything else.
+        """
+        whole = slice(None)
+        taken = index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        if isinstance(taken, slice) and (whole, whole, taken, whole) == index:
+            first, end, step = taken.indices(self.queries)
+            if (first, end, step) == (0, self.queries, 1):
+                return self
+            if first < end == self.queries and step == 1:
+                return replace(
+                    self,
+                    queries=end - first,
+                    query_start=self.query_start + first,
+                    # Packed documents have none: the planner takes queries for the last keys.
+                    positions=None if self.positions is None else self.positions[:, first:],
+                    segments=None if self.segments is None else self.segments[:, first:],
+                    kept={},
+                )
+        raise Refusal(
+            f"This model takes {index!r} of its attention mask, which longspan does not read; use "
+            "its own attention: longspan.hf.remove(model)."
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for what the record does not have.
@@ -209,6 +245,8 @@ def rows_mask(
         return attention_mask
     query_start, key_start = int(q_offset), int(kv_offset)
     own, documents = read_mask(mask_function)
+    if not own.is_causal and q_length != kv_length:
+        raise Refusal(f"{q_length} rows and {kv_length} keys: {CROSSES}")
     common = {
         "attention": attention,
         "queries": q_length,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from longspan import mechanism
 from longspan.errors import InputError, PatternError, Refusal
@@ -78,7 +78,7 @@ class Applied:
             if last:
                 _switch(self.model, found.name)
 
-    def __enter__(self) -> Applied:
+    def __enter__(self) -> Self:
         """Enter a block; with gradient checkpointing, the backward pass belongs inside it too."""
         return self
 
