@@ -13,6 +13,8 @@ from longspan.train.interrupt import between_steps
 _RUN = """
 import signal
 from longspan.train.interrupt import between_steps
+# Which programs in the background of a shell are born without.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with between_steps() as asked:
     for step in range(4):
         for number in {signals}[step]:
