@@ -44,6 +44,11 @@ def test_equals_the_quadratic_form_with_gradients(causal):
     )
 
 
+def test_features_have_the_default_dtype_of_torch():
+    assert Favor(8).projection.dtype == torch.float32
+    assert Favor(8, dtype=torch.float64).projection.dtype == torch.float64
+
+
 def test_rows_are_orthogonal_within_blocks_and_have_gaussian_length():
     w = orthogonal_gaussian(4000, 8, generator=generator(), dtype=torch.float64)
     blocks = torch.nn.functional.normalize(w, dim=-1).view(-1, 8, 8)

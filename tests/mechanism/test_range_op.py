@@ -48,6 +48,30 @@ def test_compiled_gradients_are_those_of_eager_code(impl, dtype):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_forward_mode_derivatives_are_not_dropped():
+    q, k, v = (x.detach() for x in qkv())
+    along = torch.linspace(-1, 1, q.numel()).view_as(q)
+    run = window("auto")
+
+    def step(q):
+        return torch.func.jvp(lambda q: run(q, k, v), (q,), (along,))
+
+    wanted = step(q)
+    for a, b in zip(torch.compile(step, backend="aot_eager")(q), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_backward_leaves_what_it_is_handed_as_it_is():
+    q, k, v = (x.detach() for x in qkv())
+    hi = torch.arange(1, 22, dtype=torch.int32)[None, None, :, None]
+    how = (torch.zeros_like(hi), hi, 0.3, "auto")
+    out, lse = torch.ops.longspan.attention_over_ranges(q, k, v, *how)
+    torch.ops.longspan.attention_over_ranges_backward(out, lse, out, lse, q, k, v, *how)
+    assert not out.requires_grad
+    assert not lse.requires_grad
+
+
 @pytest.mark.skipif(not native.level(), reason="native was not compiled for this machine")
 def test_a_compiled_backward_computes_no_forward_again(monkeypatch):
     calls, run = [], native._Call.run

@@ -12,7 +12,7 @@ from tests.mechanism.oracles import (
     weighted_softmax,
 )
 
-from longspan.errors import InputError
+from longspan.errors import InputError, Refusal
 from longspan.mechanism import Synthesizer
 from longspan.mechanism.synthesizer import KINDS
 
@@ -105,6 +105,15 @@ def test_decoding_equals_the_whole_sequence(kind):
     layer, x = build(kind, rope=10000.0), torch.randn(2, 21, 16, dtype=torch.float64)
     mask = torch.arange(21) >= torch.tensor([[0], [6]])
     assert_decoding_equals_prefill(layer, x, mask, (8, 1, 5, 6, 1))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 8)], ids=["whole", "padded"])
+def test_a_named_kernel_is_the_one_that_runs(mask):
+    x = torch.randn(1, 8, 16, dtype=torch.float64)
+    for impl, words in (("flash", "runs on cuda"), ("none", "impl must be")):
+        layer = Synthesizer(16, 4, max_length=8, impl=impl).double()
+        with pytest.raises(Refusal, match=words):
+            layer(x, mask)
 
 
 def test_only_what_a_kind_needs_is_a_parameter():

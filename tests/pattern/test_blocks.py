@@ -106,6 +106,16 @@ def test_random_blocks(apart, skip, causal):
     np.testing.assert_array_equal(ls.plan(pattern, 90, 2).mask()[0], pattern.mask(90, 2))
 
 
+def test_packed_documents_draw_among_their_own_blocks():
+    # The first block of one follows that of another, which has fewer blocks to draw among.
+    pattern = ls.RandomBlocks(2, 2, skip=1, causal=False)
+    segments = np.repeat([0, 1, 2], [2, 9, 14])
+    found = ls.plan(pattern, 25, 2, segments=segments).mask()[0]
+    for segment in range(3):
+        rows = np.flatnonzero(segments == segment)
+        np.testing.assert_array_equal(found[:, rows][:, :, rows], pattern.mask(len(rows), 2))
+
+
 def test_as_many_random_draws_as_there_can_be():
     # A draw for each that was asked for would not fit into memory.
     assert (ls.Random(2**31 - 1).mask(9) == ls.Causal().mask(9)).all()

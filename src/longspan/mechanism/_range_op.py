@@ -10,10 +10,12 @@ ranges of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from longspan.ops.capability import Known, choose
+from longspan.ops.capability import Known, choose, in_dual_level
 from longspan.ops.compiled import NOT_RECORDED, slopes_within
 from longspan.ops.inputs import autocast
 from longspan.ops.joint import attend_jointly
@@ -48,7 +50,10 @@ def over_ranges(
         order = lo.masked_fill(empty, k.shape[2] + 1).argsort(dim=-1)
         lo, hi = lo.gather(-1, order), hi.gather(-1, order)
     q, k, v = autocast(q, k, v)
-    run = _over_ranges if torch.compiler.is_compiling() else _now
+    run: Any = _now
+    if torch.compiler.is_compiling():
+        # The operator would drop forward-mode derivatives: the graph breaks there.
+        run = torch.compiler.disable(_now) if in_dual_level() else _over_ranges
     return run(q.contiguous(), k.contiguous(), v.contiguous(), lo, hi, scale, impl)
 
 

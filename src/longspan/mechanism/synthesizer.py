@@ -54,7 +54,8 @@ class Synthesizer(PastLayer):
         rank: r of ``factorized``.
         fixed_random: R is not learned.
         causal: row i sees tokens up to i.
-        impl: kernel of ``longspan.attend``.
+        impl: kernel of ``longspan.attend``; none runs where ``random`` or ``factorized_dense`` is
+            among the kinds, whose logits are held.
         kwargs: of ``MechanismLayer``: ``kv_heads`` (of the values, and of the keys of
             ``dot_product``), ``head_dim``, ``rope``, ``bias``, ``device``, ``dtype``.
     """

@@ -62,10 +62,10 @@ def attend(
     """Attention of each query over the keys that a pattern allows it.
 
     Under ``torch.autocast`` inputs are cast as those of torch's own attention are. A compiler
-    takes it as one operator, with patterns in text form or made outside; at a plan the graph
-    breaks. Under ``torch.func`` (vmap, grad, jvp) and ``forward_ad`` ``"auto"`` takes the dense
-    ``reference``. For ``torch.cuda.graph`` call it once before, as plans are made on the host; the
-    plan of a recorded call is kept for good.
+    takes it as one operator, with patterns in text form or made outside; at a plan, and where
+    forward-mode derivatives are taken, the graph breaks. Under ``torch.func`` (vmap, grad, jvp)
+    and ``forward_ad`` ``"auto"`` takes the dense ``reference``. For ``torch.cuda.graph`` call it
+    once before, as plans are made on the host; the plan of a recorded call is kept for good.
 
     Rows that take no part, such as padding, may hold NaN on a CPU. Elsewhere NaN and infinity may
     reach queries that do not see them: kernels multiply tiles of keys, hidden ones by 0.

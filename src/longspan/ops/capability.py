@@ -292,8 +292,12 @@ _chosen_together: WeakKeyDictionary[KeyRanges, dict[tuple[Hashable, ...], Any]] 
 
 def transforming() -> bool:
     """Whether this runs inside ``torch.func`` (vmap, grad, jvp and their kin) or a dual level."""
-    dual = torch.autograd.forward_ad._current_level >= 0
-    return dual or torch._C._are_functorch_transforms_active()
+    return in_dual_level() or torch._C._are_functorch_transforms_active()
+
+
+def in_dual_level() -> bool:
+    """Whether forward-mode derivatives are taken, by ``forward_ad`` or ``torch.func.jvp``."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.ops.capability import in_dual_level
 from longspan.pattern import Pattern
 from longspan.planning import Plan
 
@@ -49,9 +50,10 @@ def attend_compiled(
 ) -> Any:
     """What ``longspan.attend`` does while a compiler traces it; see there for the arguments.
 
-    A plan holds arrays and is no argument of an operator: the graph breaks at it.
+    A plan holds arrays and is no argument of an operator: the graph breaks at it. So it does where
+    forward-mode derivatives are taken, which an operator would drop without a word.
     """
-    if isinstance(pattern, Plan):
+    if isinstance(pattern, Plan) or in_dual_level():
         outside: Any = torch.compiler.disable(_now)
         found = outside(q_BHND, k_BKND, v_BKND, pattern, rows, scale, impl, layer)
     else:

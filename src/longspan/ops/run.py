@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -220,15 +221,20 @@ def _in_place(
     """What a kernel gives that needs no order of rows in memory."""
     plain = [(one.ranges, one.places) for one in loaded if isinstance(one, Loaded)]
     views = [one for one in loaded if isinstance(one, Views)]
-    # Where calls are joined, none gives what is known.
-    alone = known if len(views) + bool(plain) == 1 else None
     attend = kernel.load_passes()
     parts = []
     for one in views:
-        own = None if alone is None else (rows_of(one, alone[0]), rows_of(one, alone[1]))
+        own = None if known is None else (rows_of(one, known[0]), rows_of(one, known[1]))
         here = [(one.ranges, Places())]
         parts.append(one.outputs(*attend(*one.inputs(q, k, v), here, scale, own)))
-    return [*parts, Part(*attend(q, k, v, plain, scale, alone))] if plain else parts
+    if plain:
+        parts.append(Part(*attend(q, k, v, plain, scale, known)))
+    if known is None or len(parts) == 1:
+        return parts
+    # Each takes the gradients of what all give together, as a sum hands them on; its numbers are
+    # of no use.
+    outs, lses = zip(*(part.placed() for part in parts), strict=True)
+    return [Part(reduce(torch.add, outs), reduce(torch.add, lses))]
 
 
 def calls_apart(passes: Sequence[Pass], q: Tensor, k: Tensor) -> tuple[Own, ...] | None:
