@@ -28,6 +28,7 @@ from longspan.bench.compare_entries import (
     entry,
 )
 from longspan.cli.app import main
+from longspan.cli.compare import _show
 from longspan.errors import InputError, LongspanError
 from longspan.eval.records import Records
 from longspan.mechanism.layer import MechanismLayer
@@ -296,6 +297,35 @@ def test_a_table_that_cannot_be_written_is_not_measured(tmp_path, monkeypatch, c
         main()
     assert end.value.code == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_comparison_without_figures_is_a_failure(monkeypatch, capsys, how):
+    asked = ["compare", "Linformer(max_length=300)", "--lengths", "32", "--rounds", "0", *how]
+    monkeypatch.setattr(sys, "argv", ["longspan", *asked])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert end.value.code == 3
+    assert "made for 300 rows" in said.out
+    assert "No entry could be compared" in said.err
+
+
+@pytest.mark.parametrize("width", [66, 80])
+def test_narrow_tables_keep_words_of_headings_and_figures(found, monkeypatch, capsys, width):
+    asked, _, records = found
+    monkeypatch.setenv("COLUMNS", str(width))
+    _show(asked.settings(), records)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    lines = [line.split() for line in shown.splitlines() if line[:1] in "┃│"]
+    words = {word for line in lines for word in line}
+    for table in report.tables(asked.settings(), records):
+        for column in table.columns[1:]:
+            wanted = column.title.split()
+            if not column.left:
+                wanted += map(column.cell, report.done(records))
+            assert words.issuperset(wanted)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from longspan.cli.demo import findings
 from longspan.cli.progress import Bars
 from longspan.cli.values import numbers, whole_numbers
 from longspan.errors import InputError, LongspanError, Refusal, RunError
+from longspan.train.interrupt import TERMINATED
 
 Result = tuple[int, str, str]
 
@@ -131,15 +132,21 @@ def test_a_file_that_cannot_be_written_is_one_paragraph(
     assert call() == (1, "", "longspan: /proc/none.jsonl: No such file or directory\n")
 
 
+@pytest.mark.parametrize(
+    ("end", "exit_code"), [(KeyboardInterrupt(), 130), (SystemExit(TERMINATED), 143)]
+)
 def test_an_interrupt_says_how_to_go_on(
-    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    end: BaseException,
+    exit_code: int,
 ) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise end
 
     monkeypatch.setattr("longspan.pattern.parse", interrupted)
     code, _, error = call("show", "causal()")
-    assert code == 130
+    assert code == exit_code
     assert "goes on where a run with --out stopped" in error
 
 

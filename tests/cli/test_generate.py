@@ -160,6 +160,8 @@ def test_bytes_on_standard_input_that_are_no_text_are_said(call, monkeypatch, tm
         {"is_assistant": True},
         {"max_time": 1e-9},
         {"use_cache": False},
+        {"max_new_tokens": 3},
+        {"max_length": 3, "min_new_tokens": 2},
     ],
 )
 def test_saved_generation_settings_change_no_greedy_text(call, prompt, tmp_path, saved):

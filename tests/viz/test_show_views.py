@@ -211,3 +211,12 @@ def test_words_tell_of_what_is_never_learned():
     )
     with pytest.raises(InputError, match="1 to 40 tokens, got 0"):
         words.scenes(ls.Chunk(2), [], 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "cells", "wide"),
+    [(64, 22, "2.91"), (80, 32, "2.5"), (6400, 50, "128"), (65_536, 16, "4,096")],
+)
+def test_widths_of_cells_are_numbers_of_tokens(n, cells, wide):
+    found = views(ls.Window(4), n, cells=cells)
+    assert matrices.subtitle(found).endswith(f"a cell is {wide} tokens wide")

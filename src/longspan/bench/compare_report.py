@@ -97,7 +97,8 @@ def _speed(settings: Row, n: int, at: int) -> Table:
     for name in ("forward", "forward+backward"):
         took, ratio = way(name, "seconds"), way(name, "of_dense")
         columns += [
-            Column(f"{name}, ms", lambda r, f=took: f"{f(r) * 1e3:,.2f}"),
+            # Spaces, at which a narrow heading breaks.
+            Column(f"{name.replace('+', ' + ')}, ms", lambda r, f=took: f"{f(r) * 1e3:,.2f}"),
             Column("of dense", lambda r, f=ratio: f"{f(r):.2f}"),
         ]
     columns += [

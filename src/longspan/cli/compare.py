@@ -7,7 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan.errors import Refusal
 from longspan.eval.plain import to_json
+
+# Columns of a terminal that has room for any table.
+_WIDE = 10_000
 
 
 def compare(
@@ -74,11 +78,13 @@ def compare(
             path.write_text(text(settings, found), encoding="utf-8")
     if as_json:
         typer.echo(to_json({"settings": settings, "records": found}))
-        return
-    _show(settings, found)
-    for path in (markdown, html):
-        if path is not None:
-            typer.echo(f"wrote {path}")
+    else:
+        _show(settings, found)
+        for path in (markdown, html):
+            if path is not None:
+                typer.echo(f"wrote {path}")
+    if not report.done(found):
+        raise Refusal("No entry could be compared; why is said beside each.")
 
 
 def _plan(asked: Any, as_json: bool) -> None:
@@ -108,12 +114,19 @@ def _show(settings: dict[str, Any], found: list[dict[str, Any]]) -> None:
     rows = report.done(found)
     for one in report.tables(settings, found) if rows else ():
         table = Table(title=one.title, title_justify="left")
+        cells = [[column.cell(row) for row in rows] for column in one.columns]
         for column in one.columns:
             table.add_column(
                 column.title, justify="left" if column.left else "right", overflow="fold"
             )
-        for row in rows:
-            table.add_row(*(_plain(column.cell(row)) for column in one.columns))
+        for row in zip(*cells, strict=True):
+            table.add_row(*map(_plain, row))
+        # Where not all has room, names are folded before words of headings and figures are.
+        whole = console.measure(table, options=console.options.update(width=_WIDE)).maximum
+        if whole > console.width:
+            for shown, column, texts in zip(table.columns, one.columns, cells, strict=True):
+                if not column.left:
+                    shown.width = max(map(len, [*column.title.split(), *texts]))
         console.print(table)
         console.print(one.note, highlight=False, markup=False, style="dim")
     for name, why in report.refused(found):

@@ -118,10 +118,9 @@ def answer(
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
         pad_token_id=padding,
         # Which stop strings need that were saved with a model.
         tokenizer=tokenizer,
-        **{**one_text(model), **more},
+        **{**one_text(model, tokens), **more},
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -110,7 +110,7 @@ def read_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> to
     return ids
 
 
-def one_text(model: PreTrainedModel, temperature: float = 0.0) -> dict[str, Any]:
+def one_text(model: PreTrainedModel, tokens: int, temperature: float = 0.0) -> dict[str, Any]:
     """Arguments of ``model.generate`` for one text, through the cache that it is given.
 
     They take back what generation settings saved with the model ask for beside: several texts,
@@ -119,6 +119,7 @@ def one_text(model: PreTrainedModel, temperature: float = 0.0) -> dict[str, Any]
 
     Args:
         model: a causal language model.
+        tokens: most new tokens.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
     """
     drawn: dict[str, Any] = {"do_sample": bool(temperature)}
@@ -129,6 +130,7 @@ def one_text(model: PreTrainedModel, temperature: float = 0.0) -> dict[str, Any]
     back = [name for name in saved if name not in kept and saved[name] is not None]
     return {
         **{name: None for name in back if not name.startswith("_")},
+        "max_new_tokens": tokens,
         "num_beams": 1,
         "num_return_sequences": 1,
         "use_cache": True,
@@ -184,12 +186,11 @@ def generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=tokens,
             # Which stop strings need that were saved with a model.
             tokenizer=tokenizer,
             # The prompt arrives first.
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),  # pyright: ignore[reportArgumentType]
-            **one_text(model, temperature),
+            **one_text(model, tokens, temperature),
         )
     assert isinstance(out, torch.Tensor)
     return Generated(

@@ -132,7 +132,8 @@ def subtitle(found: Views) -> str:
     kind = "causal" if found.causal else "both directions"
     words = [f"{found.n:,} tokens", heads, kind, "rows: queries, columns: keys"]
     if found.cells < found.n:
-        words.append(f"a cell is {found.n / found.cells:.3g} tokens wide")
+        wide = found.n / found.cells
+        words.append(f"a cell is {f'{wide:,.0f}' if wide >= 100 else f'{wide:.3g}'} tokens wide")
     return ", ".join(words)
 
 
