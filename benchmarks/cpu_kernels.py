@@ -41,8 +41,8 @@ from longspan.eval.environment import environment
 from longspan.ops.kernels.native import instructions, native
 from longspan.ops.kernels.reference import reference
 from longspan.ops.kernels.tiled import tiled
+from longspan.ops.loading import load
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.run import load
 
 HEADS, WIDTH = 8, 64
 SCALE = WIDTH**-0.5

@@ -12,8 +12,9 @@ from longspan.ops import copies
 from longspan.ops.copies import copies_of
 from longspan.ops.kernels._flex_tiles import count_tiles
 from longspan.ops.kernels.reference import reference
+from longspan.ops.loading import Loaded, load
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.run import Loaded, _with_copies, load
+from longspan.ops.suited import _with_copies
 
 
 @pytest.mark.parametrize(

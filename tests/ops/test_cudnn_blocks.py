@@ -19,8 +19,8 @@ import longspan as ls
 from longspan.errors import Refusal
 from longspan.ops import capability, measured, whole_blocks
 from longspan.ops.kernels.reference import reference
+from longspan.ops.loading import load
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.run import load
 
 module = importlib.import_module("longspan.ops.kernels.cudnn_blocks")
 S = whole_blocks.SIZE

@@ -14,7 +14,7 @@ from tests.ops.test_flex import TOLERANCE, gpu, relative
 
 import longspan as ls
 from longspan.errors import Refusal
-from longspan.ops import capability, launch, run
+from longspan.ops import capability, launch, loading
 from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge
 from longspan.ops.places import Places
@@ -104,7 +104,7 @@ CASES += [("window(100) | sink(4)", 1, PADDED), ("ssa(64, 8)", 1, UNSEEN), ("cau
 def test_a_pass_says_where_its_rows_lie(pattern, rows, how):
     q, k, v = (x.double() for x in inputs(2, rows))
     laid = ls.plan(pattern, rows, HEADS, keys=KEYS, **how)
-    lying = [run.load_where_rows_lie(one, q, k) for one in laid.passes]
+    lying = [loading.load_where_rows_lie(one, q, k) for one in laid.passes]
     found = by_hand(q, k, v, lying, 0.3)
     wanted = ls.attend(q, k, v, laid, impl="reference", return_lse=True, scale=0.3)
     torch.testing.assert_close(found, wanted)
@@ -137,7 +137,7 @@ def test_keys_in_an_order_are_not_gathered_for_new_tokens_on_a_cpu(monkeypatch):
     def order(*_):
         raise AssertionError("an order was made")
 
-    monkeypatch.setattr(run.Order, "of", order)
+    monkeypatch.setattr(loading.Order, "of", order)
     laid = ls.plan("strided(8)", 1, HEADS, keys=KEYS)
     torch.testing.assert_close(ls.attend(q, k, v, laid), wanted)
     with pytest.raises(AssertionError, match="an order was made"):
@@ -148,8 +148,8 @@ def test_what_a_pass_says_is_kept_and_goes_with_it():
     q, k, _ = inputs(1, 1)
     laid = ls.plan("strided(8)", 1, HEADS, keys=KEYS)
     (one,) = laid.passes
-    assert run.load_where_rows_lie(one, q, k) is run.load_where_rows_lie(one, q, k)
-    gone = weakref.ref(run.load_where_rows_lie(one, q, k)[0])
+    assert loading.load_where_rows_lie(one, q, k) is loading.load_where_rows_lie(one, q, k)
+    gone = weakref.ref(loading.load_where_rows_lie(one, q, k)[0])
     del laid, one
     gc.collect()
     assert gone() is None
@@ -190,7 +190,7 @@ def test_the_kernel_gets_tables_whose_rows_lie_one_after_another(monkeypatch):
     monkeypatch.setattr(module, "merge_stacked", lambda outs, lses, out: lses[0])
     monkeypatch.setattr(module, "processors", lambda device: 132)
     q, k, v = inputs(2, 9, keys=24)
-    lying = run.load_where_rows_lie(listed_pass(), q, k)
+    lying = loading.load_where_rows_lie(listed_pass(), q, k)
     heads = torch.zeros(1, 1, dtype=torch.int64).expand(2, HEADS)
     whole = KeyRanges(*(permuted(torch.zeros(1, 9, 2).int()) for _ in range(2)), heads, 24)
     assert not whole.lo_GNm.is_contiguous()
@@ -207,8 +207,8 @@ def test_the_kernel_gets_tables_whose_rows_lie_one_after_another(monkeypatch):
 def test_passes_by_hand_say_where_their_rows_lie():
     one = listed_pass()
     q, k, v = (x.double() for x in inputs(2, 9, keys=24))
-    found = by_hand(q, k, v, [run.load_where_rows_lie(one, q, k)], 0.3)
-    loaded = run.load(one, q, k)
+    found = by_hand(q, k, v, [loading.load_where_rows_lie(one, q, k)], 0.3)
+    loaded = loading.load(one, q, k)
     wanted = loaded.outputs(*reference(*loaded.inputs(q, k, v), loaded.ranges, 0.3)).placed()
     torch.testing.assert_close(found, wanted)
     assert found[1].isneginf().any()
@@ -219,7 +219,7 @@ def test_parts(programs, keys, passes, monkeypatch):
     monkeypatch.setattr(module, "processors", lambda device: 132)
     q, k, _ = inputs(programs // 2, 1, keys=keys, key_heads=2)
     laid = ls.plan("causal()", 1, HEADS, keys=keys)
-    ranges, places = run.load_where_rows_lie(laid.passes[0], q, k)
+    ranges, places = loading.load_where_rows_lie(laid.passes[0], q, k)
     parts = module._parts(q, k, ranges, places, passes)
     assert parts == {5000: 40, 70: 1, 900: 1}[keys]
 
@@ -264,9 +264,9 @@ def test_shapes_on_a_gpu(heads, key_heads, width, keys, rows, dtype):
 @gpu
 def test_a_pass_of_a_few_of_many_rows_on_a_gpu():
     q, k, v = inputs(2, 9, 64, keys=24, device="cuda")
-    lying = run.load_where_rows_lie(listed_pass(), q, k)
+    lying = loading.load_where_rows_lie(listed_pass(), q, k)
     found = module.decode_passes(q, k, v, [lying], 0.3)
-    loaded = run.load(listed_pass(), q, k)
+    loaded = loading.load(listed_pass(), q, k)
     wanted = loaded.outputs(*reference(*loaded.inputs(q, k, v), loaded.ranges, 0.3)).placed()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 

@@ -296,9 +296,9 @@ def test_segments_first_used_in_inference_mode_serve_training(library):
 def test_views_of_a_dilated_window_are_windows(library):
     # What planning makes of it: each remainder is a batch row, and all see the same.
     (part,) = ls.plan(ls.parse("dilated(40, 4)"), 256, 4).passes
-    run_module = importlib.import_module("longspan.ops.run")
+    loading = importlib.import_module("longspan.ops.loading")
     q, k, v = tensors(1, 4, 2, 256, 256, 16, 16)
-    views = run_module.load(part, q, k)
+    views = loading.load(part, q, k)
     own = views.inputs(q, k, v)
     found = views.outputs(*module.flash(*own, views.ranges, 0.25)).placed()
     expected = ls.attend(q, k, v, "dilated(40, 4)", impl="reference", scale=0.25)

@@ -14,7 +14,7 @@ from tests.ops import test_cudnn, test_hopper
 from tests.ops.test_flex import gpu, relative
 
 import longspan as ls
-from longspan.ops import capability, joint, measured, run
+from longspan.ops import capability, joint, loading, measured, run
 from longspan.ops.loaded import Loaded
 from longspan.ops.views import Views
 
@@ -34,7 +34,7 @@ PATTERNS = {
 def passes_of(text, batch, segments):
     plan = ls.plan(ls.parse(text), N, HEADS, segments=segments)
     q, k = (torch.zeros(batch, heads, N, 8) for heads in (HEADS, KEY_HEADS))
-    return plan, [run.load(one, q, k) for one in plan.passes]
+    return plan, [loading.load(one, q, k) for one in plan.passes]
 
 
 def made(batch, width, n=N, heads=HEADS, key_heads=KEY_HEADS, **how):

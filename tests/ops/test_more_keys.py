@@ -34,10 +34,12 @@ from tests.ops.test_hopper_plan import (
 import longspan as ls
 from longspan.ops.capability import Capability
 from longspan.ops.kernels.reference import reference
+from longspan.ops.loading import load, ranges_of
 from longspan.ops.more_keys import MoreKeys, more_keys
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
-from longspan.ops.run import _ranges, _with_more_keys, as_computed, load, suited
+from longspan.ops.run import as_computed
+from longspan.ops.suited import _with_more_keys, suited
 
 hopper = importlib.import_module("longspan.ops.kernels.hopper")
 
@@ -148,7 +150,7 @@ def test_all_keys_of_the_last_remainder_are_counted():
     lo, hi, more = made
     assert more.length == 256
     assert more.count == 1024
-    ranges = replace(_ranges(one, lo, hi, None, 2048, torch.device("cpu")), more=more)
+    ranges = replace(ranges_of(one, lo, hi, None, 2048, torch.device("cpu")), more=more)
     tasks_T7 = back_plan(ranges, 1, 8, 2).tasks_T7
     behind = tasks_T7[tasks_T7[:, 2] < 0]
     rows = {(~b, row) for row, _, b in behind[:, :3].tolist()}

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import longspan as ls
+from longspan.ops.loading import Loaded, load
 from longspan.ops.own_keys import own_keys
-from longspan.ops.run import Loaded, load
 
 PATTERNS = ["strided(4)", "sda(64, 4)", "random(8) | strided(4)"]
 

@@ -9,9 +9,9 @@ from torch.autograd import forward_ad
 
 import longspan as ls
 from longspan.ops import rows as rows_module
+from longspan.ops.loading import load
 from longspan.ops.merge import Part, merge, merge_parts
 from longspan.ops.rows import Order, spread
-from longspan.ops.run import load
 
 PERMUTED = np.array([[2, 0, 3, 1]], np.int32)
 PER_ROW = np.array([[2, 0, 3, 1], [3, 2, 1, 0]], np.int32)

@@ -23,7 +23,7 @@ from tests.ops.test_hopper_backward import executed as executed_back
 from tests.ops.test_hopper_plan import executed
 
 import longspan as ls
-from longspan.ops import capability, run
+from longspan.ops import capability, loading, run
 from longspan.ops.kernels.reference import reference
 
 N, HEADS, KEY_HEADS = 1024, 4, 2
@@ -46,7 +46,7 @@ def library(monkeypatch):
 def turning(monkeypatch):
     """The same, which does."""
     # As on a GPU, where heads share an order of keys.
-    monkeypatch.setattr(run, "own_keys", lambda *_: None)
+    monkeypatch.setattr(loading, "own_keys", lambda *_: None)
     return stand_in(monkeypatch)
 
 
@@ -56,7 +56,7 @@ def stand_in(monkeypatch, **more):
     ]
     monkeypatch.setattr(capability, "KERNELS", on_any)
     # Plans are kept, and what was loaded with them.
-    monkeypatch.setattr(run, "_loaded", WeakKeyDictionary())
+    monkeypatch.setattr(loading, "_loaded", WeakKeyDictionary())
     monkeypatch.setattr(module, "reasons", lambda *_: [])
     calls: dict[str, list] = {"forward": [], "backward": []}
 

@@ -18,7 +18,7 @@ from longspan.ops.kernels._tiled_runs import Costs, Mask, Run
 from longspan.ops.kernels._tiled_schedule import Schedule
 from longspan.ops.kernels.reference import reference
 from longspan.ops.kernels.tiled import tiled
-from longspan.ops.run import load
+from longspan.ops.loading import load
 from longspan.pattern import Blocks, VerticalSlash
 
 # Rows of 3 see nothing, and neither do those past the end of the map.

@@ -10,8 +10,8 @@ from tests.ops.test_flex import gpu
 import longspan as ls
 from longspan.ops.kernels import tiled
 from longspan.ops.kernels.reference import reference
+from longspan.ops.loading import load
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import load
 from longspan.ops.views import views_of
 
 PATTERNS = [

@@ -35,9 +35,11 @@ from longspan.ops.inputs import (
     on_cpu,
     without_gradient,
 )
+from longspan.ops.loading import load
 from longspan.ops.measured import Rates
 from longspan.ops.merge import merge_parts
-from longspan.ops.run import as_computed, calls_apart, compute, in_place, load, suited
+from longspan.ops.run import as_computed, calls_apart, compute, in_place
+from longspan.ops.suited import suited
 from longspan.pattern import Pattern, parse
 from longspan.pattern.algebra import whole
 from longspan.planning import Plan, plan

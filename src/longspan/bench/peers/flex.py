@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from longspan.bench.peers.flex_masks import mask_of
 from longspan.bench.setting import Call, Setting
 from longspan.errors import Refusal
+from longspan.ops.loading import load
 from longspan.ops.ranges import KeyRanges
-from longspan.ops.run import load
 from longspan.pattern import Pattern
 from longspan.planning import plan
 
