@@ -110,26 +110,7 @@ def test_half_precision_and_autocast(tiny):
 
 def test_learned_sinks_take_their_share(tiny):
     """gpt-oss: a logit per head that takes weight and gives no value."""
-    config = transformers.GptOssConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        sliding_window=10,
-        layer_types=["sliding_attention", "full_attention"],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM(config).eval()
+    model = tiny.build("gpt-oss", initializer_range=0.2)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks)
     model.set_attn_implementation("eager")

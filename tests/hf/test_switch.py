@@ -126,21 +126,7 @@ def test_packed_documents_with_a_cache_are_refused(tiny):
 
 
 def test_families_that_pack_no_documents_are_said(tiny):
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        pad_token_id=0,
-    )
-    model = GptOssForCausalLM(config).eval()
+    model = tiny.build("gpt-oss")
     ls.hf.apply(model, "causal()")
     packed = torch.cat([torch.arange(9), torch.arange(9)])[None]
     with pytest.raises(InputError, match=r"passed already, this family .* its own row"):
@@ -315,24 +301,7 @@ def test_saved_models_do_not_name_longspan(tiny, tmp_path):
 
 def test_a_pattern_with_sinks_keeps_the_learned_sinks(tiny):
     """gpt-oss gives each head a learned logit that takes weight away."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        max_position_embeddings=64,
-        sliding_window=10,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    model, ids = GptOssForCausalLM(config).eval(), tiny.tokens(2, N)
+    model, ids = tiny.build("gpt-oss"), tiny.tokens(2, N)
     for _, module in model.named_parameters():
         module.normal_(std=0.3)
     model.set_attn_implementation("eager")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
-from longspan.nn.attention import check, frequencies
+from longspan.nn.attention import check, cleared, frequencies
 from longspan.nn.rotary import rotate
 from longspan.position import Frequencies
 
@@ -198,14 +198,6 @@ def to_front(valid: Tensor) -> tuple[Tensor, Tensor]:
     """Order [B, N] that brings tokens before padding, and its inverse."""
     order = (~valid).to(torch.int8).argsort(dim=-1, stable=True)
     return order, order.argsort(dim=-1)
-
-
-def cleared(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows [B, N, D] or [B, H, N, D] with 0 at padding, which may hold anything, NaN included."""
-    if valid is None:
-        return tensors
-    hidden = ~valid[..., None]
-    return tuple(x.masked_fill(hidden if x.dim() == 3 else hidden[:, None], 0.0) for x in tensors)
 
 
 def rows_at(x_BHND: Tensor, row_BL: Tensor) -> Tensor:

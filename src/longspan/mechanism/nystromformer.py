@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from longspan.errors import InputError
-from longspan.mechanism._past import tokens_first
 from longspan.mechanism.layer import (
     MechanismLayer,
     at_least_one,
@@ -176,10 +175,13 @@ class Nystromformer(MechanismLayer):
         )
         if self.conv is None:
             return out
-        # Tokens are neighbours across the padding between them.
-        near = self.conv(*tokens_first(valid, v))
-        if valid is not None:
-            near = rows_at(near, to_front(valid)[1])
+        if valid is None:
+            near = self.conv(v)
+        else:
+            # Tokens are neighbours across the padding between them.
+            (v,) = cleared(valid, v)
+            order, back = to_front(valid)
+            near = rows_at(self.conv(rows_at(v, order)), back)
         (out,) = cleared(valid, out + near.repeat_interleave(self.heads // self.kv_heads, dim=1))
         return out
 

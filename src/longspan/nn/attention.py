@@ -117,7 +117,7 @@ class Attention(nn.Module):
         for name, rows in (("positions", positions), ("segments", segments)):
             _check_rows(x, name, rows)
         segments = join(x, mask, segments)
-        x = cleared(x, segments)
+        (x,) = cleared(None if segments is None else segments >= 0, x)
         q_BHND = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BKND = self.key(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         v_BKND = self.value(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
@@ -166,11 +166,14 @@ def join(x: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor | No
     return torch.where(mask.to(torch.bool), own if segments is None else segments, -1)
 
 
-def cleared(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Tokens with 0 at padding, which may hold anything: 0 times NaN would be NaN in gradients of
-    the weights.
+def cleared(valid: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows [B, N, D] or [B, H, N, D] with 0 at padding, which may hold anything, NaN included: 0
+    times NaN would be NaN in gradients of the weights.
     """
-    return x if segments is None else x.masked_fill((segments < 0)[..., None], 0.0)
+    if valid is None:
+        return tensors
+    hidden = ~valid[..., None]
+    return tuple(x.masked_fill(hidden if x.dim() == 3 else hidden[:, None], 0.0) for x in tensors)
 
 
 def _places(x: Tensor, positions: Tensor | None, segments: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longspan.errors import InputError
@@ -42,7 +43,7 @@ class OneHead(nn.Module):
         """
         check(x, self.d_model, mask)
         segments = join(x, mask, None)
-        x = cleared(x, segments)
+        (x,) = cleared(None if mask is None else mask.to(torch.bool), x)
         q, k, v = (project(x)[:, None] for project in (self.query, self.key, self.value))
         return attend(q, k, v, self.pattern, segments=segments)[:, 0]
 
