@@ -222,7 +222,7 @@ def main() -> None:
         "rounds": options.rounds,
         "speed": [],
     }
-    report["memory"] = measure_memory([int(x) for x in options.memory_lengths.split(",")])
+    report["memory"] = measure_memory([int(x) for x in options.memory_lengths.split(",") if x])
     for n in (int(x) for x in options.lengths.split(",")):
         for dtype in DTYPES:
             for backward in (False, True):

@@ -119,6 +119,19 @@ def test_what_is_wrong_only_at_full_length_is_not_timed(monkeypatch):
     assert "rows" in record["rows"][0]["wrong"]
 
 
+def test_a_peer_whose_borders_differ_is_checked_between_them(monkeypatch):
+    """Each half of a group at either end, as long as the rows of the check, differs."""
+    monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
+    pattern, setting, calls = ls.ShiftedChunk(64), replace(SMALL, n=512), {}
+    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
+    row = admit.admit(
+        longlora, pattern, ls.plan(pattern, 512, 4), setting, "forward+backward", calls
+    )
+    assert not row["wrong"]
+    assert list(calls) == [longlora.name]
+    assert 0.0 < row["errors"]["dq"] < 1e-5
+
+
 @pytest.mark.parametrize("text", ["scca.flow(16)", "ssa(12, 4)", "longnet([16, 64], [1, 4])"])
 def test_rows_are_checked_through_orders_and_passes(text):
     plan = ls.plan(ls.parse(text), 90, 4)

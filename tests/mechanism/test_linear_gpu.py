@@ -126,6 +126,11 @@ def test_widths(name, width, values, dtype):
     compare(map_of(name, width), inputs(200, width, values, 1, dtype), NEAR[dtype])
 
 
+def test_features_of_mega_keep_their_digits_far_below_the_mean():
+    q, k, v = inputs(200, 64, 64, 1, torch.float32)
+    compare(map_of("mega", 64), [0.2 * q - 1, 0.2 * k - 1, v], NEAR[torch.float32])
+
+
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_later_tokens_leave_the_past_bit_identical(name, dtype):
     phi = map_of(name, 64).cuda()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ from longspan.ops.places import Places
 BY_NAME = {case.name: case for case in CASES}
 # Against the reference in float64 on the same inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-LEVELS = {1: "AVX2", 2: "AVX-512", 3: "AMX"}
+LEVELS = {1: "AVX2", 2: "AVX-512", 3: "AVX512-BF16", 4: "AMX"}
 
 pytestmark = pytest.mark.skipif(
     module.library() is None,
@@ -49,10 +51,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="session")
+def with_tile_registers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The compiled code with tile registers in plain C, for processors that have none."""
+    header = Path(__file__).with_name("tile_registers.h")
+    with pytest.MonkeyPatch.context() as patch:
+        made = tmp_path_factory.mktemp("native") / "native.so"
+        for owner in (build, module):
+            patch.setattr(owner, "LIBRARY", made)
+        compiler = os.environ.get("CC") or "cc"
+        patch.setenv("CC", f"{compiler} -include {shlex.quote(str(header))}")
+        assert build.build() == ""
+        return module.library.__wrapped__()
+
+
 @pytest.fixture(params=LEVELS.values())
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {name: level for level, name in LEVELS.items()}[request.param]
-    if own > module.level():
+    there = module.level()
+    if own == module._AMX > there > module._SINGLE:
+        made = request.getfixturevalue("with_tile_registers")
+        monkeypatch.setattr(module, "library", lambda: made)
+    elif own > there:
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setattr(module, "level", lambda: own)
 
@@ -176,8 +196,9 @@ def test_kept_rows_are_those_of_the_keys(apart: int, shift: int) -> None:
 def test_keys_in_bfloat16_are_turned_as_they_are_read(
     keys: int, n: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit what they give when all of them are turned at first; AMX turns none."""
-    turning = int(module.level() != module._AMX)
+    """To the bit what they give when all of them are turned at first."""
+    single = min(module.level(), module._SINGLE)
+    monkeypatch.setattr(module, "level", lambda: single)
     narrow, ran = [], module._Call.run
 
     def run_noted(call, what):
@@ -203,7 +224,7 @@ def test_keys_in_bfloat16_are_turned_as_they_are_read(
                 monkeypatch.setattr(module, "_FEW_ROWS", most)
                 with torch.no_grad():
                     found.append(native(q, own_k, own_v, ranges, 0.3, places))
-            assert narrow[-2:] == [turning, 0]
+            assert narrow[-2:] == [1, 0]
             for a, b in zip(*found, strict=True):
                 assert torch.equal(a, b)
     wanted = reference(q.double(), k.double(), v.double(), ranges, 0.3)
@@ -212,6 +233,19 @@ def test_keys_in_bfloat16_are_turned_as_they_are_read(
         dict(zip(("out", "lse"), wanted, strict=True)),
         TOLERANCE[torch.bfloat16],
     )
+
+
+@pytest.mark.parametrize(
+    ("level", "rows", "narrow"),
+    [(2, 128, 1), (2, 129, 0), (3, 8, 1), (3, 9, 0), (4, 1, 0)],
+)
+def test_few_queries_turn_keys_where_that_is_faster(
+    level: int, rows: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of bfloat16 fill strips of 32 queries: here two heads share a vector of 16."""
+    q, k = torch.zeros(1, 4, rows, 16), torch.zeros(1, 2, 300, 16)
+    monkeypatch.setattr(module, "level", lambda: level)
+    assert module._turned_as_read(q, k) == bool(narrow)
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:

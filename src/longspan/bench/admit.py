@@ -60,7 +60,8 @@ def check(
 ) -> dict[str, Any]:
     """Errors against the oracle at a short length, and of some rows at full length."""
     dtype = getattr(torch, setting.dtype)
-    short, own = laid, replace(setting, n=min(setting.n, CHECKED_ROWS))
+    # Half of the rows at least are compared.
+    short, own = laid, replace(setting, n=min(setting.n, max(CHECKED_ROWS, 4 * border)))
     if own.n != setting.n:
         short = plan(pattern, own.n, own.heads)
     found: dict[str, float] = {}

@@ -11,9 +11,10 @@ order gathers nothing and puts nothing back, and keys that lie apart make one bl
 O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradients for each part.
 
 The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
-compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX where
-there is one: products of bfloat16, summed in float32 and with softmax in float32. All else in half
-precision is computed in float32; keys in bfloat16 that few queries see stay as they are in memory.
+compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX or the
+vectors of AVX512-BF16 where there are some: products of bfloat16, summed in float32 and with
+softmax in float32. All else in half precision is computed in float32; keys in bfloat16 that few
+queries see stay as they are in memory.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
 G range groups, m ranges per query.
@@ -39,12 +40,13 @@ from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.workers import can_share_threads, run_compiled
 
-# Widths are multiples of these: a vector of float32, or a row of a tile register.
-_LANES, _AMX_LANES = 16, 32
-_AMX = 3
+# Widths are multiples of these: a vector of float32, or of bfloat16.
+_LANES, _HALF_LANES = 16, 32
+# Levels that multiply float32 alone end here, and bfloat16 in tile registers begins there.
+_SINGLE, _AMX = 2, 4
 _FEW_KEYS, _FEW_HALF_KEYS, _FEW_SEEN = 256, 4096, 2048
-# Keys that so many queries see are turned to float32 as they are read; with more, each is read so
-# often that dense attention takes 5 % longer than with all of them turned at first.
+# Keys in bfloat16 that so many queries see are turned to float32 as they are read; with more, each
+# is read so often that dense attention takes 5 % longer than with all of them turned at first.
 _FEW_ROWS = 128
 # Tensors of so many bytes are mapped anew each time: the most that malloc keeps.
 _MAPPED = 32 << 20
@@ -108,13 +110,13 @@ def library() -> Any:
 
 
 def level() -> int:
-    """What this machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX."""
+    """What this machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 its bfloat16, 4 AMX."""
     return 0 if library() is None else library().longspan_level()
 
 
 def instructions() -> str | None:
     """Name of what this machine can do; None where there is no compiled code for it."""
-    return (None, "AVX2", "AVX-512", "AVX-512 and AMX")[level()]
+    return (None, "AVX2", "AVX-512", "AVX-512 with bfloat16", "AVX-512 and AMX")[level()]
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> list[str]:
@@ -254,8 +256,8 @@ def _forward(
     passes: Sequence[tuple[KeyRanges, Places]],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    few = q_BHND.shape[2] <= _FEW_ROWS
-    q, k, v = _rows(q_BHND, k_BKMD, v_BKMD, narrow=(1, 2) if few else ())
+    turned = _turned_as_read(q_BHND, k_BKMD)
+    q, k, v = _rows(q_BHND, k_BKMD, v_BKMD, narrow=(1, 2) if turned else ())
     covers = passes[0][1].covers
     # What several passes give is rounded once, at the end.
     half = q.dtype == torch.bfloat16 and covers and len(passes) == 1
@@ -300,7 +302,7 @@ class _Call:
         task.batch, task.heads, task.key_heads = len(q), len(query_heads), len(key_heads)
         _, task.rows, task.ranges = ranges.lo_GNm.shape
         task.keys, task.scale = ranges.keys, scale
-        task.level = _AMX if q.dtype == torch.bfloat16 else min(level(), _AMX - 1)
+        task.level = level() if q.dtype == torch.bfloat16 else min(level(), _SINGLE)
         task.width, task.value_width, task.add = q.shape[-1], v.shape[-1], add
         task.narrow = k.dtype != q.dtype
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -399,19 +401,30 @@ class _Call:
         return min(reversed(fit), key=tiles)
 
 
+def _turned_as_read(q: Tensor, k: Tensor) -> bool:
+    """Whether few queries see these keys, so that these are turned to float32 as they are read.
+
+    Products of bfloat16 do without, but fill whole strips of queries: for those that a vector of
+    float32 holds they take up to 1.6 times as long (with AMX it was not measured).
+    """
+    if level() <= _SINGLE:
+        return q.shape[2] <= _FEW_ROWS
+    return level() < _AMX and q.shape[2] * q.shape[1] // k.shape[1] <= _LANES
+
+
 def _rows(*tensors: Tensor, narrow: tuple[int, ...] = ()) -> list[Tensor]:
     """As the compiled code takes them: columns side by side, a multiple of its lanes of them.
 
     Args:
         tensors: all of one dtype.
-        narrow: which of them may stay in bfloat16 where others become float32.
+        narrow: which of them stay in bfloat16 where others become float32.
     """
     half = all(x.dtype == torch.bfloat16 for x in tensors)
-    amx = level() == _AMX and half
-    lanes = _AMX_LANES if amx else _LANES
+    own_products = level() > _SINGLE and half and not narrow
+    lanes = _HALF_LANES if own_products else _LANES
     found = []
     for i, x in enumerate(tensors):
-        dtype = torch.bfloat16 if amx or (half and i in narrow) else torch.float32
+        dtype = torch.bfloat16 if own_products or (half and i in narrow) else torch.float32
         own, rest = x.to(dtype).resolve_neg(), -x.shape[-1] % lanes
         if rest:
             own = pad(own, (0, rest))

@@ -46,8 +46,10 @@ def build() -> str:
     command = [*compiler, "-O3", "-fPIC", "-shared", f"-DLONGSPAN_SOURCES={fingerprint()}LL"]
     command += ["-o", str(made), *sources, "-lm"]
     said = ""
-    # Compilers before gcc 11 and clang 12 do not know AMX.
-    for options in ([], ["-DLONGSPAN_WITHOUT_AMX"]):
+    # Compilers before gcc 11 and clang 12 do not know AMX, those before gcc 10 and clang 9 no
+    # products of bfloat16 either.
+    without = ["-DLONGSPAN_WITHOUT_AMX", "-DLONGSPAN_WITHOUT_BF16"]
+    for options in ([], without[:1], without):
         try:
             subprocess.run([*command, *options], check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

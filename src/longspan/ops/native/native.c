@@ -6,6 +6,17 @@ int64_t longspan_forward_avx2(Task *), longspan_backward_avx2(Task *), longspan_
 int64_t longspan_forward_avx512(Task *), longspan_backward_avx512(Task *);
 int64_t longspan_tile_avx512(void);
 
+#ifdef LONGSPAN_WITHOUT_BF16
+/* The compiler does not know it. */
+static int64_t longspan_forward_bf16(Task *task) { return task == 0; }
+static int64_t longspan_backward_bf16(Task *task) { return task == 0; }
+static int64_t longspan_tile_bf16(void) { return 1; }
+static int64_t longspan_bf16(void) { return 0; }
+#else
+int64_t longspan_forward_bf16(Task *), longspan_backward_bf16(Task *), longspan_tile_bf16(void);
+static int64_t longspan_bf16(void) { return __builtin_cpu_supports("avx512bf16") != 0; }
+#endif
+
 #ifdef LONGSPAN_WITHOUT_AMX
 /* The compiler does not know it. */
 static int64_t longspan_forward_amx(Task *task) { return task == 0; }
@@ -37,23 +48,35 @@ int64_t longspan_level(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return longspan_amx() ? 3 : 2;
+        return longspan_amx() ? 4 : longspan_bf16() ? 3 : 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
 int64_t longspan_tile(int64_t level) {
-    if (level == 3) return longspan_tile_amx();
-    return level == 2 ? longspan_tile_avx512() : longspan_tile_avx2();
+    switch (level) {
+        case 4: return longspan_tile_amx();
+        case 3: return longspan_tile_bf16();
+        case 2: return longspan_tile_avx512();
+        default: return longspan_tile_avx2();
+    }
 }
 
 static int64_t forward(Task *task) {
-    if (task->level == 3) return longspan_forward_amx(task);
-    return task->level == 2 ? longspan_forward_avx512(task) : longspan_forward_avx2(task);
+    switch (task->level) {
+        case 4: return longspan_forward_amx(task);
+        case 3: return longspan_forward_bf16(task);
+        case 2: return longspan_forward_avx512(task);
+        default: return longspan_forward_avx2(task);
+    }
 }
 
 static int64_t backward(Task *task) {
-    if (task->level == 3) return longspan_backward_amx(task);
-    return task->level == 2 ? longspan_backward_avx512(task) : longspan_backward_avx2(task);
+    switch (task->level) {
+        case 4: return longspan_backward_amx(task);
+        case 3: return longspan_backward_bf16(task);
+        case 2: return longspan_backward_avx512(task);
+        default: return longspan_backward_avx2(task);
+    }
 }
 
 void longspan_forward(Task *task) {

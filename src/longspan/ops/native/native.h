@@ -21,7 +21,7 @@ typedef struct {
     int64_t level;
     /* Whether out and lse, or dq, hold what earlier passes gave: this one joins them. */
     int64_t add;
-    /* Level 3: whether out is in bfloat16, not in float32; then nothing is joined. */
+    /* Levels 3 and 4: whether out is in bfloat16, not in float32; then nothing is joined. */
     int64_t half;
     /* Forward, levels 1 and 2: whether keys and values are in bfloat16, not in float32. */
     int64_t narrow;
@@ -42,7 +42,7 @@ typedef struct {
     void *out;
     float *lse;
     Steps out_steps, lse_steps;
-    /* Backward only: gradients of out and lse. At level 3 out and its gradient are in bfloat16. */
+    /* Backward only: gradients of out and lse. At levels 3 and 4 out and its gradient are in bfloat16. */
     const void *d_out;
     const float *d_lse;
     Steps d_out_steps, d_lse_steps;
@@ -62,9 +62,9 @@ typedef struct {
 
 /* Which sources this was made of (build.py): a caller of others stays away. */
 int64_t longspan_sources(void);
-/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also AMX, with which bfloat16 is
- * computed (D and E multiples of 32); all else is float32 and level 2, but for keys that are
- * `narrow`. */
+/* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also products of bfloat16, 4 those
+ * of AMX. Tasks of levels 3 and 4 are in bfloat16 (D and E multiples of 32); all else is float32 and
+ * level 2, but for keys that are `narrow`. */
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
