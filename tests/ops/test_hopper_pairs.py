@@ -30,10 +30,12 @@ from longspan.ops.ranges import KeyRanges
 module = importlib.import_module("longspan.ops.kernels.hopper")
 
 
-def always(monkeypatch):
-    """Whatever can be put together is."""
+def always(monkeypatch, each=2):
+    """Whatever can be put together is, for so many heads."""
     for name, value in (("_IN_VAIN", 0), ("_WORTH", 1 << 30), ("_FEW", 0)):
         monkeypatch.setattr(_hopper_plan, name, value)
+    if each == 1:
+        monkeypatch.setattr(_hopper_plan, "_neighbours_alike", lambda x, _: x.new_zeros(()))
     forget_plans(monkeypatch)
 
 
@@ -49,10 +51,10 @@ def half(made, row, key, about, *, masked):
     return inside
 
 
-def check_pairs(ranges, batch, heads, key_heads, *, shared=False):
+def check_pairs(ranges, batch, heads, key_heads, *, shared=False, each=2):
     n, keys = ranges.queries, ranges.keys
     made = plan(ranges, batch, heads, key_heads, shared=shared)
-    assert made.paired
+    assert made.halves == each
     assert made.parts == 1
     for x in made.tensors:
         assert x.dtype == torch.int32
@@ -63,7 +65,7 @@ def check_pairs(ranges, batch, heads, key_heads, *, shared=False):
         entries = made.entries[first : first + count].tolist()
         assert own == entries[0]
         assert 1 <= edges <= count
-        assert head % 2 == 0
+        assert head % each == 0
         tasks.add((row, head, b))
         missing = 0
         for at, (key, about, other, about_other) in enumerate(entries):
@@ -77,9 +79,9 @@ def check_pairs(ranges, batch, heads, key_heads, *, shared=False):
             for own_key, own_about in ((key, about), (other, about_other)):
                 inside = half(made, row, own_key, own_about, masked=masked)
                 part = slice(own_key, own_key + 64)
-                counted[b, head : head + 2, row : row + 64, part] += inside
+                counted[b, head : head + each, row : row + 64, part] += inside
         assert missing <= 1
-    assert len(tasks) == len(made.tasks) == batch * heads // 2 * -(-n // 64)
+    assert len(tasks) == len(made.tasks) == batch * heads // each * -(-n // 64)
     expected = ranges.mask_GNM()[ranges.group_BH.expand(batch, heads)]
     assert (counted[..., :keys] == expected).all()
     assert (counted[..., keys:] == 0).all()
@@ -92,24 +94,29 @@ def by_twos(ranges):
     return KeyRanges(ranges.lo_GNm, ranges.hi_GNm, group_BH, ranges.keys)
 
 
+each_of = pytest.mark.parametrize("each", [1, 2])
+
+
+@each_of
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("name", PLANNED)
-def test_every_pair_is_in_one_half(name, shared, monkeypatch):
-    always(monkeypatch)
+def test_every_pair_is_in_one_half(name, shared, each, monkeypatch):
+    always(monkeypatch, each)
     build, batch, heads, key_heads = PLANNED[name]
     ranges = build()
     if shared:
         batch, ranges = in_rows(ranges, batch)
-    check_pairs(by_twos(ranges), batch, 2 * heads, key_heads, shared=shared)
+    check_pairs(by_twos(ranges), batch, 2 * heads, key_heads, shared=shared, each=each)
 
 
+@each_of
 @settings(max_examples=60, deadline=None)
-@given(any_ranges())
-def test_every_pair_of_any_ranges_is_in_one_half(given):
+@given(given=any_ranges())
+def test_every_pair_of_any_ranges_is_in_one_half(given, each):
     ranges, batch, heads, key_heads = given
     with pytest.MonkeyPatch.context() as patch:
-        always(patch)
-        check_pairs(by_twos(ranges), batch, 2 * heads, key_heads)
+        always(patch, each)
+        check_pairs(by_twos(ranges), batch, 2 * heads, key_heads, each=each)
 
 
 def test_plans_of_equal_bounds_and_other_numbers_of_keys(monkeypatch):
@@ -149,15 +156,17 @@ def test_blocks_of_64_fill_their_tiles(monkeypatch):
         # No tile is in vain.
         (cases.causal(4096, 8), 8, 2),
         (window(4096, 1024, heads=8), 8, 2),
-        # Three heads have no neighbour, and one has a key head of its own.
-        (alternating(4096, 4096, 9, 6), 6, 2),
-        (alternating(4096, 4096, 9, 6), 6, 6),
         # Few tasks are split by keys.
         (alternating(256, 4096, 9, 4), 4, 2),
     ],
 )
 def test_others_stay_as_they_are(ranges, heads, key_heads):
-    assert not plan(ranges, 1, heads, key_heads).paired
+    assert not plan(ranges, 1, heads, key_heads).halves
+
+
+@pytest.mark.parametrize("key_heads", [2, 6])
+def test_three_heads_have_no_neighbour_and_one_has_a_key_head_of_its_own(key_heads):
+    check_pairs(alternating(4096, 4096, 9, 6), 1, 6, key_heads, each=1)
 
 
 def test_heads_that_differ_are_not_put_together():
@@ -167,9 +176,8 @@ def test_heads_that_differ_are_not_put_together():
         torch.cat([x, y])
         for x, y in zip((ranges.lo_GNm, ranges.hi_GNm), (other.lo_GNm, other.hi_GNm), strict=True)
     )
-    for group, paired in (([0, 0, 1, 1] * 2, True), ([0, 1, 1, 0] * 2, False)):
-        found = plan(KeyRanges(lo, hi, torch.tensor([group]), 4096), 1, 8, 2)
-        assert found.paired == paired
+    for group, each in (([0, 0, 1, 1] * 2, 2), ([0, 1, 1, 0] * 2, 1)):
+        check_pairs(KeyRanges(lo, hi, torch.tensor([group]), 4096), 1, 8, 2, each=each)
 
 
 # Every pair of heads sees the same in these.
@@ -188,44 +196,48 @@ PAIRED = [
 
 
 @gpu
+@each_of
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", PAIRED)
-def test_equals_the_oracle(name, dtype, monkeypatch):
+def test_equals_the_oracle(name, dtype, each, monkeypatch):
     here()
-    always(monkeypatch)
+    always(monkeypatch, each)
     made = []
     monkeypatch.setattr(
         module, "plan_of", lambda *x: made.append(_hopper_plan.plan_of(*x)) or made[-1]
     )
     compare(*on_gpu(name, dtype))
-    assert [one.paired for one in made] == [True]
+    assert [one.halves for one in made] == [each]
     equals_the_oracle(name, dtype)
 
 
 @gpu
+@each_of
 @pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("name", PAIRED)
-def test_few_programs_go_through_all_tasks(name, programs, monkeypatch):
+def test_few_programs_go_through_all_tasks(name, programs, each, monkeypatch):
     here()
-    always(monkeypatch)
+    always(monkeypatch, each)
     monkeypatch.setattr(_hopper_calls, "processors", lambda _: programs)
     given = on_gpu(name, torch.bfloat16)
-    assert module._ready(*given[1:], given[0], 1.0, backward=False).plan.paired
+    assert module._ready(*given[1:], given[0], 1.0, backward=False).plan.halves == each
     compare(*given)
 
 
 @gpu
-def test_batch_rows_share_keys(monkeypatch):
+@each_of
+def test_batch_rows_share_keys(each, monkeypatch):
     here()
-    always(monkeypatch)
+    always(monkeypatch, each)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(3, 8, 2, 500, 640, 128, 128))
     compare(to(alternating(500, 640, 3, 8), "cuda"), q, k[:1], v[:1])
 
 
 @gpu
-def test_what_lies_behind_the_keys_does_not_matter(monkeypatch):
+@each_of
+def test_what_lies_behind_the_keys_does_not_matter(each, monkeypatch):
     here()
-    always(monkeypatch)
+    always(monkeypatch, each)
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(1, 4, 2, 512, 700, 128, 128))
     ranges = to(alternating(512, 448, 5, 4), "cuda")
     ranges = KeyRanges(ranges.lo_GNm, ranges.hi_GNm, ranges.group_BH, 700)

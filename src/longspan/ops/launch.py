@@ -29,6 +29,7 @@ def launch(
     *,
     device: torch.device,
     alike: Hashable = None,
+    **options: int,
 ) -> None:
     """Launch a kernel of Triton, with its options as they are.
 
@@ -38,7 +39,8 @@ def launch(
         args: all arguments in their order; tuples of tensors and numbers too.
         device: where it runs.
         alike: what alone decides which compilation fits, where the kernel specializes on nothing
-            else; None for all that Triton looks at.
+            else, such as options; None for all that Triton looks at.
+        options: of the compilation.
     """
     here = torch.cuda.current_device() == device.index
     name = (id(kernel), device, _signs(args) if alike is None else alike)
@@ -47,7 +49,7 @@ def launch(
         if known is not None:
             known[grid](*args)
             return
-        found = kernel[grid](*args)
+        found = kernel[grid](*args, **options)
     # Nothing is compiled where kernels are interpreted.
     if found is not None:
         if len(_compiled) >= _MOST:

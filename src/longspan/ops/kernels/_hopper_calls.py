@@ -28,8 +28,12 @@ from longspan.ops.more_keys import MoreKeys
 
 # Keys of a batch row where those of another one never follow: no range counts further.
 _ENDLESS = (1 << 31) - 1
-# What is compiled, and the tiles of keys and values that then fit into shared memory.
+# What is compiled, and the tiles of keys and values that then fit into shared memory; and into half
+# of it, where one head is computed alone and a processor has two programs.
 _PLACES = {64: 8, 128: 5}
+_HALF_PLACES = {64: 6, 128: 2}
+# Registers of a thread that leave room for two programs.
+_HALF_REGISTERS = 128
 _LOG2_E = 1.4426950408889634
 
 
@@ -87,15 +91,17 @@ class Ready:
         else:
             out_BHND = q_BHND.new_empty(batch, heads, rows, v.shape[3])
         compiled = _compiled(width, v.shape[3])
-        tasks, parts, pairs = len(self.plan.tasks), self.plan.parts, self.plan.paired
-        tile = (64, 64) if pairs else (128, compiled)
+        tasks, parts, halves = len(self.plan.tasks), self.plan.parts, self.plan.halves
+        tile = (64, 64) if halves else (128, compiled)
+        alone = halves == 1
+        programs = processors(q.device) * (2 if alone else 1)
         border, length = (self.more.border, self.more.length) if self.more else (0, self.length)
         lse = q_BHND.new_empty(parts * batch, heads, rows, dtype=torch.float32)
         to = out_BHND if parts == 1 else out_BHND.new_empty(*lse.shape, v.shape[3])
         described = _tiles().described
         launch(
             forward_kernels().forward,
-            (min(processors(q.device), tasks), 1, 1),
+            (min(programs, tasks), 1, 1),
             (
                 described(q_BHND, 64, compiled),
                 *(described(x, *tile) for x in (k_BKMD, v_BKMD, *self._more(k_BKMD, v_BKMD))),
@@ -114,13 +120,14 @@ class Ready:
                 length or _ENDLESS,
                 border,
                 abs(self.scale or 1.0) * _LOG2_E,
-                _PLACES[compiled],
+                (_HALF_PLACES if alone else _PLACES)[compiled],
                 compiled,
-                pairs,
+                halves,
             ),
             device=q.device,
             # Nothing else makes a difference to what is compiled.
-            alike=(q.dtype, compiled, pairs, self.more is None),
+            alike=(q.dtype, compiled, halves, self.more is None),
+            **({"maxnreg": _HALF_REGISTERS} if alone else {}),
         )
         if parts > 1:
             lse = merge_stacked(to.unflatten(0, (parts, -1)), lse, out_BHND)

@@ -28,11 +28,12 @@ query sees, with these bits: two for each group of warps (0 all keys, 1 masked, 
 keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first entry is computed
 whole. 4 D flops for each pair of a tile or half a tile.
 
-With ``paired`` a task is 64 queries of two neighbouring heads, which see the same keys, and a tile
-of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is then int32 [16], and
-an entry int32 [4]: the first key of a half and 64 times its row of bounds with the same bits for
-either half, but of the first number of bits 1 that the tile has a mask, and 2 that there is no
-second half.
+With ``paired`` a task is 64 queries of so many heads, of one or of two neighbours that see the same
+keys, and a tile of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is then
+int32 [16], and an entry int32 [4]: the first key of a half and 64 times its row of bounds with the
+same bits for either half, but of the first number of bits 1 that the tile has a mask, and 2 that
+there is no second half. For one head one group of warps multiplies, and a processor has two
+programs: while one waits, the other one multiplies.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
 are read and nothing is written. Offsets of rows are 64-bit. Keys and values lie at ``step`` times
@@ -100,9 +101,11 @@ def forward(
     width: gl.constexpr,
     paired: gl.constexpr,
 ):
-    queries = ring_of(q_desc, 2, 2, 64, width)
-    keys = ring_of(k_desc, places // 2, 1, 128, width)
-    values = ring_of(v_desc, places - places // 2, 1, 128, width)
+    # Groups of warps that multiply.
+    groups: gl.constexpr = 1 if paired == 1 else 2
+    queries = ring_of(q_desc, 2, groups, 64, width, groups)
+    keys = ring_of(k_desc, places // 2, 1, 128, width, groups)
+    values = ring_of(v_desc, places - places // 2, 1, 128, width, groups)
     told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
@@ -111,24 +114,28 @@ def forward(
     else:
         k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
     rings = (queries, keys, values)
-    gl.warp_specialize(
-        [
-            (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
-            (_multiply, (1, paired, rings, told, entries, bounds, results, scale)),
-            (
-                load_pairs if paired else load,
-                (
-                    (q_desc, k_descs, v_descs),
-                    rings,
-                    told,
-                    (fetched, tasks, entries, count, group, step),
-                    (length, border),
-                ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    descs = (q_desc, k_descs, v_descs)
+    work = (fetched, tasks, entries, count, group, step)
+    stretches = (length, border)
+    if groups == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
+                (load_pairs, (descs, rings, told, work, stretches)),
+            ],
+            [1],
+            [24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
+                (_multiply, (1, paired, rings, told, entries, bounds, results, scale)),
+                (load_pairs if paired else load, (descs, rings, told, work, stretches)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
 
 
 @gluon.jit
@@ -143,6 +150,7 @@ def _multiply(
     scale,
 ):
     queries, keys, values = rings
+    groups: gl.constexpr = queries[0].shape[0] // 2
     width: gl.constexpr = queries[0].shape[4]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     room, full, empty = queries
@@ -154,7 +162,7 @@ def _multiply(
     while row < bounds[2]:
         # The next entry is read long before it is needed.
         tile1 = _tile(entries, first + 1, paired)
-        q_room = room.index(2 * q_place + half)
+        q_room = room.index(groups * q_place + half)
         q = q_room.reshape([64, width])
         scores = _times_keys(q, keys, place, phase, _WHOLE)
         # The output of the last task has left: its place is free.

@@ -94,15 +94,16 @@ def load_pairs(descs, rings, told, work, stretches):
 def _bring_queries(desc, at, queries, told, whole, place, phase):
     """Those of both groups of warps, which are some heads and rows apart, and their task."""
     room, full, empty = queries
+    groups: gl.constexpr = room.shape[0] // 2
     batch, head, row, heads_on, rows_on = at
     mbarrier.wait(empty.index(place), phase ^ 1)
     told.index(place).store(whole)
     # All threads have written before one of them says so.
     meet()
-    mbarrier.expect(full.index(place), 128 * room.shape[4] * 2)
-    for half in gl.static_range(2):
+    mbarrier.expect(full.index(place), 64 * groups * room.shape[4] * 2)
+    for half in gl.static_range(groups):
         from_row = [batch, head + heads_on * half, row + rows_on * half, 0]
-        to = room.index(2 * place + half)
+        to = room.index(groups * place + half)
         tma.async_copy_global_to_shared(desc, from_row, full.index(place), to)
     return next_place(queries, place, phase)
 

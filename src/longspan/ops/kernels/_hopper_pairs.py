@@ -1,4 +1,4 @@
-"""Tiles of ``hopper`` that are two halves of 64 keys each, for two query heads at a time.
+"""Tiles of ``hopper`` that are two halves of 64 keys each, for one or two query heads at a time.
 
     a task    64 queries of head h        a tile    64 keys from key_0 on
               the same of head h + 1                64 keys from key_1 on
@@ -6,7 +6,8 @@
 Blocks of 64 fill half a tile of 128 keys, for half of 128 queries; so does a global column, or
 the edge of a window. Query heads that share a key head and see the same keys stand side by side
 instead, and any two halves that their 64 queries see make a tile: nothing is computed that nobody
-asked for, but for a half at most in each task.
+asked for, but for a half at most in each task. Where neighbours differ, or have key heads of their
+own, a task has one head: no tile serves two of them, so that keys are read twice as often.
 
 In a task two whole halves lead, where there are two; halves with a mask follow, and other whole
 ones. An odd number of them is made even by a half behind all keys, which is zeros, at the end of

@@ -14,7 +14,8 @@ first, and what is as long in the order of key heads and rows, so that programs 
 same time read the same keys. But far longer ones that would end behind all others come before all.
 Batch rows that share keys count as more query heads of them. Where there are fewer tasks than
 processors, long ones are split by keys (see ``_hopper_parts``). Where tiles are mostly in vain, as
-with blocks of 64, they are put together from halves for two query heads (see ``_hopper_pairs``).
+with blocks of 64, they are put together from halves, for two query heads or one (see
+``_hopper_pairs``).
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
@@ -53,8 +54,10 @@ _IN_VAIN = 1.1
 _MOST_PAIRED = 1 << 23
 # and so many tiles of queries, of which none is split by keys.
 _FEW = PROGRAMS
-# Taken where they make so many times the tiles at most.
+# Taken where they take so many times the time at most: for two heads as long as other tiles do,
 _WORTH = 0.95
+# for one head, which have half of the pairs, so many times as long.
+_ALONE = 0.65
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +75,8 @@ class HopperPlan:
             batch row b has batch row ``s B + b``, and its first entry may need a mask in any
             case.
         parts: into which each task is split by keys.
-        paired: whether tasks and tiles are those of ``_hopper_pairs``: int32 [T, 16], ten of
-            which count, and [E, 4].
+        halves: query heads of a task where tasks and tiles are those of ``_hopper_pairs``, 1 or
+            2: int32 [T, 16], ten of which count, and [E, 4]; else 0.
     """
 
     lo_PN: Tensor
@@ -81,7 +84,7 @@ class HopperPlan:
     entries: Tensor
     tasks: Tensor
     parts: int
-    paired: bool = False
+    halves: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -158,10 +161,10 @@ def plan_of(
     @torch.inference_mode(False)
     def make(lo_GNm: Tensor, hi_GNm: Tensor, group_BH: Tensor) -> HopperPlan:
         runs, group_BH = _runs_of(ranges, length), group_BH.expand(heads)
-        halves = None if length else _halves(ranges, runs, group_BH, key_heads)
+        halves, each = (None, 0) if length else _halves(ranges, runs, group_BH, key_heads)
         about = _entries(ranges, runs) if halves is None else _pairs(ranges, halves)
         entries, about_GQ3 = about
-        tasks = _in_order(_tasks(about_GQ3, entries, group_BH, key_heads), section)
+        tasks = _in_order(_tasks(about_GQ3, entries, group_BH, key_heads, each), section)
         parts = parts_of(tasks[:, 5], len(entries) - 1) if halves is None else 1
         if parts > 1:
             unseen = runs.tiles.last.amax().int()
@@ -172,7 +175,7 @@ def plan_of(
             entries,
             tasks,
             parts,
-            halves is not None,
+            each,
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
@@ -206,8 +209,8 @@ def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
 
 def _halves(
     ranges: KeyRanges, runs: _Runs, group_BH: Tensor, key_heads: tuple[int, ...]
-) -> _Runs | None:
-    """Halves of tiles for pairs of heads, where they make far fewer tiles; else None.
+) -> tuple[_Runs | None, int]:
+    """Halves of tiles where they make far fewer of them, and for how many heads; else None and 0.
 
     Args:
         ranges: visible keys.
@@ -217,18 +220,26 @@ def _halves(
     """
     count_GQ = runs.count_GQ
     tasks = group_BH.numel() * (ranges.queries // TILE)
-    # Two neighbours have one key head. Twice the numbers in each task.
-    if group_BH.shape[1] // key_heads[1] % 2 or not _FEW <= tasks < MOST_TASKS // 2:
-        return None
+    # At most twice as many tasks, of twice the numbers.
+    if not _FEW <= tasks < MOST_TASKS // 4:
+        return None, 0
     seen = (ranges.hi_GNm - ranges.lo_GNm).clamp(min=0).sum(dtype=torch.int64)
-    alike = (group_BH[:, ::2] == group_BH[:, 1::2]).all()
-    tiles, pairs, same = torch.stack([count_GQ.sum(), seen, alike.long()]).tolist()
-    if not same or tiles > _MOST_PAIRED or tiles * TILE**2 < _IN_VAIN * pairs:
-        return None
+    same = _neighbours_alike(group_BH, key_heads)
+    tiles, pairs, same = torch.stack([count_GQ.sum(), seen, same.long()]).tolist()
+    # A half tile is half of the queries with the keys of a whole one.
+    each, worth, least = (2, 2.0, _IN_VAIN) if same else (1, 1 / _ALONE, 2 * _ALONE / _WORTH)
+    if tiles > _MOST_PAIRED or tiles * TILE**2 < least * pairs:
+        return None, 0
     halves = _find_runs(ranges, None, HALF)
-    # Each is for two heads, and for half of the queries.
     found = int(((halves.count_GQ + 1) // 2).sum())
-    return halves if found <= _WORTH * 2 * tiles else None
+    return (halves, each) if found <= _WORTH * worth * tiles else (None, 0)
+
+
+def _neighbours_alike(group_BH: Tensor, key_heads: tuple[int, ...]) -> Tensor:
+    """Whether each two neighbouring query heads share a key head and see the same, bool []."""
+    if group_BH.shape[1] // key_heads[1] % 2:
+        return torch.zeros((), dtype=torch.bool, device=group_BH.device)
+    return (group_BH[:, ::2] == group_BH[:, 1::2]).all()
 
 
 def _find_runs(ranges: KeyRanges, in_row: int | None, size: int) -> _Runs:
@@ -421,16 +432,16 @@ def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tasks(
-    about_GQ3: Tensor, entries: Tensor, group_BH: Tensor, key_heads: tuple[int, ...]
+    about_GQ3: Tensor, entries: Tensor, group_BH: Tensor, key_heads: tuple[int, ...], halves: int
 ) -> Tensor:
-    """All tasks, int32 [A, K, Q, S, 8]; of pairs of heads [A, K, Q, S / 2, 16]."""
+    """All tasks, int32 [A, K, Q, S, 8]; of halves for each [A, K, Q, S / halves, 16]."""
     about_GQc = torch.cat([about_GQ3.int(), entries[about_GQ3[..., 0]]], -1)
-    pair = entries.shape[1] // 2
     group_AKS, head_AKS, row_AKS = (
-        by_key_head(x_BH, key_heads)[..., ::pair] for x_BH in (group_BH, *heads_of(group_BH))
+        by_key_head(x_BH, key_heads)[..., :: max(halves, 1)]
+        for x_BH in (group_BH, *heads_of(group_BH))
     )
-    rows, size = about_GQ3.shape[1], TILE // pair
-    grid = about_GQc.new_zeros(*group_AKS.shape[:2], rows, group_AKS.shape[2], 8 * pair)
+    rows, size, numbers = about_GQ3.shape[1], *((HALF, 16) if halves else (TILE, 8))
+    grid = about_GQc.new_zeros(*group_AKS.shape[:2], rows, group_AKS.shape[2], numbers)
     first_Q = torch.arange(0, rows * size, size, dtype=torch.int32, device=grid.device)
     grid[..., 0] = first_Q[:, None]
     grid[..., 1] = head_AKS[:, :, None]

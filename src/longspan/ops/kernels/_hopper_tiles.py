@@ -64,14 +64,15 @@ def ring_of(
     tiles: gl.constexpr,
     rows: gl.constexpr,
     width: gl.constexpr,
+    readers: gl.constexpr = 2,
 ):
-    """Places of some tiles each, with a barrier for full and one for empty."""
+    """Places of some tiles each, with a barrier for full and one for empty: all have read it."""
     room = gl.allocate_shared_memory(desc.dtype, [places * tiles, 1, 1, rows, width], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(places):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=readers)
     return room, full, empty
 
 
