@@ -28,8 +28,8 @@ from longspan.ops.more_keys import MoreKeys
 
 # Keys of a batch row where those of another one never follow: no range counts further.
 _ENDLESS = (1 << 31) - 1
-# What is compiled, and the tiles of keys and values that then fit into shared memory; and into half
-# of it, where one head is computed alone and a processor has two programs.
+# What is compiled, and the tiles of keys and values that then fit into shared memory; and into
+# half of it, where one head is computed alone and a processor has two programs.
 _PLACES = {64: 8, 128: 5}
 _HALF_PLACES = {64: 6, 128: 2}
 # Registers of a thread that leave room for two programs.

@@ -28,11 +28,11 @@ query sees, with these bits: two for each group of warps (0 all keys, 1 masked, 
 keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first entry is computed
 whole. 4 D flops for each pair of a tile or half a tile.
 
-With ``paired`` a task is 64 queries of so many heads, of one or of two neighbours that see the same
-keys, and a tile of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is then
-int32 [16], and an entry int32 [4]: the first key of a half and 64 times its row of bounds with the
-same bits for either half, but of the first number of bits 1 that the tile has a mask, and 2 that
-there is no second half. For one head one group of warps multiplies, and a processor has two
+With ``paired`` a task is 64 queries of so many heads, of one or of two neighbours that see the
+same keys, and a tile of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is
+then int32 [16], and an entry int32 [4]: the first key of a half and 64 times its row of bounds
+with the same bits for either half, but of the first number of bits 1 that the tile has a mask, and
+2 that there is no second half. For one head one group of warps multiplies, and a processor has two
 programs: while one waits, the other one multiplies.
 
 Tiles have 128 queries or keys and ``width`` columns, 64 or 128: beyond the end of a tensor, zeros
