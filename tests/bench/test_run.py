@@ -132,6 +132,23 @@ def test_a_peer_whose_borders_differ_is_checked_between_them(monkeypatch):
     assert 0.0 < row["errors"]["dq"] < 1e-5
 
 
+@pytest.mark.parametrize("way", ["forward", "forward+backward"])
+@pytest.mark.parametrize(
+    ("n", "pairs", "said"),
+    [(64, 1 << 27, "which are all of 64: give at least 128 rows"), (512, 4 * 127**2, "memory")],
+)
+def test_a_peer_whose_borders_leave_nothing_to_check_is_not_timed(
+    way, n, pairs, said, monkeypatch
+):
+    monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
+    monkeypatch.setattr(admit, "CHECKED_PAIRS", pairs, raising=False)
+    pattern, setting, calls = ls.ShiftedChunk(64), replace(SMALL, n=n), {}
+    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
+    row = admit.admit(longlora, pattern, ls.plan(pattern, n, 4), setting, way, calls)
+    assert said in row["refused"]
+    assert not calls
+
+
 @pytest.mark.parametrize("text", ["scca.flow(16)", "ssa(12, 4)", "longnet([16, 64], [1, 4])"])
 def test_rows_are_checked_through_orders_and_passes(text):
     plan = ls.plan(ls.parse(text), 90, 4)

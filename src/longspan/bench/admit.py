@@ -18,6 +18,9 @@ from longspan.planning import Plan, plan
 
 # Rows of the check against the whole oracle; longer ones are checked on a few rows besides.
 CHECKED_ROWS = 1024
+# Pairs of rows, over all heads, that the whole oracle is asked for at most where a peer's borders
+# are long: 6 GiB on a CPU, in float64.
+CHECKED_PAIRS = 1 << 27
 
 
 def admit(
@@ -58,10 +61,13 @@ def check(
     way: str,
     border: int,
 ) -> dict[str, Any]:
-    """Errors against the oracle at a short length, and of some rows at full length."""
+    """Errors against the oracle at a short length, and of some rows at full length.
+
+    Raises:
+        Refusal: if nothing would be compared, or the oracle would take too much memory.
+    """
     dtype = getattr(torch, setting.dtype)
-    # Half of the rows at least are compared.
-    short, own = laid, replace(setting, n=min(setting.n, max(CHECKED_ROWS, 4 * border)))
+    short, own = laid, replace(setting, n=_rows(setting, border))
     if own.n != setting.n:
         short = plan(pattern, own.n, own.heads)
     found: dict[str, float] = {}
@@ -79,6 +85,22 @@ def check(
             inputs = setting.tensors()
             found["rows"] = oracle.row_error(laid, inputs, call(*inputs), rows)
     return {"errors": found, "wrong": oracle.wrong(found, dtype)}
+
+
+def _rows(setting: Setting, border: int) -> int:
+    """Rows of the check against the whole oracle: half are no border's, if there are so many."""
+    n = min(setting.n, max(CHECKED_ROWS, 4 * border))
+    if n <= 2 * border:
+        raise Refusal(
+            f"{border} rows at either end are computed differently, which are all of {n}: "
+            f"give at least {4 * border} rows"
+        )
+    if border and setting.heads * n * n > CHECKED_PAIRS:
+        raise Refusal(
+            f"{border} rows at either end are computed differently: checking {n} rows of "
+            f"{setting.heads} heads takes too much memory; give a smaller pattern or fewer heads"
+        )
+    return n
 
 
 def _errors(call: Call, laid: Plan, setting: Setting, way: str, border: int) -> dict[str, float]:

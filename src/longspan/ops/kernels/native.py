@@ -1,7 +1,7 @@
 """Attention on a CPU by compiled code: the tiles that the ranges touch, rows where they lie.
 
-FlashAttention's recurrence (Dao, arXiv 2307.08691, Algorithms 1 and 2) for tiles of 24 or 48 query
-rows against blocks of 64 keys,
+FlashAttention's recurrence (Dao, arXiv 2307.08691, Algorithms 1 and 2) for tiles of 24, 48 or 64
+query rows against blocks of 64 keys,
 
     S = K Q^T,   O^T = V^T P,   dP = V dO^T,   dQ^T = K^T dS,   dK = dS Q,   dV = P dO
 
@@ -13,8 +13,8 @@ O(visible pairs * D), memory O(tile * D) a thread, and a copy of the keys' gradi
 The code is C (longspan/ops/native) and is compiled when longspan is installed, if there is a
 compiler; ``tiled`` does the same without. float32 with AVX2 or AVX-512. bfloat16 takes AMX or the
 vectors of AVX512-BF16 where there are some: products of bfloat16, summed in float32 and with
-softmax in float32. All else in half precision is computed in float32; keys in bfloat16 that few
-queries see stay as they are in memory.
+softmax in float32, to 1e-4; what is below 1.2e-38 is 0 there. All else in half precision is
+computed in float32; keys in bfloat16 that few queries see stay as they are in memory.
 
 Axes: B batch, H query heads, K key heads, N query rows, M key rows, P places, D head width,
 G range groups, m ranges per query.

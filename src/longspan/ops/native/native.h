@@ -64,7 +64,7 @@ typedef struct {
 int64_t longspan_sources(void);
 /* What the machine can do: 0 nothing of ours, 1 AVX2, 2 AVX-512, 3 also products of bfloat16, 4 those
  * of AMX. Tasks of levels 3 and 4 are in bfloat16 (D and E multiples of 32); all else is float32 and
- * level 2, but for keys that are `narrow`. */
+ * of level 1 or 2, but for keys that are `narrow`. */
 int64_t longspan_level(void);
 /* Query rows of a tile at a level. */
 int64_t longspan_tile(int64_t level);
