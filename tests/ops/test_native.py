@@ -475,6 +475,25 @@ def test_rows_that_see_nothing_may_hold_anything(value: float, dtype: torch.dtyp
     assert all(torch.equal(*pair) for pair in zip(gradients(), wanted, strict=True))
 
 
+# Gradients of queries and keys are differences from the row's output.
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("width", [4, 16, 40])
+def test_values_far_from_zero_leave_gradients_as_they_are_in_float32(width: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 200, 64) for heads in (4, 2, 2))
+    qkv = [x.bfloat16() for x in (q, k, v.repeat(1, 1, 1, 4) + 20)]
+    ranges = window(200, 4, width)
+
+    def gradients(kernel: Callable, own: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        own = [x.clone().requires_grad_() for x in own]
+        return torch.autograd.grad(kernel(*own, ranges, 0.125)[0].sum(), own[:2])
+
+    wanted = gradients(reference, [x.double() for x in qkv])
+    for found, want in zip(gradients(native, qkv), wanted, strict=True):
+        # That outputs are rounded makes 0.04 to 0.06.
+        assert (found.double() - want).norm() < 0.08 * want.norm()
+
+
 # A training loop finds out by it that a step went wrong.
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
