@@ -149,6 +149,23 @@ def test_a_peer_whose_borders_leave_nothing_to_check_is_not_timed(
     assert not calls
 
 
+def test_a_peer_with_long_borders_is_checked_on_fewer_heads(monkeypatch):
+    monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
+    monkeypatch.setattr(admit, "CHECKED_PAIRS", 4 * 128**2)
+    pattern, calls = ls.ShiftedChunk(64), {}
+    setting = replace(SMALL, n=512, heads=16, key_heads=8)
+    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
+    checked, errors = [], admit._errors
+    monkeypatch.setattr(
+        admit, "_errors", lambda *given: checked.append(given[2]) or errors(*given)
+    )
+    laid = ls.plan(pattern, 512, 16)
+    row = admit.admit(longlora, pattern, laid, setting, "forward+backward", calls)
+    assert not row["wrong"]
+    assert [(one.n, one.heads, one.key_heads) for one in checked] == [(128, 4, 2)]
+    assert 0.0 < row["errors"]["rows"] < 1e-5
+
+
 @pytest.mark.parametrize("text", ["scca.flow(16)", "ssa(12, 4)", "longnet([16, 64], [1, 4])"])
 def test_rows_are_checked_through_orders_and_passes(text):
     plan = ls.plan(ls.parse(text), 90, 4)

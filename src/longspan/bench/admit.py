@@ -67,18 +67,18 @@ def check(
         Refusal: if nothing would be compared, or the oracle would take too much memory.
     """
     dtype = getattr(torch, setting.dtype)
-    short, own = laid, replace(setting, n=_rows(setting, border))
-    if own.n != setting.n:
+    short, own = laid, _short(setting, border)
+    if own != setting:
         short = plan(pattern, own.n, own.heads)
     found: dict[str, float] = {}
     try:
-        short_call = call if own.n == setting.n else at(own)
+        short_call = call if own == setting else at(own)
         found = _errors(short_call, short, own, way, border)
     except Refusal:
         # Some libraries need whole blocks, which the short length is not.
         if own.n == setting.n:
             raise
-    if own.n != setting.n:
+    if own != setting:
         n = setting.n
         rows = [row for row in (0, n // 3, n // 2 + 1, n - 1) if border <= row < n - border]
         with torch.no_grad():
@@ -87,20 +87,26 @@ def check(
     return {"errors": found, "wrong": oracle.wrong(found, dtype)}
 
 
-def _rows(setting: Setting, border: int) -> int:
-    """Rows of the check against the whole oracle: half are no border's, if there are so many."""
+def _short(setting: Setting, border: int) -> Setting:
+    """What is checked against the whole oracle: half of its rows are no border's, if it has them.
+
+    Where borders are long it has fewer key heads, of as many query heads each.
+    """
     n = min(setting.n, max(CHECKED_ROWS, 4 * border))
     if n <= 2 * border:
         raise Refusal(
             f"{border} rows at either end are computed differently, which are all of {n}: "
             f"give at least {4 * border} rows"
         )
-    if border and setting.heads * n * n > CHECKED_PAIRS:
+    group, key_heads = setting.heads // setting.key_heads, setting.key_heads
+    while border and key_heads % 4 == 0 and group * key_heads * n * n > CHECKED_PAIRS:
+        key_heads //= 2
+    if border and group * key_heads * n * n > CHECKED_PAIRS:
         raise Refusal(
             f"{border} rows at either end are computed differently: checking {n} rows of "
-            f"{setting.heads} heads takes too much memory; give a smaller pattern or fewer heads"
+            f"{group * key_heads} heads takes too much memory; give a smaller pattern"
         )
-    return n
+    return replace(setting, n=n, heads=group * key_heads, key_heads=key_heads)
 
 
 def _errors(call: Call, laid: Plan, setting: Setting, way: str, border: int) -> dict[str, float]:
