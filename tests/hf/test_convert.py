@@ -489,3 +489,15 @@ def test_a_mechanism_under_another_attention_is_refused(tiny):
         logits(one, ids)
     ls.hf.remove(one)
     logits(one, ids)
+
+
+def test_offloaded_weights_are_said_and_may_come_after(tiny):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    applied = put(model, "MoBA", NO_WEIGHTS["MoBA"])
+    wanted = logits(model, ids)
+    accelerate.cpu_offload(model, "cpu")
+    assert torch.equal(logits(model, ids), wanted)
+    applied.remove()
+    with pytest.raises(Refusal, match="device meta.*offload them after this"):
+        put(model, "MoBA", NO_WEIGHTS["MoBA"])

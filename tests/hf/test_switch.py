@@ -540,3 +540,25 @@ def test_pickled_models_run_in_a_new_process(tiny, tmp_path):
     for name, wanted in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.found.pt"), wanted)
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.plain.pt"), plain[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", ["window(4)", ls.DualChunk(chunk=6, local=4)])
+def test_what_computes_nothing_is_refused(tiny, what):
+    model, ids = tiny.build("llama").requires_grad_(False), tiny.tokens(1, 13)
+    ls.hf.apply(model, what)
+
+    def run(tokens):
+        return model(tokens, use_cache=False).logits
+
+    with pytest.raises(Refusal, match=r"write down as constants.*hf\.remove"):
+        torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    with pytest.raises(Refusal, match=r"write down as constants.*hf\.remove"):
+        torch.jit.trace(run, (ids,))
+    with pytest.raises(Exception, match="compile without fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
+    model.to("meta")
+    mask = torch.ones(1, 13, dtype=torch.int64, device="meta")
+    with pytest.raises(InputError, match="device meta"):
+        model(ids.to("meta"), attention_mask=mask, use_cache=False)

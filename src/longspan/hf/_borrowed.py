@@ -104,6 +104,8 @@ def why_not_apart(owner: nn.Module) -> str:
     weight = owner.o_proj.weight  # pyright: ignore
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "has quantised weights"
+    if weight.is_meta:
+        return "has its weights elsewhere (device meta): offload them after this, or load them"
     return ""
 
 
