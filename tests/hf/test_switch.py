@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -562,3 +563,17 @@ def test_what_computes_nothing_is_refused(tiny, what):
     mask = torch.ones(1, 13, dtype=torch.int64, device="meta")
     with pytest.raises(InputError, match="device meta"):
         model(ids.to("meta"), attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize(("what", "options"), [("window(3)", {}), ("MoBA", {"block": 4, "top": 2})])
+def test_continuous_batching_is_refused(tiny, what, options):
+    """It attends densely, and leaves for flash attention without asking where there is one."""
+    model, ids = tiny.build("llama"), tiny.tokens(1, 13)
+    with ls.hf.apply(model, what, **options):
+        for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(Refusal, match="Continuous batching"):
+                one.generate_batch(inputs=ids.tolist(), progress_bar=False)
+            with pytest.raises(Refusal, match="Continuous batching"):
+                one.generate(ids, cache_implementation="paged")
+            assert "init_continuous_batching" in one.__dict__
+    assert "init_continuous_batching" not in model.__dict__
