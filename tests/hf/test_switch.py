@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import longspan as ls
 from longspan.errors import InputError, PatternError, Refusal
@@ -559,13 +560,17 @@ def test_what_computes_nothing_is_refused(tiny, what):
         torch.jit.trace(run, (ids,))
     with pytest.raises(Exception, match="compile without fullgraph=True"):
         torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(InputError, match="with data"):
+        model(torch.ones(1, 13, dtype=torch.int64), use_cache=False)
     model.to("meta")
     mask = torch.ones(1, 13, dtype=torch.int64, device="meta")
     with pytest.raises(InputError, match="device meta"):
         model(ids.to("meta"), attention_mask=mask, use_cache=False)
 
 
-@pytest.mark.parametrize(("what", "options"), [("window(3)", {}), ("MoBA", {"block": 4, "top": 2})])
+@pytest.mark.parametrize(
+    ("what", "options"), [("window(3)", {}), ("MoBA", {"block": 4, "top": 2})]
+)
 def test_continuous_batching_is_refused(tiny, what, options):
     """It attends densely, and leaves for flash attention without asking where there is one."""
     model, ids = tiny.build("llama"), tiny.tokens(1, 13)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.errors import InputError, Refusal
+from longspan.ops.inputs import without_data
 from longspan.pattern import Causal, Chunk, Dense, Pattern, Window
 from longspan.planning import Plan, plan
 
@@ -222,10 +223,10 @@ def check_run(*tensors: Tensor | None) -> None:
             "and torch.jit.trace would write down as constants. Export the model with its own "
             "attention, longspan.hf.remove(model); torch.compile works with patterns."
         )
-    if any(x is not None and x.is_meta for x in tensors):
+    if any(x is not None and without_data(x) for x in tensors):
         raise InputError(
-            "expected tensors with data, got some of device meta: longspan.hf.apply takes a model "
-            "there, but it runs only after its weights were loaded."
+            "expected tensors with data, got some of device meta, or fake ones: longspan.hf.apply "
+            "takes a model there, but it runs only after its weights were loaded."
         )
 
 
@@ -259,9 +260,9 @@ def rows_mask(
     """
     if isinstance(attention_mask, Rows):
         return attention_mask
-    check_run(attention_mask)
-    query_start, key_start = int(q_offset), int(kv_offset)
     own, documents = read_mask(mask_function)
+    check_run(attention_mask, documents)
+    query_start, key_start = int(q_offset), int(kv_offset)
     if not own.is_causal and q_length != kv_length:
         raise Refusal(f"{q_length} rows and {kv_length} keys: {CROSSES}")
     common = {
