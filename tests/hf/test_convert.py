@@ -485,7 +485,7 @@ def test_a_mechanism_under_another_attention_is_refused(tiny):
     with pytest.raises(Refusal, match=r"computes MoBA, but .* is now longspan.*window\(4\)"):
         logits(one, ids)
     one.set_attn_implementation("eager")
-    with pytest.raises(Refusal, match="computes MoBA, but .* is now eager"):
+    with pytest.raises(Refusal, match=r"computes MoBA, but .* is now eager"):
         logits(one, ids)
     ls.hf.remove(one)
     logits(one, ids)
@@ -499,5 +499,5 @@ def test_offloaded_weights_are_said_and_may_come_after(tiny):
     accelerate.cpu_offload(model, "cpu")
     assert torch.equal(logits(model, ids), wanted)
     applied.remove()
-    with pytest.raises(Refusal, match="device meta.*offload them after this"):
+    with pytest.raises(Refusal, match=r"device meta.*offload them after this"):
         put(model, "MoBA", NO_WEIGHTS["MoBA"])

@@ -131,9 +131,9 @@ def _attention_beside(name: str, wanted: Method, impl: str) -> Attention:
         if wanted.layers is None or getattr(module, "layer_idx", None) in wanted.layers:
             # A configuration goes to other models, in whose modules there is no mechanism.
             raise Refusal(
-                f"{type(module).__name__} has the configuration of a model that computes {wanted}, "
-                "but the mechanism was not put into it. Apply it to this model too, or take the "
-                "name out of its configuration: longspan.hf.remove(model)."
+                f"{type(module).__name__} has the configuration of a model that computes "
+                f"{wanted}, but the mechanism was not put into it. Apply it to this model "
+                "too, or take the name out of its configuration: longspan.hf.remove(model)."
             )
         return dense(module, *args, **kwargs)
 
