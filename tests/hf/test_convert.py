@@ -501,3 +501,24 @@ def test_offloaded_weights_are_said_and_may_come_after(tiny):
     applied.remove()
     with pytest.raises(Refusal, match=r"device meta.*offload them after this"):
         put(model, "MoBA", NO_WEIGHTS["MoBA"])
+
+
+def test_shards_are_said_and_may_come_after(tiny):
+    from torch.distributed import device_mesh, fsdp
+
+    ids = tiny.tokens(1, N)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = device_mesh.init_device_mesh("cpu", (1,))
+        model = tiny.build("llama")
+        applied = put(model, "MoBA", NO_WEIGHTS["MoBA"])
+        wanted = logits(model, ids)
+        fsdp.fully_shard(model, mesh=mesh)
+        close(logits(model, ids), wanted)
+        applied.remove()
+        model.reshard()
+        with pytest.raises(Refusal, match="shard them after this"):
+            put(model, "MoBA", NO_WEIGHTS["MoBA"])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -106,6 +106,9 @@ def why_not_apart(owner: nn.Module) -> str:
         return "has quantised weights"
     if weight.is_meta:
         return "has its weights elsewhere (device meta): offload them after this, or load them"
+    # A DTensor, whose module takes long to import.
+    if hasattr(weight, "placements"):
+        return "has its weights in shards (DTensor): shard them after this"
     return ""
 
 

@@ -217,7 +217,8 @@ class Rows:
 
 def check_run(*tensors: Tensor | None) -> None:
     """Refuse calls that compute nothing: records and plans are made of what a call holds."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting():
         raise Refusal(
             "Plans are made of the lengths and masks of each call, which torch.export, torch.onnx "
             "and torch.jit.trace would write down as constants. Export the model with its own "
