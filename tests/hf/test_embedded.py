@@ -178,6 +178,21 @@ def test_threads_that_share_a_model_keep_apart(llama, tiny):
         assert cache.layers[0].positions[0, 0].tolist() == wanted
 
 
+def test_a_copied_model_does_not_forget_for_the_first(llama, tiny):
+    ids = tiny.tokens(1, 48)
+    ls.hf.prefill(llama, SPARSE, dense_below=0)
+    with torch.no_grad():
+        wanted, held = (transformers.DynamicCache(config=llama.config) for _ in range(2))
+        for cache in (wanted, held):
+            llama(ids[:, :24], past_key_values=cache)
+        other = copy.deepcopy(llama)
+        other(tiny.tokens(1, 24, seed=3))
+        ls.hf.remove(other)
+        found = llama(ids[:, 24:], past_key_values=held).logits
+        assert torch.equal(found, llama(ids[:, 24:], past_key_values=wanted).logits)
+    assert llama.get_input_embeddings()._forward_hooks
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_prompts_choose_by_their_own_norms(reentrant, llama, tiny):
     """Two forward passes of one size before the first backward pass."""

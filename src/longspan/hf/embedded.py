@@ -106,12 +106,8 @@ class EmbeddingNorms:
             parts.clear()
         parts.append(own)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingNorms:
-        # A copied cache goes on in the model of the first.
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was noted is of this run.
+        # What was noted is of this run, and of this model: a copy notes its own.
         return EmbeddingNorms, ()
 
 
