@@ -124,12 +124,13 @@ def register_method(wanted: Method, impl: str) -> str:
 
 
 def _attention_beside(name: str, wanted: Method, impl: str) -> Attention:
-    """Dense attention of the layers that do not compute the mechanism."""
+    """Dense attention: of the layers beside the mechanism, and what it took the place of."""
     dense = attention_over(name, Causal(), impl)
 
     def longspan_beside(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if wanted.layers is None or getattr(module, "layer_idx", None) in wanted.layers:
-            # A configuration goes to other models, in whose modules there is no mechanism.
+        chosen = wanted.layers is None or getattr(module, "layer_idx", None) in wanted.layers
+        if chosen and not hasattr(module, "mechanism"):
+            # A configuration goes to other models, in whose modules there is none.
             raise Refusal(
                 f"{type(module).__name__} has the configuration of a model that computes "
                 f"{wanted}, but the mechanism was not put into it. Apply it to this model "
