@@ -459,3 +459,66 @@ def test_what_would_be_lost_or_mixed_up_is_refused(tiny):
     put(model, "LSHAttention", {"selection": "chunks", "buckets": 4})
     with pytest.raises(Refusal, match="a new token moves the chunks"):
         model.generate(ids, attention_mask=mask, **settings)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_a_configuration_does_not_carry_a_mechanism(tiny, layers):
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    put(model, "MoBA", NO_WEIGHTS["MoBA"], layers=layers)
+    twin = type(model)(copy.deepcopy(model.config)).eval()
+    with pytest.raises(Refusal, match=r"MoBA.*not put into it.*longspan\.hf\.remove"):
+        logits(twin, ids)
+    ls.hf.remove(twin)
+    logits(twin, ids)
+    put(twin, "MoBA", NO_WEIGHTS["MoBA"], layers=layers)
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(twin, ids), logits(model, ids))
+
+
+def test_a_mechanism_under_another_attention_is_refused(tiny):
+    config = tiny.build("llama").config
+    one, other = (type(tiny.build("llama"))(config).eval() for _ in range(2))
+    put(one, "MoBA", NO_WEIGHTS["MoBA"])
+    ls.hf.apply(other, "window(4)")
+    ids = tiny.tokens(1, N)
+    logits(other, ids)
+    with pytest.raises(Refusal, match=r"computes MoBA, but .* is now longspan.*window\(4\)"):
+        logits(one, ids)
+    one.set_attn_implementation("eager")
+    with pytest.raises(Refusal, match=r"computes MoBA, but .* is now eager"):
+        logits(one, ids)
+    ls.hf.remove(one)
+    logits(one, ids)
+
+
+def test_offloaded_weights_are_said_and_may_come_after(tiny):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny.build("llama"), tiny.tokens(1, N)
+    applied = put(model, "MoBA", NO_WEIGHTS["MoBA"])
+    wanted = logits(model, ids)
+    accelerate.cpu_offload(model, "cpu")
+    assert torch.equal(logits(model, ids), wanted)
+    applied.remove()
+    with pytest.raises(Refusal, match=r"device meta.*offload them after this"):
+        put(model, "MoBA", NO_WEIGHTS["MoBA"])
+
+
+def test_shards_are_said_and_may_come_after(tiny):
+    from torch.distributed import device_mesh, fsdp
+
+    ids = tiny.tokens(1, N)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = device_mesh.init_device_mesh("cpu", (1,))
+        model = tiny.build("llama")
+        applied = put(model, "MoBA", NO_WEIGHTS["MoBA"])
+        wanted = logits(model, ids)
+        fsdp.fully_shard(model, mesh=mesh)
+        close(logits(model, ids), wanted)
+        applied.remove()
+        model.reshard()
+        with pytest.raises(Refusal, match="shard them after this"):
+            put(model, "MoBA", NO_WEIGHTS["MoBA"])
+    finally:
+        torch.distributed.destroy_process_group()

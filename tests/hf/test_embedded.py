@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -147,3 +148,72 @@ def test_hooks_go_with_the_pattern_and_survive_copies(llama, tiny):
     for module in llama.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+def test_threads_that_share_a_model_keep_apart(llama, tiny):
+    """A prompt waits behind its embedding until another thread has read one of the same size."""
+    ids = [tiny.tokens(1, 30, seed=seed) for seed in (1, 2)]
+    caches = [ls.kv.cache(llama, TEXT) for _ in ids]
+    waits, read = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread() is first:
+            waits.set()
+            assert read.wait(60)
+
+    def run(index):
+        with torch.no_grad():
+            llama(ids[index], past_key_values=caches[index])
+
+    first = threading.Thread(target=run, args=(0,))
+    with llama.model.layers[0].register_forward_pre_hook(wait):
+        first.start()
+        assert waits.wait(60)
+        run(1)
+        read.set()
+        first.join()
+    for index, cache in enumerate(caches):
+        with torch.no_grad():
+            wanted = sorted({0, *longest(llama, ids[index][0], 1)[:6], 27, 28, 29})
+        assert cache.layers[0].positions[0, 0].tolist() == wanted
+
+
+def test_a_copied_model_does_not_forget_for_the_first(llama, tiny):
+    ids = tiny.tokens(1, 48)
+    ls.hf.prefill(llama, SPARSE, dense_below=0)
+    with torch.no_grad():
+        wanted, held = (transformers.DynamicCache(config=llama.config) for _ in range(2))
+        for cache in (wanted, held):
+            llama(ids[:, :24], past_key_values=cache)
+        other = copy.deepcopy(llama)
+        other(tiny.tokens(1, 24, seed=3))
+        ls.hf.remove(other)
+        found = llama(ids[:, 24:], past_key_values=held).logits
+        assert torch.equal(found, llama(ids[:, 24:], past_key_values=wanted).logits)
+    assert llama.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_prompts_choose_by_their_own_norms(reentrant, llama, tiny):
+    """Two forward passes of one size before the first backward pass."""
+    ids = [tiny.tokens(1, 40, seed=seed) for seed in (1, 2)]
+    ls.hf.prefill(llama, SPARSE, dense_below=0)
+    llama.train()
+
+    def gradients(together):
+        llama.zero_grad()
+        if together:
+            for loss in [llama(x, labels=x, use_cache=False).loss for x in ids]:
+                loss.backward()
+        else:
+            for x in ids:
+                llama(x, labels=x, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in llama.named_parameters() if p.grad is not None}
+
+    llama.enable_input_require_grads()
+    wanted = gradients(together=False)
+    ls.hf.recompute_layers(llama, reentrant=reentrant)
+    found = gradients(together=True)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import longspan as ls
 from longspan.errors import InputError, PatternError, Refusal
@@ -540,3 +542,43 @@ def test_pickled_models_run_in_a_new_process(tiny, tmp_path):
     for name, wanted in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.found.pt"), wanted)
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.plain.pt"), plain[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("what", ["window(4)", ls.DualChunk(chunk=6, local=4)])
+def test_what_computes_nothing_is_refused(tiny, what):
+    model, ids = tiny.build("llama").requires_grad_(False), tiny.tokens(1, 13)
+    ls.hf.apply(model, what)
+
+    def run(tokens):
+        return model(tokens, use_cache=False).logits
+
+    with pytest.raises(Refusal, match=r"write down as constants.*hf\.remove"):
+        torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    with pytest.raises(Refusal, match=r"write down as constants.*hf\.remove"):
+        torch.jit.trace(run, (ids,))
+    with pytest.raises(Exception, match="compile without fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(InputError, match="with data"):
+        model(torch.ones(1, 13, dtype=torch.int64), use_cache=False)
+    model.to("meta")
+    mask = torch.ones(1, 13, dtype=torch.int64, device="meta")
+    with pytest.raises(InputError, match="device meta"):
+        model(ids.to("meta"), attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("what", "options"), [("window(3)", {}), ("MoBA", {"block": 4, "top": 2})]
+)
+def test_continuous_batching_is_refused(tiny, what, options):
+    """It attends densely, and leaves for flash attention without asking where there is one."""
+    model, ids = tiny.build("llama"), tiny.tokens(1, 13)
+    with ls.hf.apply(model, what, **options):
+        for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(Refusal, match="Continuous batching"):
+                one.generate_batch(inputs=ids.tolist(), progress_bar=False)
+            with pytest.raises(Refusal, match="Continuous batching"):
+                one.generate(ids, cache_implementation="paged")
+            assert "init_continuous_batching" in one.__dict__
+    assert "init_continuous_batching" not in model.__dict__

@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import longspan as ls
@@ -206,6 +207,15 @@ def test_input_errors(change, words):
         ls.attend(*change(*qkv()), ls.Causal())
     for word in words:
         assert word in str(caught.value)
+
+
+def test_fake_tensors_leave_nothing_for_later_calls():
+    x = torch.randn(1, 2, 31, 8)
+    with FakeTensorMode() as mode, pytest.raises(InputError, match="with data; got fake"):
+        ls.attend(*[mode.from_tensor(x)] * 3, ls.Window(7))
+    found = ls.attend(x, x, x, ls.Window(7))
+    wanted = ls.attend(*[x.double()] * 3, ls.Window(7), impl="reference")
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
 
 
 def test_layout_errors():

@@ -104,6 +104,11 @@ def why_not_apart(owner: nn.Module) -> str:
     weight = owner.o_proj.weight  # pyright: ignore
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "has quantised weights"
+    if weight.is_meta:
+        return "has its weights elsewhere (device meta): offload them after this, or load them"
+    # A DTensor, whose module takes long to import.
+    if hasattr(weight, "placements"):
+        return "has its weights in shards (DTensor): shard them after this"
     return ""
 
 
@@ -167,10 +172,10 @@ def try_apart(
 
     Args:
         path: of the module, for the error.
-        owner: the attention module of a model that already computes ``attention``.
+        owner: the attention module.
         rotary: the model's rotary module.
         frequencies: what was read from it.
-        attention: name of the attention implementation, whose own form is causal.
+        attention: name of an attention implementation that is causal.
 
     Raises:
         Refusal: if they differ.
@@ -179,7 +184,8 @@ def try_apart(
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, owner.q_proj.in_features, generator=draw, device="cpu").to(weight)
     place = torch.arange(5, device=x.device)[None]
-    training = owner.training
+    training, before = owner.training, owner.config._attn_implementation
+    owner.config._attn_implementation = attention
     try:
         wanted = type(owner).forward(
             owner.eval(),
@@ -194,6 +200,7 @@ def try_apart(
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         same, said = False, first_line(error)
     finally:
+        owner.config._attn_implementation = before
         owner.train(training)
     if not same:
         raise Refusal(

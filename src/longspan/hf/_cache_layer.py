@@ -101,6 +101,7 @@ class KeptLayer(CacheLayerMixin):
         # A copy belongs to the same model, which a pickle cannot say.
         new = object.__new__(type(self))
         memo[id(self)] = new
+        memo[id(self.norms)] = self.norms
         vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 

@@ -10,6 +10,7 @@ Axes: B batch, N new rows, M rows with those before.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 _NAME, _HOOKS = "_longspan_embedding_norms", "_longspan_embedding_hooks"
 
 
+class _Call(threading.local):
+    """The present call of a model: threads that share it must not read each other's."""
+
+    newest: Tensor | None = None
+    cache: Any = None
+
+
 class EmbeddingNorms:
     """What a model's embedding gave last; one for each model, made by ``embedding_norms``.
 
@@ -39,8 +47,7 @@ class EmbeddingNorms:
 
     def forget(self) -> None:
         """Nothing is known."""
-        self._newest: Tensor | None = None
-        self._cache: Any = None
+        self._call = _Call()
         self._known: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
 
     def newest(self, batch: int, rows: int) -> Tensor:
@@ -49,13 +56,14 @@ class EmbeddingNorms:
         Raises:
             Refusal: if the model did not embed such rows.
         """
-        if self._newest is None or self._newest.shape != (batch, rows):
+        own = self._call.newest
+        if own is None or own.shape != (batch, rows):
             raise Refusal(
                 f"The norms of the embeddings of {batch} x {rows} rows are not known: call the "
                 "model itself, with input_ids or inputs_embeds, and make caches and prefill "
                 "methods with embeddingnorm(...) anew after longspan.hf.remove(model)."
             )
-        return self._newest
+        return own
 
     def all(self, batch: int, rows: int) -> Tensor:
         """Norms of those before the present call too, float32 [B, M].
@@ -63,10 +71,10 @@ class EmbeddingNorms:
         Raises:
             Refusal: if they are not known.
         """
-        own = self._newest
+        own, cache = self._call.newest, self._call.cache
         if own is not None and own.shape == (batch, rows):
             return own
-        before = self._known.get(self._cache, []) if self._cache is not None else []
+        before = [] if cache is None else self._known.get(cache, [])
         parts = [*before, *([] if own is None else [own])]
         widths = sum(part.shape[1] for part in parts)
         if widths != rows or any(len(part) != batch for part in parts):
@@ -80,30 +88,26 @@ class EmbeddingNorms:
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: forget the last call."""
         given = kwargs.get("inputs_embeds")
-        self._newest = None if given is None else norm(given.detach())
-        self._cache = kwargs.get("past_key_values")
+        self._call.newest = None if given is None else norm(given.detach())
+        self._call.cache = kwargs.get("past_key_values")
 
     def note(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         """After the embedding."""
-        self._newest = norm(out.detach())
+        self._call.newest = norm(out.detach())
 
     def end(self, _: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """After the model: remember with the cache."""
-        cache = getattr(out, "past_key_values", None)
-        if cache is None or self._newest is None:
+        cache, own = getattr(out, "past_key_values", None), self._call.newest
+        if cache is None or own is None:
             return
         parts = self._known.setdefault(cache, [])
-        if cache.get_seq_length() <= self._newest.shape[1]:
+        if cache.get_seq_length() <= own.shape[1]:
             # A cache that was emptied.
             parts.clear()
-        parts.append(self._newest)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingNorms:
-        # A copied cache goes on in the model of the first.
-        return self
+        parts.append(own)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What was noted is of this run.
+        # What was noted is of this run, and of this model: a copy notes its own.
         return EmbeddingNorms, ()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from longspan.errors import Refusal
 from longspan.hf.dual_chunk import register_dual_chunk
 from longspan.hf.mechanisms import Method, register_method
 from longspan.hf.ranks import Parallel, register_parallel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # On the model, not in the configuration, which would be saved with it.
 _PLACE = "_longspan_entries"
+# The method of a model with which its continuous batching begins, in transformers that has it.
+_BATCHING = "init_continuous_batching"
 
 
 class Entry:
@@ -77,5 +80,17 @@ class Entries:
         for part in sharing(base):
             if self.entries:
                 setattr(part, _PLACE, self)
+                if hasattr(type(part), _BATCHING):
+                    setattr(part, _BATCHING, _refuse_batching)
             else:
                 part.__dict__.pop(_PLACE, None)
+                part.__dict__.pop(_BATCHING, None)
+
+
+def _refuse_batching(*_: Any, **__: Any) -> Any:
+    """In place of a method that would switch to flash attention where that is installed."""
+    raise Refusal(
+        "Continuous batching (generate_batch, cache_implementation='paged') attends in its own "
+        "way, without the pattern or mechanism of longspan. Pass padded batches to "
+        "model.generate with an attention_mask, or take it out: longspan.hf.remove(model)."
+    )

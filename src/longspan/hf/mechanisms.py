@@ -20,7 +20,15 @@ from longspan import mechanism as mechanisms
 from longspan.errors import InputError, Refusal
 from longspan.hf._borrowed import build, read_frequencies, try_apart, why_not_apart
 from longspan.hf._state_layer import state_layer
-from longspan.hf.register import attention_over, checked_rows, enlist
+from longspan.hf.register import (
+    Attention,
+    attention_over,
+    checked_rows,
+    described,
+    enlist,
+    register,
+    registered,
+)
 from longspan.hf.rope import rotary_modules, trained_length
 from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
@@ -112,16 +120,34 @@ def method(
 
 def register_method(wanted: Method, impl: str) -> str:
     """Make a mechanism known to transformers; the name to use."""
-    return enlist(wanted, impl, lambda name, _, impl: attention_over(name, Causal(), impl))
+    return enlist(wanted, impl, _attention_beside)
 
 
-def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: bool) -> None:
+def _attention_beside(name: str, wanted: Method, impl: str) -> Attention:
+    """Dense attention: of the layers beside the mechanism, and what it took the place of."""
+    dense = attention_over(name, Causal(), impl)
+
+    def longspan_beside(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        chosen = wanted.layers is None or getattr(module, "layer_idx", None) in wanted.layers
+        if chosen and not hasattr(module, "mechanism"):
+            # A configuration goes to other models, in whose modules there is none.
+            raise Refusal(
+                f"{type(module).__name__} has the configuration of a model that computes "
+                f"{wanted}, but the mechanism was not put into it. Apply it to this model "
+                "too, or take the name out of its configuration: longspan.hf.remove(model)."
+            )
+        return dense(module, *args, **kwargs)
+
+    return longspan_beside
+
+
+def swap(base: PreTrainedModel, wanted: Method, impl: str, *, new_weights: bool) -> None:
     """Let the chosen modules compute a mechanism, and note how to undo it.
 
     Args:
-        base: a model that computes ``attention`` already.
+        base: a model whose attention has the name of the mechanism already.
         wanted: the mechanism.
-        attention: its name.
+        impl: kernel name or ``"auto"``.
         new_weights: whether it may have weights of its own.
 
     Raises:
@@ -131,8 +157,9 @@ def swap(base: PreTrainedModel, wanted: Method, attention: str, *, new_weights: 
     frequencies = read_frequencies(base, rotary)
     found = list(routed(base))
     chosen = found if wanted.layers is None else [found[number] for number in wanted.layers]
+    causal = register(Causal(), impl)
     for path, owner in chosen:
-        try_apart(path, owner, rotary, frequencies, attention)
+        try_apart(path, owner, rotary, frequencies, causal)
     changes: list[tuple[str, Undo]] = []
     built = [
         (path, owner, build(wanted.kind, owner, frequencies, dict(wanted.options)))
@@ -198,11 +225,19 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """In place of an attention module's own: x [B, N, d_model] to the same shape."""
+    layer, name = module.mechanism, module.config._attn_implementation
+    what = registered(name)
+    if not isinstance(what, Method) or not isinstance(layer, what.kind):
+        raise Refusal(
+            f"{type(module).__name__} computes {type(layer).__name__}, but the attention of its "
+            f"model is now {described(name)}, chosen past longspan or through another model with "
+            "the same configuration: longspan.hf.remove(model) first."
+        )
     # No keys are handed over, so none can have the wrong number.
     nothing = hidden_states.new_empty(1, 1, getattr(attention_mask, "keys", 0), 0)
     dropout = module.attention_dropout if module.training else 0.0
     rows = checked_rows(
-        module.config._attn_implementation,
+        name,
         module,
         hidden_states[:, None],
         nothing,
@@ -211,7 +246,7 @@ def _forward(
         kwargs,
     )
     rows.check_positions(kwargs.get("position_ids"))
-    layer, valid = module.mechanism, _valid(rows, hidden_states.device)
+    valid = _valid(rows, hidden_states.device)
     if "turns" not in rows.kept and rows.queries > 1:
         check_turns(position_embeddings, frequencies, valid)
         rows.kept["turns"] = True

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
 from longspan.hf.collected import collected
-from longspan.hf.rows import CROSSES, Rows, rows_mask, within
+from longspan.hf.rows import CROSSES, Rows, check_run, rows_mask, within
 from longspan.ops import attend
 from longspan.ops.inputs import autocast
 from longspan.pattern import Causal, Pattern
@@ -93,7 +93,11 @@ def enlist(
     if name not in _known:
         # A compiler around the model steps out here: plans are made by numpy, and the kernels that
         # are compiled do that themselves.
-        whole = torch.compiler.disable
+        whole = partial(
+            torch.compiler.disable,
+            reason="longspan plans outside of compiled code: compile without fullgraph=True; "
+            "to export the model, take the pattern out with longspan.hf.remove(model)",
+        )
         AttentionInterface.register(name, whole(make(name, what, impl)))
         AttentionMaskInterface.register(name, whole(partial(mask, name)))
         _known[name] = (what, impl)
@@ -186,6 +190,7 @@ def checked_rows(
     kwargs: dict[str, Any],
 ) -> Rows:
     """The record in place of a mask, once everything that would be ignored has been refused."""
+    check_run(query)
     kind = type(module).__name__
     if _crosses(module, attention_mask):
         raise Refusal(f"{kind}: {CROSSES}")

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.errors import InputError, Refusal
+from longspan.ops.inputs import without_data
 from longspan.pattern import Causal, Chunk, Dense, Pattern, Window
 from longspan.planning import Plan, plan
 
@@ -214,6 +215,22 @@ class Rows:
             )
 
 
+def check_run(*tensors: Tensor | None) -> None:
+    """Refuse calls that compute nothing: records and plans are made of what a call holds."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing or torch.compiler.is_exporting():
+        raise Refusal(
+            "Plans are made of the lengths and masks of each call, which torch.export, torch.onnx "
+            "and torch.jit.trace would write down as constants. Export the model with its own "
+            "attention, longspan.hf.remove(model); torch.compile works with patterns."
+        )
+    if any(x is not None and without_data(x) for x in tensors):
+        raise InputError(
+            "expected tensors with data, got some of device meta, or fake ones: longspan.hf.apply "
+            "takes a model there, but it runs only after its weights were loaded."
+        )
+
+
 def rows_mask(
     attention: str,
     batch_size: int,
@@ -238,13 +255,15 @@ def rows_mask(
         attention_mask: [B or 1, rows so far], true for real tokens; or a record made ahead.
 
     Raises:
-        InputError: if ``attention_mask`` has another shape.
-        Refusal: if the mask is composed of something that is not understood.
+        InputError: if ``attention_mask`` has another shape, or no data.
+        Refusal: if the mask is composed of something that is not understood, or the model is
+            being exported.
     """
     if isinstance(attention_mask, Rows):
         return attention_mask
-    query_start, key_start = int(q_offset), int(kv_offset)
     own, documents = read_mask(mask_function)
+    check_run(attention_mask, documents)
+    query_start, key_start = int(q_offset), int(kv_offset)
     if not own.is_causal and q_length != kv_length:
         raise Refusal(f"{q_length} rows and {kv_length} keys: {CROSSES}")
     common = {

@@ -236,8 +236,11 @@ def prefill(
 
 def _norms(module: nn.Module, rows: Rows, key: Tensor) -> Tensor:
     """Norms of the embeddings of all key rows [B, 1, M, 1], 0 in room for what is to come."""
-    tokens = rows.query_start - rows.key_start + rows.queries
-    found = norms_for(module).all(len(key), tokens).to(key.device)
+    if "norms" not in rows.kept:
+        # Gradient checkpointing asks again after later calls, and from another thread.
+        tokens = rows.query_start - rows.key_start + rows.queries
+        rows.kept["norms"] = norms_for(module).all(len(key), tokens)
+    found, tokens = rows.kept["norms"].to(key.device), rows.kept["norms"].shape[1]
     return pad(found, (0, key.shape[2] - tokens))[:, None, :, None]
 
 

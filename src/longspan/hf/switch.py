@@ -207,7 +207,7 @@ def put(
         )
     if isinstance(wanted, Method):
         try:
-            swap(base, wanted, entry.name, new_weights=new_weights)
+            swap(base, wanted, impl, new_weights=new_weights)
         except Exception:
             below.keep(base)
             _switch(base, below.name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from longspan.errors import InputError, PlanError
 
@@ -56,6 +57,14 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def without_data(x: Tensor) -> bool:
+    """Whether a tensor has a shape alone.
+
+    What is made of one for a plan, which later calls share, would have no data either.
+    """
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse what is no attention: q [B, H, N, D], k [B, K, M, D] and v [B, K, M, Dv].
 
@@ -89,11 +98,12 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(
             f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
         )
-    if q.is_meta or not q.layout == k.layout == v.layout == torch.strided:
-        raise InputError(
-            "expected dense tensors with data; got "
-            f"{', '.join('meta' if t.is_meta else str(t.layout) for t in (q, k, v))}"
+    if any(map(without_data, (q, k, v))) or not q.layout == k.layout == v.layout == torch.strided:
+        kinds = (
+            "meta" if t.is_meta else "fake" if without_data(t) else str(t.layout)
+            for t in (q, k, v)
         )
+        raise InputError(f"expected dense tensors with data; got {', '.join(kinds)}")
 
 
 def check_batch(rows: int, q: Tensor) -> None:
