@@ -141,7 +141,7 @@ def test_a_peer_whose_borders_leave_nothing_to_check_is_not_timed(
     way, n, pairs, said, monkeypatch
 ):
     monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
-    monkeypatch.setattr(admit, "CHECKED_PAIRS", pairs, raising=False)
+    monkeypatch.setattr(admit, "CHECKED_PAIRS", pairs)
     pattern, setting, calls = ls.ShiftedChunk(64), replace(SMALL, n=n), {}
     longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
     row = admit.admit(longlora, pattern, ls.plan(pattern, n, 4), setting, way, calls)

@@ -19,7 +19,7 @@ class Kernel:
     def __getitem__(self, grid):
         assert grid == (3, 1, 1)
 
-        def look(*_):
+        def look(*_, **__):
             self.looks += 1
             return Compiled(self)
 
@@ -107,6 +107,15 @@ def test_amd_reaches_two_gibibytes(looked, monkeypatch):
 
 def test_what_alone_decides(looked):
     assert not looked((1, FLAT), (2, FLAT[1:]), alike="same")
+
+
+def test_options_are_compiled_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "_compiled", {})
+    kernel = Kernel()
+    for most in (64, 64, 128):
+        module.launch(kernel, (3, 1, 1), (FLAT,), device=DEVICE, alike="same", maxnreg=most)
+    assert (kernel.looks, kernel.launches) == (2, 1)
 
 
 def test_memory_has_an_end(looked, monkeypatch):

@@ -19,7 +19,7 @@ from tests.ops.test_hopper import (
 )
 from tests.ops.test_hopper_backward import back_plan, cut_finely, gradients
 from tests.ops.test_hopper_backward import executed as executed_back
-from tests.ops.test_hopper_pairs import always, by_twos, check_pairs, half
+from tests.ops.test_hopper_pairs import always, by_twos, check_pairs, each_of, half
 from tests.ops.test_hopper_plan import (
     any_ranges,
     check_plan,
@@ -212,12 +212,13 @@ def test_every_pair_of_any_ranges_is_in_one_tile_of_one_stretch(given, tiles, le
             lies_together(more, key, seen(made, row, key, about, whole=at == 0))
 
 
+@each_of
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_every_pair_is_in_one_half_of_one_stretch(name, monkeypatch):
-    always(monkeypatch)
+def test_every_pair_is_in_one_half_of_one_stretch(name, each, monkeypatch):
+    always(monkeypatch, each)
     _, ranges, more, (q, k, _) = laid_out(name)
     ranges = replace(by_twos(ranges), more=more)
-    made = check_pairs(ranges, len(q), 2 * q.shape[1], k.shape[1])
+    made = check_pairs(ranges, len(q), 2 * q.shape[1], k.shape[1], each=each)
     for row, _, _, first, _, count in made.tasks[:, :6].tolist():
         for key, about, other, about_other in made.entries[first : first + count].tolist():
             for own_key, own_about in ((key, about), (other, about_other)):

@@ -38,12 +38,13 @@ def launch(
         grid: programs.
         args: all arguments in their order; tuples of tensors and numbers too.
         device: where it runs.
-        alike: what alone decides which compilation fits, where the kernel specializes on nothing
-            else, such as options; None for all that Triton looks at.
+        alike: what alone decides, with the options, which compilation fits, where the kernel
+            specializes on nothing else; None for all that Triton looks at.
         options: of the compilation.
     """
     here = torch.cuda.current_device() == device.index
-    name = (id(kernel), device, _signs(args) if alike is None else alike)
+    looks = _signs(args) if alike is None else alike
+    name = (id(kernel), device, looks, *options.items())
     known = _compiled.get(name)
     with nullcontext() if here else torch.cuda.device(device):
         if known is not None:

@@ -28,7 +28,7 @@ query sees, with these bits: two for each group of warps (0 all keys, 1 masked, 
 keys, 3 only the last), 16 if only lower bounds cut, 32 if both do. The first entry is computed
 whole. 4 D flops for each pair of a tile or half a tile.
 
-With ``paired`` a task is 64 queries of so many heads, of one or of two neighbours that see the
+With ``halves`` a task is 64 queries of so many heads, of one or of two neighbours that see the
 same keys, and a tile of keys two halves that may lie anywhere (see ``_hopper_pairs``). A task is
 then int32 [16], and an entry int32 [4]: the first key of a half and 64 times its row of bounds
 with the same bits for either half, but of the first number of bits 1 that the tile has a mask, and
@@ -99,14 +99,14 @@ def forward(
     scale,
     places: gl.constexpr,
     width: gl.constexpr,
-    paired: gl.constexpr,
+    halves: gl.constexpr,
 ):
     # Groups of warps that multiply.
-    groups: gl.constexpr = 1 if paired == 1 else 2
+    groups: gl.constexpr = 1 if halves == 1 else 2
     queries = ring_of(q_desc, 2, groups, 64, width, groups)
     keys = ring_of(k_desc, places // 2, 1, 128, width, groups)
     values = ring_of(v_desc, places - places // 2, 1, 128, width, groups)
-    told = gl.allocate_shared_memory(gl.int32, [2, 16 if paired else 8], _FLAT)
+    told = gl.allocate_shared_memory(gl.int32, [2, 16 if halves else 8], _FLAT)
     results = (out_desc, lse, rows, heads)
     bounds = (lo, hi, rows)
     if more_k_desc is None:
@@ -120,7 +120,7 @@ def forward(
     if groups == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
+                (_multiply, (0, halves, rings, told, entries, bounds, results, scale)),
                 (load_pairs, (descs, rings, told, work, stretches)),
             ],
             [1],
@@ -129,9 +129,9 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, paired, rings, told, entries, bounds, results, scale)),
-                (_multiply, (1, paired, rings, told, entries, bounds, results, scale)),
-                (load_pairs if paired else load, (descs, rings, told, work, stretches)),
+                (_multiply, (0, halves, rings, told, entries, bounds, results, scale)),
+                (_multiply, (1, halves, rings, told, entries, bounds, results, scale)),
+                (load_pairs if halves else load, (descs, rings, told, work, stretches)),
             ],
             [4, 1],
             [240, 24],
@@ -141,7 +141,7 @@ def forward(
 @gluon.jit
 def _multiply(
     half: gl.constexpr,
-    paired: gl.constexpr,
+    halves: gl.constexpr,
     rings,
     told,
     entries,
@@ -156,12 +156,12 @@ def _multiply(
     room, full, empty = queries
     place, phase, v_place, v_phase, q_place, q_phase, done = 0, 0, 0, 0, 0, 0, 0
     mbarrier.wait(full.index(0), 0)
-    row, head, batch, first, edges, tiles, tile = _task(told, 0, paired)
-    rows_on: gl.constexpr = 0 if paired else 64 * half
-    bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
+    row, head, batch, first, edges, tiles, tile = _task(told, 0, halves)
+    rows_on: gl.constexpr = 0 if halves else 64 * half
+    bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, halves)
     while row < bounds[2]:
         # The next entry is read long before it is needed.
-        tile1 = _tile(entries, first + 1, paired)
+        tile1 = _tile(entries, first + 1, halves)
         q_room = room.index(groups * q_place + half)
         q = q_room.reshape([64, width])
         scores = _times_keys(q, keys, place, phase, _WHOLE)
@@ -173,32 +173,32 @@ def _multiply(
         place, phase = next_place(keys, place, phase)
         own = row + rows_on
         if tile[1] & 15:
-            s = _mask(s, tile, bound, bounds, own, _WHOLE, paired)
+            s = _mask(s, tile, bound, bounds, own, _WHOLE, halves)
         p, total, base = first_weights(s, scale)
         acc = gl.zeros([64, width], gl.float32, sums)
         flow = place, phase, v_place, v_phase, acc, _weights(p, q, _WHOLE), base, total
         for j in range(1, edges):
             tile = tile1
-            tile1 = _tile(entries, first + j + 1, paired)
-            kind = tile[1] & 3 if paired else (tile[1] >> (2 * half)) & 3
+            tile1 = _tile(entries, first + j + 1, halves)
+            kind = tile[1] & 3 if halves else (tile[1] >> (2 * half)) & 3
             # Loops of one turn or none: of three branches, ptxas 12.8 has one read registers that
             # another one sets.
             for _ in range((kind < 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _WHOLE, paired)
-            for _ in range((kind == 3 if paired else kind == 2).to(gl.int32)):
-                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _FIRST, paired)
-            if not paired:
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _WHOLE, halves)
+            for _ in range((kind == 3 if halves else kind == 2).to(gl.int32)):
+                flow = _step(q, rings, flow, scale, tile, bounds, own, True, _FIRST, halves)
+            if not halves:
                 for _ in range((kind == 3).to(gl.int32)):
-                    flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, paired)
+                    flow = _step(q, rings, flow, scale, tile, bounds, own, True, _LAST, halves)
         for _ in range(edges, tiles):
-            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, paired)
+            flow = _step(q, rings, flow, scale, tile, bounds, own, False, _WHOLE, halves)
         place, phase, v_place, v_phase, acc, p, base, total = flow
-        out_batch, out_head, out_row = batch, head + (half if paired else 0), own
+        out_batch, out_head, out_row = batch, head + (half if halves else 0), own
         product = _plus_values(p, acc, values, v_place, v_phase)
         q_place, q_phase = next_place(queries, q_place, q_phase)
         mbarrier.wait(full.index(q_place), q_phase)
-        row, head, batch, first, edges, tiles, tile = _task(told, q_place, paired)
-        bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, paired)
+        row, head, batch, first, edges, tiles, tile = _task(told, q_place, halves)
+        bound = _bounds(bounds, tile, row + rows_on, _BY_ROW, halves)
         acc = hopper.warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(values[2].index(v_place), count=1)
         v_place, v_phase = next_place(values, v_place, v_phase)
@@ -216,12 +216,12 @@ def _multiply(
 
 
 @gluon.jit
-def _task(told, place, paired: gl.constexpr):
+def _task(told, place, halves: gl.constexpr):
     """Its first six numbers, and its first entry."""
     room = told.index(place)
     row, head, batch, first = _told(room, 0), _told(room, 1), _told(room, 2), _told(room, 3)
     edges, tiles = _told(room, 4), _told(room, 5)
-    if paired:
+    if halves:
         tile = (_told(room, 6), _told(room, 7), _told(room, 8), _told(room, 9))
     else:
         tile = (_told(room, 6), _told(room, 7))
@@ -244,7 +244,7 @@ def _step(
     row,
     masked: gl.constexpr,
     part: gl.constexpr,
-    paired: gl.constexpr,
+    halves: gl.constexpr,
 ):
     """Scores and weights of a tile, while the weights of the last one meet their values."""
     _queries, keys, values = rings
@@ -252,14 +252,14 @@ def _step(
     scored: gl.constexpr = _SCORES if part == _WHOLE else _HALF
     by_row: gl.constexpr = gl.SliceLayout(1, scored)
     # Read before it is needed.
-    bound = _bounds(bounds, tile, row, by_row, paired and part == _WHOLE) if masked else 0
+    bound = _bounds(bounds, tile, row, by_row, halves and part == _WHOLE) if masked else 0
     scores = _times_keys(q, keys, place, phase, part)
     product = _plus_values(p, acc, values, v_place, v_phase)
     s = hopper.warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(keys[2].index(place), count=1)
     place, phase = next_place(keys, place, phase)
     if masked:
-        s = _mask(s, tile, bound, bounds, row, part, paired)
+        s = _mask(s, tile, bound, bounds, row, part, halves)
     p, more, new = next_weights(s, base, scale, q.dtype)
     # Both may be -inf.
     shrink = gl.where(new == base, 1.0, gl.exp2(base - new))
@@ -305,8 +305,8 @@ def _weights(p, q, part: gl.constexpr):
 
 
 @gluon.jit
-def _tile(entries, at, paired: gl.constexpr):
-    if paired:
+def _tile(entries, at, halves: gl.constexpr):
+    if halves:
         first = entries + 4 * at
         found = (gl.load(first), gl.load(first + 1), gl.load(first + 2), gl.load(first + 3))
     else:
@@ -315,9 +315,9 @@ def _tile(entries, at, paired: gl.constexpr):
 
 
 @gluon.jit
-def _bounds(bounds, tile, row, by_row: gl.constexpr, paired: gl.constexpr):
+def _bounds(bounds, tile, row, by_row: gl.constexpr, halves: gl.constexpr):
     """Those that cut a tile, or each of its halves."""
-    if paired:
+    if halves:
         found = (_bound(bounds, tile[1], row, by_row), _bound(bounds, tile[3], row, by_row))
     else:
         found = (_bound(bounds, tile[1], row, by_row),)
@@ -338,14 +338,14 @@ def _bound(bounds, about, row, by_row: gl.constexpr):
 
 
 @gluon.jit
-def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr):
+def _mask(s, tile, bound, bounds, row, part: gl.constexpr, halves: gl.constexpr):
     by_row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     j = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
     # A column is that of a register, a number in the machine code, and that of a thread.
     fixed, own = j & ~6, j & 6
     key, about = tile[0] + (64 if part == _LAST else 0), tile[1]
     # Before the end, or not before the first one.
-    if paired and part == _WHOLE:
+    if halves and part == _WHOLE:
         behind = j >= 64
         end = gl.where(behind, (bound[1] - tile[2] + 64)[:, None], (bound[0] - key)[:, None])
         turned = gl.where(behind, (tile[3] & 16) != 0, (about & 16) != 0)
@@ -359,7 +359,7 @@ def _mask(s, tile, bound, bounds, row, part: gl.constexpr, paired: gl.constexpr)
         s = gl.where((fixed < (bound[0] - key)[:, None] - own) ^ turned, s, float("-inf"))
         # A loop of one turn or none: a branch becomes a second comparison for all.
         for _ in range((about >> 5) & 1):
-            if paired:
+            if halves:
                 begin = _first_key(bounds, about, row, by_row)
             else:
                 # Written out: otherwise ptxas 12.8 joins the comparison above with its bit in an

@@ -58,7 +58,7 @@ def load(descs, rings, told, work, stretches):
 
 @gluon.jit
 def load_pairs(descs, rings, told, work, stretches):
-    """Tiles of two times 64 keys, for two heads."""
+    """Tiles of two times 64 keys, for one head or two."""
     q_desc, k_descs, v_descs = descs
     queries, keys, values = rings
     fetched, tasks, entries, count, group, step = work
@@ -92,7 +92,7 @@ def load_pairs(descs, rings, told, work, stretches):
 
 @gluon.jit
 def _bring_queries(desc, at, queries, told, whole, place, phase):
-    """Those of both groups of warps, which are some heads and rows apart, and their task."""
+    """Those of each group of warps, which are some heads and rows apart, and their task."""
     room, full, empty = queries
     groups: gl.constexpr = room.shape[0] // 2
     batch, head, row, heads_on, rows_on = at

@@ -66,7 +66,7 @@ def ring_of(
     width: gl.constexpr,
     readers: gl.constexpr = 2,
 ):
-    """Places of some tiles each, with a barrier for full and one for empty: all have read it."""
+    """Places of some tiles, with a barrier for full and one for empty, where readers arrive."""
     room = gl.allocate_shared_memory(desc.dtype, [places * tiles, 1, 1, rows, width], desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
