@@ -51,18 +51,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def compiler() -> str:
+    """The C compiler; the test is skipped where there is none: a library may come without."""
+    own = os.environ.get("CC") or "cc"
+    if shutil.which(shlex.split(own)[0]) is None:
+        pytest.skip("needs a C compiler")
+    return own
+
+
 @pytest.fixture(scope="session")
 def with_tile_registers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The compiled code with tile registers in plain C, for processors that have none."""
-    compiler = os.environ.get("CC") or "cc"
-    if shutil.which(shlex.split(compiler)[0]) is None:
-        pytest.skip("needs a C compiler")
+    own = compiler()
     header = Path(__file__).with_name("tile_registers.h")
     with pytest.MonkeyPatch.context() as patch:
         made = tmp_path_factory.mktemp("native") / "native.so"
         for owner in (build, module):
             patch.setattr(owner, "LIBRARY", made)
-        patch.setenv("CC", f"{compiler} -include {shlex.quote(str(header))}")
+        patch.setenv("CC", f"{own} -include {shlex.quote(str(header))}")
         assert build.build() == ""
         found = module.library.__wrapped__()
     if found.longspan_tile(module._AMX) == 1:
@@ -702,6 +708,7 @@ def test_a_broken_library_is_left_alone(
 def test_builds_anew_and_says_why_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compiler()
     copy = shutil.copytree(build.FOLDER, tmp_path / "native")
     (copy / "native.so").unlink()
     monkeypatch.setattr(build, "FOLDER", copy)
@@ -716,3 +723,24 @@ def test_builds_anew_and_says_why_it_cannot(
     before = build.fingerprint()
     (copy / "native.h").write_text((copy / "native.h").read_text() + "\n")
     assert build.fingerprint() != before
+
+
+@pytest.mark.parametrize(("without", "most"), [("AMX", 3), ("BF16", 2)])
+def test_compilers_that_do_not_know_all_instructions(
+    without: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old-cc"
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *-DLONGSPAN_WITHOUT_{without}*) exec {compiler()} "$@";; esac\n'
+        "exit 1\n"
+    )
+    old.chmod(0o700)
+    monkeypatch.setenv("CC", str(old))
+    monkeypatch.setattr(build, "LIBRARY", tmp_path / "native.so")
+    assert build.build() == ""
+    found = ctypes.CDLL(str(tmp_path / "native.so"))
+    assert found.longspan_level() == min(module.level(), most)
+    for level in LEVELS:
+        # A tile of one row is that of a level without code.
+        known = level <= most and module.library().longspan_tile(level) > 1
+        assert (found.longspan_tile(level) > 1) == known
