@@ -267,3 +267,48 @@ def test_settings_that_make_no_sense(wrong: dict[str, Any], message: str) -> Non
     make: Callable[..., LoopConfig] = LoopConfig
     with pytest.raises(InputError, match=message):
         make(**{"steps": 1, "lr": 1.0, **wrong})
+
+
+def _half(dtype: torch.dtype) -> Model:
+    """The model in half precision, with weights of 1 that small steps do not move there."""
+    model = Model().to(dtype)
+    nn.init.ones_(model.head.weight)
+    return model
+
+
+def _train_half(folder: Path, dtype: torch.dtype, steps: int) -> Model:
+    model = _half(dtype)
+    config = LoopConfig(steps=steps, lr=2e-4, warmup=0, accumulate=3, save_every=10)
+    train(
+        Loss(model),  # type: ignore[arg-type]
+        # The same batch, so that steps go one way.
+        lambda _: batch_at(0),
+        config,
+        checkpoints=Checkpoints(folder / "c"),
+        log=folder / "log.jsonl",
+    )
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_below_the_last_digit_of_half_precision_add_up(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    # A step of 2e-4 is a twentieth of the distance between 1 and the next bfloat16.
+    model = _train_half(tmp_path, dtype, 40)
+    moved = (model.head.weight.float() - 1).abs()
+    whole = _train_half(tmp_path / "float32", torch.float32, 40)
+    wanted = (whole.head.weight - 1).abs()
+    assert wanted.mean() > 3e-3
+    assert (moved - wanted).abs().mean() < 0.3 * wanted.mean()
+    assert model.head.weight.dtype == dtype
+
+
+def test_a_resumed_run_in_half_precision_keeps_what_is_below_the_last_digit(
+    tmp_path: Path,
+) -> None:
+    whole = _train_half(tmp_path / "whole", torch.bfloat16, 40)
+    _train_half(tmp_path / "cut", torch.bfloat16, 10)
+    resumed = _train_half(tmp_path / "cut", torch.bfloat16, 40)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -27,6 +27,7 @@ from longspan.eval.records import read_lines
 from longspan.eval.seed import check_seed
 from longspan.train.checkpoint import Checkpoints, write_text
 from longspan.train.finite import LARGEST_RATE, check_step
+from longspan.train.full_precision import FullPrecision
 from longspan.train.interrupt import between_steps
 
 
@@ -38,7 +39,8 @@ class LoopConfig:
         steps: optimizer steps.
         lr: learning rate after the warm-up.
         warmup: steps over which it grows linearly.
-        schedule: what follows the warm-up: ``constant``, or ``cosine`` down to a tenth.
+        schedule: what follows the warm-up: ``constant``, or ``cosine`` to a tenth after the last
+            step.
         accumulate: batches per step.
         clip: largest norm of the gradient.
         weight_decay: of AdamW.
@@ -115,9 +117,12 @@ def train(
     """
     model = loss.model
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay)
+    precise = FullPrecision(trained)
+    optimizer = torch.optim.AdamW(
+        precise.copies.values(), lr=config.lr, weight_decay=config.weight_decay
+    )
     torch.manual_seed(config.seed)
-    start = _restore(checkpoints, trained, optimizer)
+    start = _restore(checkpoints, precise, optimizer)
     records = [r for r in read_lines(log) if r["step"] <= start] if log.exists() else []
     if [r["step"] for r in records] != list(range(1, start + 1)):
         raise RunError(
@@ -132,7 +137,7 @@ def train(
     model.train()
     with between_steps() as interrupted:
         for step in range(start, config.steps):
-            record = _step(loss, batch_at, step, trained, optimizer, config)
+            record = _step(loss, batch_at, step, precise, optimizer, config)
             check_step(record["loss"], record["grad_norm"], step + 1, config.lr)
             records.append(record)
             # Asked once: what arrives later is for the next step.
@@ -145,7 +150,7 @@ def train(
                     file.flush()
                     os.fsync(file.fileno())
             if saving:
-                checkpoints.save(step + 1, _state(trained, optimizer))
+                checkpoints.save(step + 1, _state(precise, optimizer))
             speed = record["tokens"] / record["seconds"]
             progress(
                 "training",
@@ -163,7 +168,7 @@ def _step(
     loss: TokenLoss,
     batch_at: Callable[[int], Tensor],
     step: int,
-    trained: dict[str, nn.Parameter],
+    precise: FullPrecision,
     optimizer: torch.optim.AdamW,
     config: LoopConfig,
 ) -> dict[str, Any]:
@@ -175,10 +180,12 @@ def _step(
         ids_BN = batch_at(step * config.accumulate + part).to(loss.device)
         mean = loss(ids_BN).mean() / config.accumulate
         mean.backward()
+        precise.add_gradients()
         total += mean.item()
         tokens += ids_BN.numel()
-    norm = nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
+    norm = nn.utils.clip_grad_norm_(precise.copies.values(), config.clip).item()
     optimizer.step()
+    precise.write()
     optimizer.zero_grad(set_to_none=True)
     return {
         "step": step + 1,
@@ -190,9 +197,9 @@ def _step(
     }
 
 
-def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Any]:
+def _state(precise: FullPrecision, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     return {
-        "parameters": {name: p.detach() for name, p in trained.items()},
+        "parameters": {name: p.detach() for name, p in precise.copies.items()},
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -200,21 +207,22 @@ def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> di
 
 
 def _restore(
-    checkpoints: Checkpoints, trained: dict[str, nn.Parameter], optimizer: torch.optim.AdamW
+    checkpoints: Checkpoints, precise: FullPrecision, optimizer: torch.optim.AdamW
 ) -> int:
     found = checkpoints.load()
     if found is None:
         return 0
     step, state = found
-    if state["parameters"].keys() != trained.keys():
+    if state["parameters"].keys() != precise.copies.keys():
         raise RunError(
             f"The checkpoint of step {step} in {checkpoints.folder} belongs to other trained "
             "parameters. "
             "Resume with the settings that the run was started with."
         )
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in precise.copies.items():
             parameter.copy_(state["parameters"][name])
+    precise.write()
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
     if state["random_cuda"] and torch.cuda.is_available():
