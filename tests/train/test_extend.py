@@ -40,6 +40,7 @@ from longspan.train.prepare import (
     rehearse,
 )
 from longspan.train.settings import ExtendSettings
+from longspan.train.sole_writer import sole_writer
 
 SUITE: dict[str, Any] = {"lengths": (64, 256), "sequences": 2, "trials": 1, "style": "code"}
 LOOP: dict[str, Any] = {"steps": 4, "lr": 1e-2, "warmup": 1, "save_every": 2}
@@ -468,3 +469,13 @@ def test_held_out_text_is_the_end_and_nothing_is_in_both() -> None:
 def test_lengths_double_up_to_the_target() -> None:
     assert doubling(512, 4096) == (512, 1024, 2048, 4096)
     assert doubling(64, 200) == (64, 128, 200)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_folder_that_another_process_trains_into_is_left_alone(
+    tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with sole_writer(out), pytest.raises(RunError, match="Another process"):
+        extend(settings(tiny_model, some_text), out)
+    assert not any(out.iterdir())

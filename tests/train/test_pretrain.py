@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 
@@ -16,6 +17,7 @@ from longspan.hf.build import build_llama, train_tokenizer
 from longspan.train.data import recall_documents
 from longspan.train.finite import check_weights
 from longspan.train.pretrain import PretrainConfig, learning_rate, plan, pretrain
+from longspan.train.sole_writer import sole_writer
 
 CONFIG = PretrainConfig(
     context=32,
@@ -46,6 +48,13 @@ class Killed(Exception):
 def test_a_folder_that_cannot_be_written_is_refused_before_training():
     with pytest.raises(DataError, match="cannot be written"):
         pretrain(CONFIG, TEXT, "/proc/model", on_step=lambda *_: pytest.fail("trained"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_folder_that_another_process_trains_into_is_left_alone(tmp_path):
+    with sole_writer(tmp_path), pytest.raises(RunError, match="Another process"):
+        pretrain(CONFIG, TEXT, tmp_path, on_step=lambda *_: pytest.fail("trained"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):

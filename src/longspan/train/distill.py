@@ -31,6 +31,7 @@ from longspan.hf.routes import routed
 from longspan.hf.unwrap import base_model
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.loop import LoopConfig, train
+from longspan.train.sole_writer import sole_writer
 
 
 def distill(
@@ -57,7 +58,8 @@ def distill(
 
     Raises:
         InputError: if the model has no mechanism with weights of its own.
-        RunError: a checkpoint could not be written, or the loss is no longer finite.
+        RunError: a checkpoint could not be written, the loss is no longer finite, or another
+            process trains into the folder.
     """
     base = base_model(model)
     learned = {id(p) for layer in swapped(base).values() for p in layer.parameters()}
@@ -67,7 +69,7 @@ def distill(
             "longspan.hf.convert first, with a mechanism that adds some."
         )
     target = Path(folder)
-    with _only(base, learned):
+    with sole_writer(target), _only(base, learned):
         records = train(
             OutputErrors(model),
             batch_at,

@@ -37,8 +37,9 @@ from longspan.pattern import Pattern
 from longspan.train.card import write_card
 from longspan.train.checkpoint import Checkpoints, write_json, write_text
 from longspan.train.loop import train
-from longspan.train.prepare import SETTINGS_NAME, Job, prepare
+from longspan.train.prepare import SETTINGS_NAME, Job, check_output, prepare
 from longspan.train.settings import ExtendSettings
+from longspan.train.sole_writer import sole_writer
 
 
 def extend(
@@ -68,7 +69,10 @@ def extend(
     """
     job = prepare(settings, Path(out), resume=resume)
     try:
-        return _run(job, merge=merge, progress=progress, command=command)
+        with sole_writer(job.out):
+            # Another process may have been there since.
+            check_output(job.out, resume=resume)
+            return _run(job, merge=merge, progress=progress, command=command)
     except OSError as error:
         raise RunError(
             f"{job.out} could not be written: {error.strerror or error}. What was finished is "
@@ -79,7 +83,6 @@ def extend(
 
 def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -> dict[str, Any]:
     settings, out = job.settings, job.out
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / SETTINGS_NAME, job.fingerprint())
     report: dict[str, Any] = {
         "command": shlex.join(command),

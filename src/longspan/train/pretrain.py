@@ -48,6 +48,7 @@ from longspan.train.pretrain_state import (
     save_state,
     tokenizer_in,
 )
+from longspan.train.sole_writer import sole_writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +156,25 @@ def pretrain(
     Raises:
         DataError: too little text, ``out`` not empty or not to be written, nothing to resume from,
             or a run of other settings or text.
-        RunError: the loss is no longer finite, or the checkpoint is damaged.
+        RunError: the loss is no longer finite, the checkpoint is damaged, or another process
+            trains into ``out``.
     """
     out = Path(out)
     run = _prepare(config, documents, out, validation, heldout, resume=resume)
+    with sole_writer(out):
+        # Another process may have been there since.
+        check_out(out, resume=resume)
+        return _train(run, config, out, resume=resume, on_step=on_step)
+
+
+def _train(
+    run: _Run,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    resume: bool,
+    on_step: Callable[[int, float, float | None], None] | None,
+) -> PretrainReport:
     model, optimizer, history = run.model, run.optimizer, run.history
     hooks = _add_dropout(model, config.dropout)
     started = time.perf_counter() - run.seconds
@@ -383,7 +399,7 @@ def _step(
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up to ``config.lr``, then a cosine to a tenth of it at the last step."""
+    """Linear warm-up to ``config.lr``, then a cosine that reaches a tenth after the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
