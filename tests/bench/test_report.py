@@ -80,6 +80,21 @@ def test_memory_of_zero_has_no_point(call, tmp_path):
     assert "<title>longspan auto: 64, 0.000</title>" not in page
 
 
+def test_a_benchmark_without_whole_records_is_refused(call, tmp_path):
+    code, *_ = call("bench", "window(9)", "--lengths", "64", *BENCH, "--out", tmp_path)
+    assert code == 0
+    file = tmp_path / "records.jsonl"
+    header, record, *_ = file.read_text().splitlines(keepends=True)
+    # Killed before the first was measured.
+    file.write_text(header)
+    code, _, err = call("report", tmp_path)
+    assert (code, "no finished measurement" in err) == (2, True), err
+    file.write_text(header + record + '{"key": "4096/0", "nll": 2.5}\n')
+    code, _, err = call("report", tmp_path)
+    assert (code, "'4096/0'" in err) == (2, True), err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_axes_show_numbers_as_they_are(tmp_path):
     dense, ours = ({"name": name, "of_dense": 1.0} for name in ("dense SDPA", "longspan auto"))
     rows = [{**dense, "seconds": 3e-4}, {**ours, "seconds": 4e-5}]

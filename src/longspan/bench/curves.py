@@ -14,6 +14,7 @@ from longspan.viz.svg import label
 FILE = "records.jsonl"
 # Quarters further apart than this share of the median: other work ran beside.
 WIDE = 0.2
+_NEEDED = {"pattern", "n", "way", "rows"}
 
 Row = dict[str, Any]
 
@@ -22,7 +23,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Settings and records of a benchmark.
 
     Raises:
-        DataError: if the folder holds none.
+        DataError: if the folder holds none, none that is finished, or lines of another kind.
     """
     path = folder / FILE
     found = read_records(path) if path.exists() else None
@@ -32,6 +33,17 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} holds no benchmark: expected {FILE}, as longspan bench --out writes it"
         )
     header, records = found
+    strange = [record["key"] for record in records if not record.keys() >= _NEEDED]
+    if strange:
+        raise DataError(
+            f"{path} holds lines that no benchmark wrote, first the one with the key "
+            f"{strange[0]!r}: take them out, or measure again with longspan bench --out."
+        )
+    if not records:
+        raise DataError(
+            f"{path} holds no finished measurement: run the same longspan bench again, which goes "
+            "on in this folder."
+        )
     return {"settings": header["settings"], "records": records}
 
 
