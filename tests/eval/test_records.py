@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,17 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(DataError, match="run is a file: give a folder"):
         Records(tmp_path / "run" / "records.jsonl", {})
+
+
+def test_a_full_disk_is_named_by_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    records = Records(path, {"model": "m"})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+        with pytest.raises(OSError, match=r"File too large: '.*results\.jsonl'"):
+            records.add("a", {"nll": 1.0, "note": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # What is half written is dropped.
+    assert "a" not in Records(path, {"model": "m"})

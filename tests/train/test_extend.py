@@ -479,3 +479,15 @@ def test_a_folder_that_another_process_trains_into_is_left_alone(
     with sole_writer(out), pytest.raises(RunError, match="Another process"):
         extend(settings(tiny_model, some_text), out)
     assert not any(out.iterdir())
+
+
+def test_a_file_in_the_place_of_the_adapter_is_one_clear_error(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any], ExtendSettings]
+) -> None:
+    whole, _, asked = finished
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "adapter")
+    (out / "adapter").touch()
+    with pytest.raises(RunError, match="could not be written: File exists"):
+        extend(asked, out, resume=True)

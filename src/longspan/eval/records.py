@@ -68,8 +68,13 @@ class Records:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self._path is not None
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(to_json(line) + "\n")
+        except OSError as error:
+            # A full disk gives no name.
+            error.filename = str(self._path)
+            raise
 
     def _load(self, path: Path, header: dict[str, Any]) -> None:
         there = read_records(path)

@@ -131,7 +131,13 @@ def embedding_and_norm_names(model: PreTrainedModel) -> list[str]:
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Write the adapter as peft does; ``PeftModel.from_pretrained`` reads it without longspan."""
+    """Write the adapter as peft does; ``PeftModel.from_pretrained`` reads it without longspan.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    # Peft has an error of its own for a file that lies there.
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with saving():
         model.save_pretrained(str(folder), save_embedding_layers=False)
 

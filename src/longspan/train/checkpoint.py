@@ -133,8 +133,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # The name that the caller knows; a full disk gives none.
+            error.filename, error.filename2 = str(path), None
         raise
     # Windows opens no folders.
     if os.name == "nt":
