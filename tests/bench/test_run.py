@@ -19,6 +19,7 @@ from longspan.eval.records import Records
 from longspan.ops.kernels import native
 
 SMALL = Setting(n=1, heads=4, key_heads=2, width=16)
+LONGLORA = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
 
 
 def bench(*patterns: str, **changed) -> Bench:
@@ -123,12 +124,11 @@ def test_a_peer_whose_borders_differ_is_checked_between_them(monkeypatch):
     """Each half of a group at either end, as long as the rows of the check, differs."""
     monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
     pattern, setting, calls = ls.ShiftedChunk(64), replace(SMALL, n=512), {}
-    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
     row = admit.admit(
-        longlora, pattern, ls.plan(pattern, 512, 4), setting, "forward+backward", calls
+        LONGLORA, pattern, ls.plan(pattern, 512, 4), setting, "forward+backward", calls
     )
     assert not row["wrong"]
-    assert list(calls) == [longlora.name]
+    assert list(calls) == [LONGLORA.name]
     assert 0.0 < row["errors"]["dq"] < 1e-5
 
 
@@ -143,8 +143,7 @@ def test_a_peer_whose_borders_leave_nothing_to_check_is_not_timed(
     monkeypatch.setattr(admit, "CHECKED_ROWS", 64)
     monkeypatch.setattr(admit, "CHECKED_PAIRS", pairs)
     pattern, setting, calls = ls.ShiftedChunk(64), replace(SMALL, n=n), {}
-    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
-    row = admit.admit(longlora, pattern, ls.plan(pattern, n, 4), setting, way, calls)
+    row = admit.admit(LONGLORA, pattern, ls.plan(pattern, n, 4), setting, way, calls)
     assert said in row["refused"]
     assert not calls
 
@@ -154,13 +153,12 @@ def test_a_peer_with_long_borders_is_checked_on_fewer_heads(monkeypatch):
     monkeypatch.setattr(admit, "CHECKED_PAIRS", 4 * 128**2)
     pattern, calls = ls.ShiftedChunk(64), {}
     setting = replace(SMALL, n=512, heads=16, key_heads=8)
-    longlora = next(peer for peer in peers.PEERS if peer.name.startswith("LongLoRA"))
     checked, errors = [], admit._errors
     monkeypatch.setattr(
         admit, "_errors", lambda *given: checked.append(given[2]) or errors(*given)
     )
     laid = ls.plan(pattern, 512, 16)
-    row = admit.admit(longlora, pattern, laid, setting, "forward+backward", calls)
+    row = admit.admit(LONGLORA, pattern, laid, setting, "forward+backward", calls)
     assert not row["wrong"]
     assert [(one.n, one.heads, one.key_heads) for one in checked] == [(128, 4, 2)]
     assert 0.0 < row["errors"]["rows"] < 1e-5

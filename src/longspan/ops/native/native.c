@@ -2,31 +2,32 @@
 #include "native.h"
 #include <sys/mman.h>
 
-int64_t longspan_forward_avx2(Task *), longspan_backward_avx2(Task *), longspan_tile_avx2(void);
-int64_t longspan_forward_avx512(Task *), longspan_backward_avx512(Task *);
-int64_t longspan_tile_avx512(void);
+/* The kernels of an instruction set. */
+typedef struct {
+    int64_t (*tile)(void), (*forward)(Task *), (*backward)(Task *);
+} Kernels;
 
-#ifdef LONGSPAN_WITHOUT_BF16
-/* The compiler does not know it. */
-static int64_t longspan_forward_bf16(Task *task) { return task == 0; }
-static int64_t longspan_backward_bf16(Task *task) { return task == 0; }
-static int64_t longspan_tile_bf16(void) { return 1; }
-static int64_t longspan_bf16(void) { return 0; }
-#else
-int64_t longspan_forward_bf16(Task *), longspan_backward_bf16(Task *), longspan_tile_bf16(void);
-static int64_t longspan_bf16(void) { return __builtin_cpu_supports("avx512bf16") != 0; }
-#endif
+#define DECLARE(set) \
+    int64_t longspan_tile_##set(void), longspan_forward_##set(Task *), \
+        longspan_backward_##set(Task *)
+#define KERNELS(set) {longspan_tile_##set, longspan_forward_##set, longspan_backward_##set}
+DECLARE(avx2);
+DECLARE(avx512);
+DECLARE(bf16);
+DECLARE(amx);
+int64_t longspan_amx(void);
 
-#ifdef LONGSPAN_WITHOUT_AMX
-/* The compiler does not know it. */
-static int64_t longspan_forward_amx(Task *task) { return task == 0; }
-static int64_t longspan_backward_amx(Task *task) { return task == 0; }
-static int64_t longspan_tile_amx(void) { return 1; }
-static int64_t longspan_amx(void) { return 0; }
-#else
-int64_t longspan_forward_amx(Task *), longspan_backward_amx(Task *);
-int64_t longspan_tile_amx(void), longspan_amx(void);
+/* By level; what the compiler does not know is missing. */
+static const Kernels kernels[5] = {
+    [1] = KERNELS(avx2),
+    [2] = KERNELS(avx512),
+#ifndef LONGSPAN_WITHOUT_BF16
+    [3] = KERNELS(bf16),
+#ifndef LONGSPAN_WITHOUT_AMX
+    [4] = KERNELS(amx),
 #endif
+#endif
+};
 
 #ifndef LONGSPAN_SOURCES
 #define LONGSPAN_SOURCES 0
@@ -44,45 +45,31 @@ void longspan_large_pages(void *x, int64_t bytes) {
 #endif
 }
 
+/* The level of a machine with AVX-512. */
+static int64_t level_512(void) {
+#ifndef LONGSPAN_WITHOUT_BF16
+#ifndef LONGSPAN_WITHOUT_AMX
+    if (longspan_amx()) return 4;
+#endif
+    if (__builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+    return 2;
+}
+
 int64_t longspan_level(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return longspan_amx() ? 4 : longspan_bf16() ? 3 : 2;
+        return level_512();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
-int64_t longspan_tile(int64_t level) {
-    switch (level) {
-        case 4: return longspan_tile_amx();
-        case 3: return longspan_tile_bf16();
-        case 2: return longspan_tile_avx512();
-        default: return longspan_tile_avx2();
-    }
+int64_t longspan_tile(int64_t level) { return kernels[level].tile ? kernels[level].tile() : 1; }
+
+static void run(Task *task, int64_t (*kernel)(Task *)) {
+    if (kernel(task)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
 }
 
-static int64_t forward(Task *task) {
-    switch (task->level) {
-        case 4: return longspan_forward_amx(task);
-        case 3: return longspan_forward_bf16(task);
-        case 2: return longspan_forward_avx512(task);
-        default: return longspan_forward_avx2(task);
-    }
-}
+void longspan_forward(Task *task) { run(task, kernels[task->level].forward); }
 
-static int64_t backward(Task *task) {
-    switch (task->level) {
-        case 4: return longspan_backward_amx(task);
-        case 3: return longspan_backward_bf16(task);
-        case 2: return longspan_backward_avx512(task);
-        default: return longspan_backward_avx2(task);
-    }
-}
-
-void longspan_forward(Task *task) {
-    if (forward(task)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
-}
-
-void longspan_backward(Task *task) {
-    if (backward(task)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
-}
+void longspan_backward(Task *task) { run(task, kernels[task->level].backward); }

@@ -66,7 +66,7 @@ int64_t longspan_sources(void);
  * of AMX. Tasks of levels 3 and 4 are in bfloat16 (D and E multiples of 32); all else is float32 and
  * of level 1 or 2, but for keys that are `narrow`. */
 int64_t longspan_level(void);
-/* Query rows of a tile at a level. */
+/* Query rows of a tile at a level, 1 where it has no code. */
 int64_t longspan_tile(int64_t level);
 /* Ask for large pages where memory was not touched yet. */
 void longspan_large_pages(void *x, int64_t bytes);
