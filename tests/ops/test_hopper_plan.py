@@ -18,7 +18,7 @@ from tests.ops.test_flex import regrouped, scattered, shifted, tensors, window
 
 from longspan.errors import Refusal
 from longspan.ops import kept
-from longspan.ops.kernels import _hopper_calls, _hopper_parts, _hopper_plan
+from longspan.ops.kernels import _hopper_calls, _hopper_parts, _hopper_plan, _hopper_tasks
 from longspan.ops.kernels.reference import reference
 from longspan.ops.merge import merge
 from longspan.ops.ranges import KeyRanges
@@ -424,7 +424,7 @@ def test_going_through_parts_of_any_ranges_equals_the_oracle(parts, given):
 
 
 def test_far_longer_tasks_do_not_begin_last(monkeypatch):
-    monkeypatch.setattr(_hopper_plan, "PROGRAMS", 4)
+    monkeypatch.setattr(_hopper_tasks, "PROGRAMS", 4)
     grid = torch.zeros(1, 4, 10, 1, 8, dtype=torch.int32)
     grid[..., 0] = torch.arange(10)[:, None]
     grid[..., 1] = torch.arange(4)[:, None, None]
@@ -432,7 +432,10 @@ def test_far_longer_tasks_do_not_begin_last(monkeypatch):
     grid[:, :, 7, 0, 5] = 12
 
     def order(section):
-        return [tuple(one) for one in _hopper_plan._in_order(grid, section)[:, :2].tolist()]
+        return [
+            tuple(one)
+            for one in _hopper_tasks.in_order(grid.flatten(2, 3), section)[:, :2].tolist()
+        ]
 
     rest = [(row, head) for head in range(4) for row in (7, 0, 1, 2, 3, 4, 5, 6, 8, 9)]
     # In the last head four programs have 39 tiles, and one of them 12.

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longspan.ops.kernels._hopper_plan import TILE, task_tiles
+from longspan.ops.kernels._hopper_plan import task_tiles
+from longspan.ops.kernels._hopper_tasks import TILE
 from longspan.ops.ranges import KeyRanges
 from longspan.planning import Pass
 from longspan.planning.passes import Rows, alike

@@ -38,7 +38,8 @@ from longspan.errors import Refusal
 from longspan.ops.empty import Index, empty_rows
 from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_parts import PROGRAMS
-from longspan.ops.kernels._hopper_plan import MOST_TILES, by_key_head, cuts, heads_of
+from longspan.ops.kernels._hopper_plan import MOST_TILES, cuts
+from longspan.ops.kernels._hopper_tasks import by_key_head, heads_of
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 

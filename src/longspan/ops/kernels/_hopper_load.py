@@ -73,19 +73,16 @@ def load_pairs(descs, rings, told, work, stretches):
         k_head, k_batch = head // group, batch * step
         q_at = batch, head, row, 1, 0
         q_place, q_phase = _bring_queries(q_desc, q_at, queries, told, whole, q_place, q_phase)
-        whose = k_batch, k_head
-        place, phase = _bring_pair(k_descs, stretches, whose, key, other, keys, place, phase)
+        pair = _lie(key, other, k_batch, stretches, len(k_descs))
+        place, phase = _bring_pair(k_descs, pair, k_head, keys, place, phase)
         for j in range(1, tiles):
             next_entry = entries + 4 * (first + j)
-            key1, other1 = gl.load(next_entry), gl.load(next_entry + 2)
-            place, phase = _bring_pair(k_descs, stretches, whose, key1, other1, keys, place, phase)
-            v_place, v_phase = _bring_pair(
-                v_descs, stretches, whose, key, other, values, v_place, v_phase
-            )
-            key, other = key1, other1
-        v_place, v_phase = _bring_pair(
-            v_descs, stretches, whose, key, other, values, v_place, v_phase
-        )
+            after, other = gl.load(next_entry), gl.load(next_entry + 2)
+            after = _lie(after, other, k_batch, stretches, len(k_descs))
+            place, phase = _bring_pair(k_descs, after, k_head, keys, place, phase)
+            v_place, v_phase = _bring_pair(v_descs, pair, k_head, values, v_place, v_phase)
+            pair = after
+        v_place, v_phase = _bring_pair(v_descs, pair, k_head, values, v_place, v_phase)
         t = gl.num_programs(0) + gl.atomic_add(fetched, 1)
     _end(queries, told, number, q_place, q_phase)
 
@@ -126,12 +123,26 @@ def _lies(key, batch, stretches, tensors: gl.constexpr):
         more = (key.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
         whose, row = batch + more, key - more * length
     else:
-        behind = key >= border
-        row = key - gl.where(behind, border, 0)
-        more = (row.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
-        whose = gl.where(behind, ~(batch + more), batch)
-        row -= gl.where(behind, more * length, 0)
+        whose, row = batch, key
+        # Branches: a division takes long, and few keys need one.
+        if key >= border:
+            row = key - border
+            if row >= length:
+                more = (row.to(gl.uint32) // length.to(gl.uint32)).to(gl.int32)
+                whose += more
+                row -= more * length
+            whose = ~whose
     return whose, row
+
+
+@gluon.jit
+def _lie(key, other, batch, stretches, tensors: gl.constexpr):
+    """The same of both halves of a tile; of one tensor, as keys of a batch row are counted."""
+    if tensors == 1:
+        pair = (batch, key), (batch, other)
+    else:
+        pair = _lies(key, batch, stretches, 2), _lies(other, batch, stretches, 2)
+    return pair
 
 
 @gluon.jit
@@ -144,9 +155,8 @@ def _bring(descs, whose, head, row, ring, place, phase):
 
 
 @gluon.jit
-def _bring_pair(descs, stretches, whose, row, other, ring, place, phase):
+def _bring_pair(descs, pair, head, ring, place, phase):
     """Two times 64 rows, 64 columns at a time, where those of one tile would lie."""
-    batch, head = whose
     room, full, empty = ring
     panels: gl.constexpr = room.shape[4] // 64
     mbarrier.wait(empty.index(place), phase ^ 1)
@@ -154,9 +164,7 @@ def _bring_pair(descs, stretches, whose, row, other, ring, place, phase):
     rooms = room.index(place)._reinterpret(room.dtype, [2 * panels, 1, 1, 64, 64], room.layout)
     for panel in gl.static_range(panels):
         for half in gl.static_range(2):
-            whose_key, key = batch, other if half else row
-            if len(descs) > 1:
-                whose_key, key = _lies(key, batch, stretches, 2)
+            whose, row = pair[half]
             to = rooms.index(2 * panel + half)
-            copy(descs, whose_key, head, key, 64 * panel, full.index(place), to)
+            copy(descs, whose, head, row, 64 * panel, full.index(place), to)
     return next_place(ring, place, phase)

@@ -9,13 +9,9 @@ keys between them (blocks that differ from one half of a task to the other), no 
 gap. Of an edge each half of the queries may need half of the keys only, and most are cut on one
 side alone.
 
-Tasks go in sections of key heads that stay in the L2 cache together; in a section the longest come
-first, and what is as long in the order of key heads and rows, so that programs that run at the
-same time read the same keys. But far longer ones that would end behind all others come before all.
-Batch rows that share keys count as more query heads of them. Where there are fewer tasks than
-processors, long ones are split by keys (see ``_hopper_parts``). Where tiles are mostly in vain, as
-with blocks of 64, they are put together from halves, for two query heads or one (see
-``_hopper_pairs``).
+Where there are fewer tasks than processors, long ones are split by keys (see ``_hopper_parts``).
+Where tiles are mostly in vain, as with blocks of 64, they are put together from halves, for two
+query heads or one (see ``_hopper_pairs``). In which order tasks come is in ``_hopper_tasks``.
 
 O(N m) time and memory, and the tiles; on the device of the ranges, with a few waits.
 
@@ -35,10 +31,10 @@ from torch import Tensor
 from longspan.ops.kept import Kept
 from longspan.ops.kernels._hopper_pairs import HALF, paired
 from longspan.ops.kernels._hopper_parts import PROGRAMS, parts_of, split
+from longspan.ops.kernels._hopper_tasks import TILE, in_order, tasks_of
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.row_tiles import RowTiles, by_tile, row_tiles
 
-TILE = 128
 # Tiles are refused rather than allowed to crowd out the model: 2 GiB. That is enough for a million
 # causal rows whose heads differ eightfold.
 MOST_TILES = 1 << 28
@@ -164,7 +160,7 @@ def plan_of(
         halves, each = (None, 0) if length else _halves(ranges, runs, group_BH, key_heads)
         about = _entries(ranges, runs) if halves is None else _pairs(ranges, halves)
         entries, about_GQ3 = about
-        tasks = _in_order(_tasks(about_GQ3, entries, group_BH, key_heads, each), section)
+        tasks = in_order(tasks_of(about_GQ3, entries, group_BH, key_heads, each), section)
         parts = parts_of(tasks[:, 5], len(entries) - 1) if halves is None else 1
         if parts > 1:
             unseen = runs.tiles.last.amax().int()
@@ -179,25 +175,6 @@ def plan_of(
         )
 
     return PLANS.plan_of(ranges, kind, lambda: content, make)
-
-
-def by_key_head(x_BH: Tensor, key_heads: tuple[int, ...]) -> Tensor:
-    """What belongs to query heads as [A, K, S]: by key head, one batch row after another.
-
-    Args:
-        x_BH: anything.
-        key_heads: batch rows of the keys, and key heads.
-    """
-    batch, heads = key_heads
-    return x_BH.unflatten(1, (heads, -1)).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
-
-
-def heads_of(group_BH: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of each query head, and of its batch row [B, H], int32."""
-    row_B, head_H = (
-        torch.arange(count, dtype=torch.int32, device=group_BH.device) for count in group_BH.shape
-    )
-    return head_H.expand_as(group_BH), row_B[:, None].expand_as(group_BH)
 
 
 def _runs_of(ranges: KeyRanges, length: int | None = None) -> _Runs:
@@ -429,42 +406,3 @@ def _by_half(halves: RowTiles, at_s: Tensor) -> tuple[Tensor, Tensor]:
         return x_GQWm.transpose(2, 3).reshape(-1, 2)[at_s].T
 
     return paired(halves.first, 0), paired(halves.last, 0)
-
-
-def _tasks(
-    about_GQ3: Tensor, entries: Tensor, group_BH: Tensor, key_heads: tuple[int, ...], halves: int
-) -> Tensor:
-    """All tasks, int32 [A, K, Q, S, 8]; of halves for each [A, K, Q, S / halves, 16]."""
-    about_GQc = torch.cat([about_GQ3.int(), entries[about_GQ3[..., 0]]], -1)
-    group_AKS, head_AKS, row_AKS = (
-        by_key_head(x_BH, key_heads)[..., :: max(halves, 1)]
-        for x_BH in (group_BH, *heads_of(group_BH))
-    )
-    rows, size, numbers = about_GQ3.shape[1], *((HALF, 16) if halves else (TILE, 8))
-    grid = about_GQc.new_zeros(*group_AKS.shape[:2], rows, group_AKS.shape[2], numbers)
-    first_Q = torch.arange(0, rows * size, size, dtype=torch.int32, device=grid.device)
-    grid[..., 0] = first_Q[:, None]
-    grid[..., 1] = head_AKS[:, :, None]
-    grid[..., 2] = row_AKS[:, :, None]
-    grid[..., 3 : 3 + about_GQc.shape[2]] = about_GQc[group_AKS].transpose(2, 3)
-    return grid
-
-
-def _in_order(grid: Tensor, section: int) -> Tensor:
-    """The tasks one after another, [T, 8 or 16].
-
-    Args:
-        grid: all of them, as ``_tasks`` gives them.
-        section: key heads that go together.
-    """
-    batch, key_heads = grid.shape[:2]
-    count_AKQS = grid[..., 5].long()
-    most = count_AKQS.max()
-    part = torch.arange(batch * key_heads, device=grid.device) // section
-    rank = part.view(batch, key_heads, 1, 1) * (most + 1) + most - count_AKQS
-    order_T = rank.flatten().argsort(stable=True)
-    count_T = count_AKQS.flatten()[order_T]
-    left_T = count_T.flip(0).cumsum(0).flip(0)
-    # What all programs would wait for at the end: as global rows of the last section.
-    late_T = (count_T * PROGRAMS > left_T) & (count_T * len(count_T) > 2 * left_T[0])
-    return grid.flatten(0, 3)[order_T[(~late_T).int().argsort(stable=True)]]

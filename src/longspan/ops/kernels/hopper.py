@@ -35,11 +35,11 @@ from longspan.ops.kernels._hopper_plan import (
     MOST_PLANES,
     MOST_TASKS,
     MOST_TILES,
-    TILE,
     most_tiles,
     plan_of,
 )
 from longspan.ops.kernels._hopper_rows import HeadsAsRows, heads_as_rows
+from longspan.ops.kernels._hopper_tasks import TILE
 from longspan.ops.libraries import why_missing
 from longspan.ops.once import once
 from longspan.ops.ranges import KeyRanges
