@@ -262,6 +262,16 @@ def run(kernel, qkv, ranges: KeyRanges, *, seed: int = 1) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
+def added_in_place(grads, into, after):
+    """Gradients of q, k and v as halves with places hand them back."""
+    dq, *others = grads
+    if after is None:
+        return grads
+    for place, grad in zip(into[1:], others, strict=True):
+        place.add_(grad)
+    return dq, *into[1:]
+
+
 class On:
     """A tensor's looks on a device that is not here."""
 

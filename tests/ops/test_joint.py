@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.ops import test_cudnn, test_hopper
+from tests.ops.cases import added_in_place
 from tests.ops.test_flex import gpu, relative
 
 import longspan as ls
@@ -100,6 +101,46 @@ def test_over_a_stand_in(text, batch, packed, use_lse, library):
     if len(loaded) > 1:
         assert {tensors[-1] is None for tensors in library} == {not use_lse}
     assert (found[1] == -math.inf).any() == packed
+
+
+class Places:
+    """Halves that write gradients where they belong, in the place of a kernel for GPUs."""
+
+    def __init__(self, halves, seen):
+        self.halves, self.seen = halves, seen
+
+    def forward(self, *inputs):
+        return self.halves.forward(*inputs)
+
+    def backward(self, *given, into=(), after=None):
+        self.seen.append(after)
+        return added_in_place(self.halves.backward(*given), into, after)
+
+
+@pytest.mark.parametrize("use_lse", [False, True])
+@pytest.mark.parametrize("text", PATTERNS.values(), ids=PATTERNS)
+def test_gradients_of_keys_are_added_in_place(text, use_lse, library, monkeypatch):
+    plan, _ = passes_of(text, 1, None)
+    on_places = [replace(x, places=True) if x.name == "cudnn" else x for x in capability.KERNELS]
+    monkeypatch.setattr(capability, "KERNELS", on_places)
+    seen, marks = [], []
+    load_halves = capability.Capability.load_halves
+    monkeypatch.setattr(
+        capability.Capability,
+        "load_halves",
+        lambda self: lambda *given: Places(load_halves(self)(*given), seen),
+    )
+    monkeypatch.setattr(joint, "_now", lambda _: marks.append(len(seen)) or len(seen))
+    inputs = made(1, 8, dtype=torch.float64)
+    found = both(inputs, plan, "cudnn", use_lse=use_lse)
+    wanted = both(inputs, plan, "reference", use_lse=use_lse, poison=0.0)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    # Each pass that adds waits for the one before it that wrote or added.
+    waited = [after for after in seen if after is not None]
+    assert waited == marks[: len(waited)]
+    if text == PATTERNS["a few rows"]:
+        assert len(waited) == len(plan.passes) - 1
 
 
 def test_what_the_patterns_are_here_for():
@@ -262,9 +303,9 @@ def test_auto_picks_kernels_with_halves(text, monkeypatch):
     monkeypatch.setattr(run, "few_rows", lambda _: None)
     seen = []
 
-    def noted(passes, *more):
+    def noted(passes, *more, **how):
         seen.append(len(passes))
-        return joint.attend_jointly(passes, *more)
+        return joint.attend_jointly(passes, *more, **how)
 
     monkeypatch.setattr(run, "attend_jointly", noted)
     plan = ls.plan(ls.parse(text), 4096, HEADS)

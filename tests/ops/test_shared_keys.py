@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from tests.ops.cases import On
+from tests.ops.cases import On, added_in_place
 from tests.ops.test_flex import gpu, relative, window
 from tests.ops.test_hopper import (
     here,
@@ -23,7 +23,7 @@ from tests.ops.test_hopper_backward import executed as executed_back
 from tests.ops.test_hopper_plan import executed
 
 import longspan as ls
-from longspan.ops import capability, loading, run
+from longspan.ops import capability, joint, loading, run
 from longspan.ops.kernels.reference import reference
 
 N, HEADS, KEY_HEADS = 1024, 4, 2
@@ -58,19 +58,21 @@ def stand_in(monkeypatch, **more):
     # Plans are kept, and what was loaded with them.
     monkeypatch.setattr(loading, "_loaded", WeakKeyDictionary())
     monkeypatch.setattr(module, "reasons", lambda *_: [])
-    calls: dict[str, list] = {"forward": [], "backward": []}
+    monkeypatch.setattr(joint, "_now", lambda _: object())
+    calls: dict[str, list] = {"forward": [], "backward": [], "added": []}
 
     def forward(self, q, k, v):
         calls["forward"].append((q, k, v))
         out, lse = executed(self.plan, q, k, v, self.scale, self.length)
         return torch.empty_like(q).copy_(out), lse
 
-    def backward(self, q, k, v, out, lse, dout, dlse):
+    def backward(self, q, k, v, out, lse, dout, dlse, into=(), after=None):
         dout, dlse = (torch.zeros_like(x) if d is None else d for x, d in ((q, dout), (lse, dlse)))
         given = (q, k, v, out), lse, dout, dlse, self.scale, self.length
         found = executed_back(self.plan, self.back, *given)
         calls["backward"].append(found)
-        return found
+        calls["added"].append(after is not None)
+        return added_in_place(found, into, after)
 
     monkeypatch.setattr(module.Ready, "forward", forward)
     monkeypatch.setattr(module.Ready, "backward", backward)
@@ -216,6 +218,8 @@ def test_keys_in_turn(text, rows, turning):
         for a, b in zip(one, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert [(len(q), len(k)) for q, k, _ in turning["forward"]] == 2 * rows
+    # Gradients of keys are complete in the first branch, to which the others add.
+    assert turning["added"] == 2 * [at > 0 for at in range(len(rows))]
     with torch.no_grad():
         alone = ls.attend(*inputs, text, impl="hopper")
     torch.testing.assert_close(alone, wanted[0], rtol=1e-9, atol=1e-9)

@@ -77,8 +77,12 @@ class PlacedHalves(Halves, Protocol):
         dout: Tensor | None,
         dlse: Tensor | None,
         into: Sequence[Tensor | None] = (),
+        after: torch.cuda.Event | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v, those with a place in it."""
+        """Gradients of q, k and v, those with a place in it.
+
+        With an event, those of keys and values are added to what is in their places behind it.
+        """
         ...
 
 

@@ -6,7 +6,8 @@
 The gradient of a score in any pass p depends on the other passes through the joint out and lse
 alone. So each pass runs its own backward on rows of those, in its own order: no gradient of the
 merge is computed, no pass has gradients of its out and lse, and the outputs of single passes are
-gone once they are joined. A key that several passes see counts in each.
+gone once they are joined. A key that several passes see counts in each: a kernel that writes where
+gradients belong adds those of the later passes to those of the first one, one after the other.
 
 Time that of the kernels and of moving rows; memory O(N D): the rows of each pass, one out and lse.
 
@@ -39,6 +40,8 @@ def attend_jointly(
     inputs: Sequence[Sequence[Tensor]],
     lanes: Lanes,
     known: Known | None = None,
+    *,
+    places: bool = False,
 ) -> Part:
     """Output and log-sum-exp over all passes, differentiable once.
 
@@ -48,27 +51,32 @@ def attend_jointly(
         inputs: queries, keys and values of each, in its order.
         lanes: where each of them runs.
         known: what is given in the place of a forward, for gradients alone.
+        places: whether all halves are ``PlacedHalves``.
     """
     # Now: a wait in the backward would leave the GPU without work.
     empty = unseen(passes, [len(own[0]) for own in inputs])
     flat = (x for own in inputs for x in own)
-    return Part(*_Joint.apply(tuple(passes), tuple(halves), lanes, empty, known, *flat))
+    run = tuple(passes), tuple(halves), lanes, places
+    return Part(*_Joint.apply(run, empty, known, *flat))
+
+
+# Passes, halves, lanes, and whether the halves write into places.
+_Run = tuple[tuple[Loaded | Views, ...], tuple[Any, ...], Lanes, bool]
 
 
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        passes: tuple[Loaded | Views, ...],
-        halves: tuple[Halves, ...],
-        lanes: Lanes,
+        run: _Run,
         empty: Index | None,
         known: Known | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        passes, halves, lanes, _ = run
         out_BHND, lse_BHN = known or _merged(passes, halves, lanes, inputs)
         ctx.save_for_backward(*inputs, out_BHND, lse_BHN)
-        ctx.passes, ctx.halves, ctx.lanes, ctx.empty = passes, halves, lanes, empty
+        ctx.run, ctx.empty = run, empty
         ctx.set_materialize_grads(False)
         return out_BHND, lse_BHN
 
@@ -80,18 +88,38 @@ class _Joint(torch.autograd.Function):
         *inputs, out_BHND, lse_BHN = ctx.saved_tensors
         joint = (out_BHND, *harmless(ctx.empty, lse_BHN, dout_BHND, dlse_BHN))
         grads: list[Tensor | None] = []
-        with ctx.lanes as lanes:
-            for index, (one, half) in enumerate(zip(ctx.passes, ctx.halves, strict=True)):
+        passes, halves, lanes, places = ctx.run
+        # Gradients of keys where they lie, to which later passes add, and when that may begin.
+        whole: Sequence[Tensor | None] = ()
+        after = None
+        with lanes:
+            for index, (one, half) in enumerate(zip(passes, halves, strict=True)):
                 own = inputs[3 * index : 3 * index + 3]
                 with lanes.lane(index) as lane:
                     out, lse, dout, dlse = (x if x is None else rows_of(one, x) for x in joint)
                     assert out is not None
                     assert lse is not None
-                    found = half.backward(*own, out, lse, dout, dlse)
-                    taken = (x for x in (*own, *joint) if x is not None)
+                    adds = places and one.keys_lie
+                    if adds and after is not None:
+                        into = (x if x is None else one.of_keys(x)[0] for x in whole)
+                        given = *own, out, lse, dout, dlse
+                        found = half.backward(*given, into=(None, *into), after=after)
+                        found = found[0], None, None
+                    else:
+                        found = half.backward(*own, out, lse, dout, dlse)
+                        adds = adds and one.key_step == 1
+                        whole = found[1:] if adds else whole
+                    if adds:
+                        after = _now(out.device)
+                    taken = (x for x in (*own, *joint, *whole) if x is not None)
                     lanes.keep(lane, taken, (x for x in found if x is not None))
                 grads += found
-        return None, None, None, None, None, *grads
+        return None, None, None, *grads
+
+
+def _now(device: torch.device) -> Any:
+    """When all that was asked for so far is done."""
+    return torch.cuda.current_stream(device).record_event()
 
 
 def _merged(

@@ -60,10 +60,19 @@ class Loaded:
 
     def of_ordered(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same from rows that lie in ``orders``."""
+        q, *others = tensors
+        return q, *self.of_keys(*others)
+
+    def of_keys(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values or their gradients in ``orders`` as the kernel has them: views."""
         if self.key_step == 1:
             return tensors
-        q, k, v = tensors
-        return q, by_remainder(k, self.key_step), by_remainder(v, self.key_step)
+        return tuple(by_remainder(x, self.key_step) for x in tensors)
+
+    @property
+    def keys_lie(self) -> bool:
+        """Whether the kernel reads all keys where they are."""
+        return self.keys is None and self.kv_heads is None
 
     def query_rows(self, x_BHND: Tensor) -> Tensor:
         """What lies as the queries do, for the heads that take part in the order of the pass."""

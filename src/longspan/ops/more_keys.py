@@ -60,14 +60,12 @@ class MoreKeys:
         return by_remainder(x_BKMD, step)[: self.count // self.length]
 
     def add(self, grad_BKMD: Tensor, more: Tensor) -> Tensor:
-        """The gradient of keys or values, which may be overwritten, with that of these rows.
+        """The gradient of keys or values, which may be overwritten, with that of gathered rows.
 
-        Without gradient; of gathered rows on a GPU.
+        Without gradient, on a GPU. Remainders are views, also of a gradient.
         """
-        if self.order is not None:
-            return added([(grad_BKMD, None), (more, self.order)])
-        self.of(grad_BKMD).add_(more)
-        return grad_BKMD
+        assert self.order is not None
+        return added([(grad_BKMD, None), (more, self.order)])
 
     def part(self, key: Tensor) -> Tensor:
         """Which stretch of memory keys lie in: no tile has some of two."""

@@ -94,7 +94,8 @@ def compute(
         if (len(loaded) > 1 or known is not None) and needs_grad(q, k, v):
             together = together or _each(loaded, q, k, v, lanes)
             if halves := _halves(loaded, together, impl, scale):
-                return [attend_jointly(loaded, halves, together, lanes, known)]
+                found, places = halves
+                return [attend_jointly(loaded, found, together, lanes, known, places=places)]
         for index, one in enumerate(loaded):
             if isinstance(one, Loaded) and (alone := by_key_heads(one, q, k, v, impl)):
                 place = len(loaded) == 1
@@ -248,8 +249,11 @@ def _each(
 
 def _halves(
     loaded: Sequence[Loaded | Views], inputs: Sequence[Sequence[Tensor]], impl: str, scale: float
-) -> list[Halves] | None:
-    """Forward and backward of the kernel of each pass; None if one has no such halves."""
+) -> tuple[list[Halves], bool] | None:
+    """Forward and backward of the kernel of each pass; None if one has no such halves.
+
+    With whether all of them write into places.
+    """
     each = [(q, k, v, one.ranges) for (q, k, v), one in zip(inputs, loaded, strict=True)]
     if len(each) > 1:
         chosen, _ = choose_together(impl, each)
@@ -257,4 +261,5 @@ def _halves(
         chosen = [choose(impl, *each[0])]
     if not all(kernel.has_halves for kernel in chosen):
         return None
-    return [kernel.load_halves()(*own, scale) for kernel, own in zip(chosen, each, strict=True)]
+    found = [kernel.load_halves()(*own, scale) for kernel, own in zip(chosen, each, strict=True)]
+    return found, all(kernel.places for kernel in chosen)

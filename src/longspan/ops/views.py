@@ -65,10 +65,25 @@ class Views:
 
     def of_ordered(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same from rows that lie in ``orders``."""
-        q, k, v = tensors
+        q, *others = tensors
+        k, v = self.of_keys(*others)
+        return self.query_rows(q), k, v
+
+    def of_keys(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values or their gradients in ``orders`` as the kernel has them: views."""
         if self.keys is not None:
-            return self.query_rows(q), k, v
-        return self.query_rows(q), by_remainder(k, self.step), by_remainder(v, self.step)
+            return tensors
+        return tuple(by_remainder(x, self.step) for x in tensors)
+
+    @property
+    def key_step(self) -> int:
+        """Number of remainders that keys are given in, as views."""
+        return self.step if self.keys is None else 1
+
+    @property
+    def keys_lie(self) -> bool:
+        """Whether the kernel reads all keys where they are."""
+        return self.keys is None
 
     def query_rows(self, x_BHND: Tensor) -> Tensor:
         """What lies as the queries do, in the order of the pass: a view."""

@@ -26,6 +26,9 @@ the keys: 0 nobody sees any, 1 masked, 2 all see all. 10 D flops for each pair o
 bytes a number are added in memory for each tile. Sums lie in the order of ``by_thread``, and are
 turned at the end.
 
+Where it ``adds``, dk and dv are added to what is there, in their dtype: to those of another pass,
+or of the same keys by remainder.
+
 P is rounded to the dtype of q, for dv and for dS, and dS once more: the error of dk and dq is 1.4
 times that with P as it is.
 
@@ -97,6 +100,7 @@ def backward(
     scale,
     scale_log2,
     width: gl.constexpr,
+    adds: gl.constexpr,
 ):
     q_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
     dout_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, width], q_desc.layout)
@@ -132,13 +136,13 @@ def backward(
     else:
         k_descs, v_descs = (k_desc, more_k_desc), (v_desc, more_v_desc)
         dk_descs, dv_descs = (dk_desc, more_dk_desc), (dv_desc, more_dv_desc)
-    results = (dq_desc, dk_descs, dv_descs, cut_desc)
+    results = (dk_descs, dv_descs, cut_desc)
     scales = (scale, scale_log2)
     gl.warp_specialize(
         [
-            (_multiply, (0, tiles, fixed, own, work, results, scales)),
-            (_multiply, (1, tiles, fixed, own, work, results, scales)),
-            (add_up, (fixed, own, work, results[0])),
+            (_multiply, (0, adds, tiles, fixed, own, work, results, scales)),
+            (_multiply, (1, adds, tiles, fixed, own, work, results, scales)),
+            (add_up, (fixed, own, work, dq_desc)),
             (
                 load,
                 (
@@ -157,7 +161,7 @@ def backward(
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
+def _multiply(half: gl.constexpr, adds: gl.constexpr, tiles, fixed, own, work, results, scales):
     k_room, v_room, task_room, kv_full, kv_empty = fixed
     tasks, parts, _entries, count = work
     q_room, kind_room, full, ds_empty = tiles[0], tiles[4], tiles[5], own[3]
@@ -191,12 +195,12 @@ def _multiply(half: gl.constexpr, tiles, fixed, own, work, results, scales):
         cut = gl.load(tasks + 7 * t + 3)
         if cut < 0:
             at = batch, k_head, key + 64 * half
-            _put(results[2], at, dv, v_room.index(half))
+            _put(results[1], at, dv, v_room.index(half), adds)
             mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
-            _put(results[1], at, dk, k_room.index(half))
+            _put(results[0], at, dk, k_room.index(half), adds)
         else:
             mbarrier.wait(ds_empty.index((step & 1) ^ 1), ((step - 1) >> 1) & 1)
-            _add(results[3], cut, half, dk, dv, k_room.index(half), v_room.index(half))
+            _add(results[2], cut, half, dk, dv, k_room.index(half), v_room.index(half))
         tma.store_wait(0)
         mbarrier.arrive(kv_empty, count=1)
         mbarrier.wait(kv_full, kv_phase)
@@ -300,15 +304,23 @@ def _mask(p, seen, half: gl.constexpr):
 
 
 @gluon.jit
-def _put(descs, at, x, room):
-    """Send a gradient on its way."""
+def _put(descs, at, x, room, adds: gl.constexpr):
+    """Send a gradient on its way, or add it to what is there."""
     batch, head, row = at
     room.reshape([64, x.shape[1]]).store(x.to(room.dtype))
     hopper.fence_async_shared()
     if len(descs) > 1 and batch < 0:
-        tma.async_copy_shared_to_global(descs[1], [~batch, head, row, 0], room)
+        _send(descs[1], [~batch, head, row, 0], room, adds)
     else:
-        tma.async_copy_shared_to_global(descs[0], [batch, head, row, 0], room)
+        _send(descs[0], [batch, head, row, 0], room, adds)
+
+
+@gluon.jit
+def _send(desc, at, room, adds: gl.constexpr):
+    if adds:
+        add_to(desc, at, room)
+    else:
+        tma.async_copy_shared_to_global(desc, at, room)
 
 
 @gluon.jit

@@ -143,13 +143,32 @@ class Ready:
         dout: Tensor | None,
         dlse: Tensor | None,
         into: Sequence[Tensor | None] = (),
+        after: torch.cuda.Event | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v, laid out in memory as these are where there is no place.
 
         Those of keys that ``more`` gathers may be contiguous. All numbers are finite; with
         ``out``, ``lse`` may be that of more keys.
         """
+        if self.more is None or self.more.order is None:
+            return self._backward((q, k, v, out, lse, dout, dlse), into, after)
+        dq, *grads = self._backward((q, k, v, out, lse, dout, dlse), into[:1], None)
+        if after is not None:
+            torch.cuda.current_stream(q.device).wait_event(after)
+        for place, whole in zip(into[1:], grads, strict=False):
+            if place is not None and whole is not None:
+                place.copy_(whole) if after is None else place.add_(whole)
+        return dq, *grads
+
+    def _backward(
+        self,
+        given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        into: Sequence[Tensor | None],
+        after: torch.cuda.Event | None,
+    ) -> tuple[Tensor | None, ...]:
+        """The same but for places of keys and values where ``more`` gathers some."""
         assert self.back is not None
+        q, k, v, out, lse, dout, dlse = given
         q_BHND, k_BKMD, v_BKMD, out_BHND = self._queries(q), *map(aligned, (k, v, out))
         dout_BHND = torch.zeros_like(out_BHND) if dout is None else aligned(dout)
         batch, heads, rows, width = q_BHND.shape
@@ -171,7 +190,18 @@ class Ready:
         sums, cut_sums, fetched = zeros.split(sizes)
         sums_BHX, cut_sums = sums.view(batch, heads, -1, 128), cut_sums.view(2, -1, compiled, 128)
         more = self._more(k_BKMD, v_BKMD)
-        more_grads: list[Any] = [None if x is None else torch.empty_like(x) for x in more]
+        # Further keys that are the first ones by remainder have the same gradients.
+        again = self.more is not None and self.more.order is None
+        if again:
+            more_grads = self._more(dk_BKMD, dv_BKMD)
+        else:
+            more_grads = [None if x is None else torch.empty_like(x) for x in more]
+        adds = again or after is not None
+        if after is not None:
+            torch.cuda.current_stream(q.device).wait_event(after)
+        elif again:
+            dk_BKMD.zero_()
+            dv_BKMD.zero_()
         described = _tiles().described
         launch(
             backward_kernels().backward,
@@ -193,24 +223,23 @@ class Ready:
                 scale,
                 scale * _LOG2_E,
                 compiled,
+                adds,
             ),
             device=q.device,
-            alike=(q.dtype, compiled, self.more is None),
+            alike=(q.dtype, compiled, self.more is None, adds),
         )
         ended(
             (sums, dq_BHND, self.scale),
             (cut_sums, self.back.cut_C4),
             (dk_BKMD, dv_BKMD, *more_grads),
             compiled,
+            adds=adds,
         )
-        if self.more is not None:
-            dk_BKMD, dv_BKMD = (
-                self.more.add(own, behind)
-                for own, behind in zip((dk_BKMD, dv_BKMD), more_grads, strict=True)
-            )
-            for place, whole in zip(into[1:], (dk_BKMD, dv_BKMD), strict=False):
-                if place is not None:
-                    place.copy_(whole)
+        if self.more is not None and not again:
+            dk_more, dv_more = more_grads
+            assert dk_more is not None
+            assert dv_more is not None
+            dk_BKMD, dv_BKMD = self.more.add(dk_BKMD, dk_more), self.more.add(dv_BKMD, dv_more)
         # The log-sum-exp does not depend on the values.
         return dq_BHND, dk_BKMD, None if dout is None else dv_BKMD
 

@@ -84,6 +84,8 @@ def ended(
     cut: tuple[Tensor, Tensor],
     grads: tuple[Tensor | None, ...],
     compiled: int,
+    *,
+    adds: bool,
 ) -> None:
     """Write gradients of sums, by tiles of 64 rows.
 
@@ -93,6 +95,7 @@ def ended(
             row, ~ of it for the second pair of gradients.
         grads: dk and dv, and those of further keys or None.
         compiled: the width that sums have.
+        adds: whether dk and dv are added to what is there.
     """
     sums, dq_BHND, scale = own
     batch, heads, rows, width = dq_BHND.shape
@@ -113,6 +116,7 @@ def ended(
             width,
             grads[1].shape[3],
             compiled,
+            adds,
         ),
         device=sums.device,
     )

@@ -95,12 +95,13 @@ class HeadsAsRows:
         dout: Tensor | None,
         dlse: Tensor | None,
         into: Sequence[Tensor | None] = (),
+        after: torch.cuda.Event | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         dout, dlse = (None if x is None else self._packed(x) for x in (dout, dlse))
         rows = self._packed(q), k, v, self._packed(out), self._packed(lse)
         to_q, *to_others = into or (None, None, None)
-        dq, dk, dv = self.rows.backward(*rows, dout, dlse, (None, *to_others))
+        dq, dk, dv = self.rows.backward(*rows, dout, dlse, (None, *to_others), after)
         return None if dq is None else self._put(dq, q, to_q), dk, dv
 
     def _packed(self, x_BHn: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def ended(
     width: tl.constexpr,
     v_width: tl.constexpr,
     wide: tl.constexpr,
+    adds: tl.constexpr,
 ):
     """dq = scale sums, and dk and dv of the keys that are cut: tiles of 64 rows.
 
@@ -108,11 +109,12 @@ def ended(
             are in the second pair of tensors.
         pieces: 2 C.
         dk: where these go, as do ``dv``, ``more_dk`` and ``more_dv``; the last two may be None.
+        adds: whether dk and dv are added to what is there.
     """
     tile = tl.program_id(0).to(tl.int64)
     if tile < tiles:
         _plane, b, h, i, _d, _inside = _own_rows(dq[1], heads, width, wide, 64)
-        _put(dq, b, h, i, scale * _found(sums, tile, wide), width)
+        _put(dq, b, h, i, scale * _found(sums, tile, wide), width, False)
     else:
         piece = tile - tiles
         found = _found(cut_sums, piece, wide)
@@ -123,14 +125,14 @@ def ended(
         h, b = tl.load(own + 1).to(tl.int64), tl.load(own + 2).to(tl.int64)
         if b >= 0:
             if of_values:
-                _put(dv, b, h, i, found, v_width)
+                _put(dv, b, h, i, found, v_width, adds)
             else:
-                _put(dk, b, h, i, found, width)
+                _put(dk, b, h, i, found, width, adds)
         elif more_dk is not None:
             if of_values:
-                _put(more_dv, ~b, h, i, found, v_width)
+                _put(more_dv, ~b, h, i, found, v_width, adds)
             else:
-                _put(more_dk, ~b, h, i, found, width)
+                _put(more_dk, ~b, h, i, found, width, adds)
 
 
 @triton.jit
@@ -143,8 +145,13 @@ def _found(sums, tile, wide: tl.constexpr):
 
 
 @triton.jit
-def _put(to, b, h, i, found, width: tl.constexpr):
+def _put(to, b, h, i, found, width: tl.constexpr, adds: tl.constexpr):
     d = tl.arange(0, found.shape[1])[None, :]
     at = to[0] + b * to[2] + h * to[3] + i[:, None] * to[4] + d * to[5]
     inside = (i < to[1])[:, None] & (d < width)
-    tl.store(at, found.to(to[0].dtype.element_ty), mask=inside)
+    found = found.to(to[0].dtype.element_ty)
+    if adds:
+        # Tiles of the same keys by remainder may come at the same time.
+        tl.atomic_add(at, found, mask=inside, sem="relaxed")
+    else:
+        tl.store(at, found, mask=inside)
