@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -169,16 +169,20 @@ class KeptLayer(CacheLayerMixin):
         self.check_read()
         if not isinstance(registered(name), Pattern):
             raise Refusal(_UNREAD)
-        if self.store is not None and len(key_states) != len(self.store.length):
-            raise InputError(
-                f"the cache holds {len(self.store.length)} sequences, got {len(key_states)}; use "
-                "batch_repeat_interleave or batch_select_indices of the cache to change that."
-            )
+        self.check_batch(len(key_states))
         if self._due and key_states.shape[2] == 1:
             self.evict()
         self._pending = True
         mark(key_states, self)
         return key_states, value_states
+
+    def check_batch(self, rows: int) -> None:
+        """Refuse another number of sequences than those that were read."""
+        if self.store is not None and rows != len(self.store.length):
+            raise InputError(
+                f"the cache holds {len(self.store.length)} sequences, got {rows}; use "
+                "batch_repeat_interleave or batch_select_indices of the cache to change that."
+            )
 
     def check_read(self) -> None:
         """Refuse what comes after new keys that nobody has read here."""
@@ -187,15 +191,22 @@ class KeptLayer(CacheLayerMixin):
             self._pending = False
             raise Refusal(_UNREAD)
 
-    def check_model(self, module: nn.Module) -> None:
-        """Refuse the attention of another model than the one that the cache was made for.
+    def claim(self, module: nn.Module) -> None:
+        """Give the new keys to the attention that reads them; whatever stops it, others may go on.
 
-        Keys of one model mean nothing to another, and a policy reads its rotation and embeddings.
+        Args:
+            module: whose attention it is.
+
+        Raises:
+            Refusal: if the keys were read before: they would be stored twice. Or if the module is
+                of another model than the cache: keys of one model mean nothing to another, and a
+                policy reads its rotation and embeddings.
         """
+        if not self._pending:
+            raise Refusal(_READ_TWICE)
+        self._pending = False
         config = getattr(module, "config", None)
         if config is not None and id(config) not in self._modules:
-            # Its own model may go on with it.
-            self._pending = False
             raise Refusal(
                 "This cache was made for another model than that of the "
                 f"{type(module).__name__} which reads it now. Make one with "
@@ -216,13 +227,7 @@ class KeptLayer(CacheLayerMixin):
 
         Returns:
             out [B, H, N, Dv], and lse [B, H, N] if it was computed.
-
-        Raises:
-            Refusal: if the new keys were read before: they would be stored twice.
         """
-        if not self._pending:
-            raise Refusal(_READ_TWICE)
-        self._pending = False
         self._scale = asked.scale
         at, real = self._stand(asked.rows, len(query))
         kept = 0 if self.store is None else self.store.longest
@@ -369,10 +374,7 @@ class KeptLayer(CacheLayerMixin):
             Refusal: for other numbers: what was evicted for them is gone.
         """
         if tokens_to_remove:
-            raise Refusal(
-                "A cache with a policy cannot take tokens back, which assisted and prompt-lookup "
-                "decoding need: what was evicted for them is gone. Decode without them."
-            )
+            refuse_to_take_back()
 
     def offload(self) -> None:
         """Not offered.
@@ -583,3 +585,11 @@ class KeptLayer(CacheLayerMixin):
             self._due = self._due or new > 1
         elif self._since >= self.policy.when:
             self.evict()
+
+
+def refuse_to_take_back() -> NoReturn:
+    """Raise Refusal: what was evicted for tokens that came too early is gone."""
+    raise Refusal(
+        "A cache with a policy cannot take tokens back, which assisted and prompt-lookup "
+        "decoding need: what was evicted for them is gone. Decode without them."
+    )

@@ -135,7 +135,7 @@ def attention_over(name: str, pattern: Pattern, impl: str) -> Attention:
         """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
         kept = kept_layer(key)
         if kept is not None:
-            kept.check_model(module)
+            kept.claim(module)
         rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
         rows.check_positions(kwargs.get("position_ids"))
         query, key, value = autocast(query, key, value)
