@@ -22,7 +22,9 @@ from transformers.cache_utils import DynamicLayer
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_calls import check_calls
-from longspan.hf._cache_layer import KeptLayer, refuse_to_take_back
+from longspan.hf._cache_handover import refuse_to_take_back
+from longspan.hf._cache_layer import KeptLayer
+from longspan.hf._cache_tokens import Role
 from longspan.hf.embedded import embedding_norms
 from longspan.hf.register import described, registered
 from longspan.hf.rotation import still_layers, turner
@@ -200,16 +202,15 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
     norms = embedding_norms(base) if wanted.needs_norms else None
     modules = frozenset(id(x.config) for x in base.modules() if hasattr(x, "config"))
     for place, index in enumerate(chosen):
-        layers[index] = KeptLayer(
-            wanted,
-            config,
-            modules=modules,
+        role = Role(
+            policy=wanted,
             layer=place,
             layers=len(chosen),
             packed=packed and index not in still,
             turn=_stay if index in still else turn,
             norms=norms,
         )
+        layers[index] = KeptLayer(role, config, modules)
     return KVCache(layers, wanted)
 
 
