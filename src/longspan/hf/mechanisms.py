@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longspan import mechanism as mechanisms
 from longspan.errors import InputError, Refusal
 from longspan.hf._borrowed import build, read_frequencies, try_apart, why_not_apart
-from longspan.hf._position_ids import check_goes_on
+from longspan.hf._position_ids import check_goes_on, check_positions
 from longspan.hf._state_layer import state_layer
 from longspan.hf.register import (
     Attention,
@@ -246,7 +246,7 @@ def _forward(
         dropout,
         kwargs,
     )
-    rows.check_positions(kwargs.get("position_ids"))
+    check_positions(rows, kwargs.get("position_ids"))
     valid = _valid(rows, hidden_states.device)
     if "turns" not in rows.kept and rows.queries > 1:
         check_turns(position_embeddings, frequencies, valid)
