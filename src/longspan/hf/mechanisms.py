@@ -30,7 +30,8 @@ from longspan.hf.register import (
     register,
     registered,
 )
-from longspan.hf.rope import rotary_modules, trained_length
+from longspan.hf.rope import trained_length
+from longspan.hf.rotary import rotary_modules
 from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
 from longspan.hf.turns import check_turns
