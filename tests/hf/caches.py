@@ -62,7 +62,7 @@ class Watch:
 
         def watched(layer, query, *rest):
             held = None if layer.store is None else layer.positions.cpu()
-            self.seen.setdefault(layer.layer, []).append((query.shape[2], held))
+            self.seen.setdefault(layer.held.role.layer, []).append((query.shape[2], held))
             return attend(layer, query, *rest)
 
         monkeypatch.setattr(KeptLayer, "attend", watched)

@@ -139,11 +139,11 @@ def test_quest_reads_what_matters(llama, tiny):
     layer = cache.layers[0]
     assert layer.store.longest == 60
     # Bounds that grew by single tokens are those made anew.
-    grown = layer._bounds
-    layer._bounds = None
-    layer._pages(torch.randn(2, 4, 1, 8))
-    assert torch.equal(grown.low, layer._bounds.low)
-    assert torch.equal(grown.high, layer._bounds.high)
+    reader = layer.held.reader
+    grown, reader.bounds = reader.bounds, None
+    reader._pages(layer.store, torch.randn(2, 4, 1, 8))
+    assert torch.equal(grown.low, reader.bounds.low)
+    assert torch.equal(grown.high, reader.bounds.high)
     first = ls.kv.cache(llama, "quest(24, 4, 2)")
     same = feed(llama, ids, mask, [50, *range(51, 61)], first)
     assert torch.allclose(same, expected, atol=1e-5)

@@ -61,6 +61,20 @@ def test_a_copied_cache_goes_on(llama, tiny):
     assert torch.equal(cache.layers[0].positions, other.layers[0].positions)
 
 
+def test_a_cache_follows_rows_that_change_between_two_chunks(llama, tiny):
+    ids, order = tiny.tokens(3, 40), torch.tensor([2, 0, 0])
+    cache, wanted = (ls.kv.cache(llama, TEXT) for _ in range(2))
+    with torch.no_grad():
+        llama(ids[:, :20], past_key_values=cache)
+        cache.reorder_cache(order)
+        found = llama(ids[order][:, 20:], past_key_values=cache).logits
+        llama(ids[order][:, :20], past_key_values=wanted)
+        expected = llama(ids[order][:, 20:], past_key_values=wanted).logits
+    torch.testing.assert_close(found, expected)
+    for held, other in zip(cache.layers, wanted.layers, strict=True):
+        assert torch.equal(held.positions, other.positions)
+
+
 def test_a_prompt_sees_the_columns_of_longest_embedding(llama, tiny):
     ids, mask = padded(tiny, 45)
     seen = []
@@ -132,6 +146,33 @@ def test_what_is_not_known_is_refused(llama, tiny):
         ls.hf.apply(llama, ls.Causal())
         with pytest.raises(Refusal, match="not known"):
             llama(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "given"),
+    [
+        ("dynamic", "reorder_cache", torch.tensor([1, 0])),
+        ("dynamic", "batch_select_indices", torch.tensor([1, 1])),
+        ("dynamic", "crop", -4),
+        ("static", "reorder_cache", torch.tensor([1, 0])),
+    ],
+)
+def test_rows_that_change_between_two_chunks_are_refused(kind, change, given, llama, tiny):
+    """The second chunk chose by the norms of the rows that were there before."""
+    ids = tiny.tokens(2, 40)
+    caches = [
+        transformers.DynamicCache(config=llama.config)
+        if kind == "dynamic"
+        else transformers.StaticCache(config=llama.config, max_cache_len=48)
+        for _ in range(2)
+    ]
+    with ls.hf.prefill(llama, SPARSE, dense_below=0), torch.no_grad():
+        for cache in caches:
+            llama(ids[:, :24], past_key_values=cache)
+        getattr(caches[0], change)(given)
+        with pytest.raises(Refusal, match="no rows of the cache changed in between"):
+            llama(ids[:, 24:40], past_key_values=caches[0])
+        llama(ids[:, 24:40], past_key_values=caches[1])
 
 
 def test_hooks_go_with_the_pattern_and_survive_copies(llama, tiny):

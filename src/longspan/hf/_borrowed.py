@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import Refusal
+from longspan.hf.masks import rows_mask
 from longspan.hf.quiet import first_line
-from longspan.hf.rows import rows_mask
 from longspan.mechanism.layer import MechanismLayer
 from longspan.ops import attend
 from longspan.position import Frequencies

@@ -17,6 +17,7 @@ from longspan.hf.rows import Rows
 from longspan.pattern import Pattern
 
 if TYPE_CHECKING:
+    from longspan.hf._cache_handover import HandedLayer
     from longspan.hf._cache_layer import KeptLayer
 
 _MARK = "_longspan_kept_layer"
@@ -46,7 +47,7 @@ class Asked:
     dense: bool = True
 
 
-def mark(key: Tensor, layer: KeptLayer) -> None:
+def mark(key: Tensor, layer: HandedLayer) -> None:
     """Say to which cache layer new keys belong."""
     setattr(key, _MARK, layer)
 

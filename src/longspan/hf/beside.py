@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.hf._borrowed import build, read_frequencies
-from longspan.hf.rope import rotary_modules
+from longspan.hf.rotary import rotary_modules
 from longspan.hf.routes import routed
 from longspan.mechanism.layer import MechanismLayer
 

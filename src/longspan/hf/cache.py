@@ -21,7 +21,10 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from longspan.errors import InputError, Refusal
+from longspan.hf._cache_calls import check_calls
+from longspan.hf._cache_handover import refuse_to_take_back
 from longspan.hf._cache_layer import KeptLayer
+from longspan.hf._cache_tokens import Role
 from longspan.hf.embedded import embedding_norms
 from longspan.hf.register import described, registered
 from longspan.hf.rotation import still_layers, turner
@@ -127,6 +130,14 @@ class KVCache(Cache):
             before.check_read()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def activate_past_recording(self) -> None:
+        """Refuse what begins so: assisted decoding, which takes back what was not accepted.
+
+        Raises:
+            Refusal: always.
+        """
+        refuse_to_take_back()
+
     def compress(self) -> None:
         """Let the policy decide now, instead of when it would.
 
@@ -187,19 +198,19 @@ def cache(model: Any, policy: Any, *, positions: str = "original") -> KVCache:
             f"The model computes {described(config._attn_implementation)}, which keeps keys in "
             "its own way; a cache with a policy needs a pattern: longspan.hf.remove(model) first."
         )
+    check_calls(base)
     norms = embedding_norms(base) if wanted.needs_norms else None
     modules = frozenset(id(x.config) for x in base.modules() if hasattr(x, "config"))
     for place, index in enumerate(chosen):
-        layers[index] = KeptLayer(
-            wanted,
-            config,
-            modules=modules,
+        role = Role(
+            policy=wanted,
             layer=place,
             layers=len(chosen),
             packed=packed and index not in still,
             turn=_stay if index in still else turn,
             norms=norms,
         )
+        layers[index] = KeptLayer(role, config, modules)
     return KVCache(layers, wanted)
 
 

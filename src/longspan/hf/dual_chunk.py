@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
 from longspan.hf.register import Attention, checked_rows, enlist, registered
-from longspan.hf.rope import rotary_modules
+from longspan.hf.rotary import rotary_modules
 from longspan.hf.rotation import rotation, why_not_turn
 from longspan.hf.routes import note_changes, undo_changes
 from longspan.hf.rows import Rows

@@ -11,8 +11,9 @@ Axes: B batch, N new rows, M rows with those before.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,22 @@ class _Call(threading.local):
     cache: Any = None
 
 
-class EmbeddingNorms:
-    """What a model's embedding gave last; one for each model, made by ``embedding_norms``.
+@dataclass
+class _Noted:
+    """What the calls before have given that went along with one cache.
 
-    Beams that change rows between two chunks of a prompt are not followed: the second chunk then
-    chooses by the norms of the row that was there.
+    Attributes:
+        parts: norms of each call [B, N].
+        keys: those of a layer of the cache after the last call. What puts other rows in their
+            place, as beams do, makes another tensor.
     """
+
+    parts: list[Tensor] = field(default_factory=list)
+    keys: ReferenceType[Tensor] | None = None
+
+
+class EmbeddingNorms:
+    """What a model's embedding gave last; one for each model, made by ``embedding_norms``."""
 
     def __init__(self) -> None:
         self.forget()
@@ -48,7 +59,7 @@ class EmbeddingNorms:
     def forget(self) -> None:
         """Nothing is known."""
         self._call = _Call()
-        self._known: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, _Noted] = WeakKeyDictionary()
 
     def newest(self, batch: int, rows: int) -> Tensor:
         """Norms of the rows of the present call, float32 [B, N].
@@ -74,14 +85,14 @@ class EmbeddingNorms:
         own, cache = self._call.newest, self._call.cache
         if own is not None and own.shape == (batch, rows):
             return own
-        before = [] if cache is None else self._known.get(cache, [])
-        parts = [*before, *([] if own is None else [own])]
+        before = None if cache is None else self._known.get(cache)
+        parts = [*(before.parts if before else []), *([] if own is None else [own])]
         widths = sum(part.shape[1] for part in parts)
         if widths != rows or any(len(part) != batch for part in parts):
             raise Refusal(
                 f"Of {rows} rows, the norms of {widths} embeddings are known: embeddingnorm(...) "
                 "needs the prompt as a whole, or in chunks with one cache, all read while the "
-                "method is applied."
+                "method is applied, and no rows of the cache changed in between, as beams do."
             )
         return torch.cat([part.to(parts[-1].device) for part in parts], 1)
 
@@ -89,7 +100,11 @@ class EmbeddingNorms:
         """Before the model: forget the last call."""
         given = kwargs.get("inputs_embeds")
         self._call.newest = None if given is None else norm(given.detach())
-        self._call.cache = kwargs.get("past_key_values")
+        self._call.cache = cache = kwargs.get("past_key_values")
+        before = None if cache is None else self._known.get(cache)
+        if before and before.keys and before.keys() is not _keys(cache):
+            # Its rows are others now, or were cut: which norms are theirs is not known.
+            del self._known[cache]
 
     def note(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         """After the embedding."""
@@ -100,15 +115,26 @@ class EmbeddingNorms:
         cache, own = getattr(out, "past_key_values", None), self._call.newest
         if cache is None or own is None:
             return
-        parts = self._known.setdefault(cache, [])
+        noted = self._known.setdefault(cache, _Noted())
         if cache.get_seq_length() <= own.shape[1]:
             # A cache that was emptied.
-            parts.clear()
-        parts.append(own)
+            noted.parts.clear()
+        noted.parts.append(own)
+        keys = _keys(cache)
+        noted.keys = None if keys is None else ref(keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What was noted is of this run, and of this model: a copy notes its own.
         return EmbeddingNorms, ()
+
+
+def _keys(cache: Any) -> Tensor | None:
+    """The keys of the first layer of a cache that holds some as they are.
+
+    A cache with a policy keeps norms beside its keys, and is asked for those of new rows alone.
+    """
+    held = (vars(layer).get("keys") for layer in getattr(cache, "layers", ()))
+    return next((keys for keys in held if isinstance(keys, Tensor)), None)
 
 
 def embedding_norms(base: PreTrainedModel) -> EmbeddingNorms:

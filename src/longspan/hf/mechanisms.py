@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longspan import mechanism as mechanisms
 from longspan.errors import InputError, Refusal
 from longspan.hf._borrowed import build, read_frequencies, try_apart, why_not_apart
+from longspan.hf._position_ids import check_goes_on, check_positions
 from longspan.hf._state_layer import state_layer
 from longspan.hf.register import (
     Attention,
@@ -29,7 +30,8 @@ from longspan.hf.register import (
     register,
     registered,
 )
-from longspan.hf.rope import rotary_modules, trained_length
+from longspan.hf.rope import trained_length
+from longspan.hf.rotary import rotary_modules
 from longspan.hf.routes import note_changes, routed
 from longspan.hf.rows import Rows
 from longspan.hf.turns import check_turns
@@ -245,13 +247,19 @@ def _forward(
         dropout,
         kwargs,
     )
-    rows.check_positions(kwargs.get("position_ids"))
+    check_positions(rows, kwargs.get("position_ids"))
     valid = _valid(rows, hidden_states.device)
     if "turns" not in rows.kept and rows.queries > 1:
         check_turns(position_embeddings, frequencies, valid)
         rows.kept["turns"] = True
     if past_key_values is None:
         return layer(hidden_states, valid), None
+    # One row is decoding, where looking would wait for the device at every step.
+    if "goes on" not in rows.kept and rows.queries > 1:
+        rows.kept["goes on"] = True
+        tokens = rows.query_start + rows.queries
+        real = tokens if rows.real is None else torch.from_numpy(rows.real.sum(1))
+        check_goes_on(kwargs.get("position_ids"), real, rows.query_start)
     cache = state_layer(past_key_values, module.layer_idx)
     if cache.seen != rows.query_start:
         raise Refusal(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError
 from longspan.hf.collected import collected
+from longspan.hf.masks import read_mask
 from longspan.hf.register import Attention, beside_sink, checked_rows, enlist, registered
-from longspan.hf.rows import Rows, read_mask, within
+from longspan.hf.rows import Rows, within
 from longspan.parallel.attention import attend_unless
 from longspan.parallel.needs import Places
 from longspan.parallel.shards import Shards

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from longspan.errors import InputError, Refusal
 from longspan.hf._cache_asked import Asked, kept_layer
+from longspan.hf._position_ids import check_positions
 from longspan.hf.collected import collected
-from longspan.hf.rows import CROSSES, Rows, check_run, rows_mask, within
+from longspan.hf.masks import CROSSES, check_run, rows_mask
+from longspan.hf.rows import Rows, within
 from longspan.ops import attend
 from longspan.ops.inputs import autocast
 from longspan.pattern import Causal, Pattern
@@ -135,9 +137,9 @@ def attention_over(name: str, pattern: Pattern, impl: str) -> Attention:
         """Attend as transformers asks: q [B, H, N, D], k and v [B, K, M, D] to [B, N, H, D]."""
         kept = kept_layer(key)
         if kept is not None:
-            kept.check_model(module)
+            kept.claim(module)
         rows = checked_rows(name, module, query, key, attention_mask, dropout, kwargs)
-        rows.check_positions(kwargs.get("position_ids"))
+        check_positions(rows, kwargs.get("position_ids"))
         query, key, value = autocast(query, key, value)
         layer = getattr(module, "layer_idx", None) or 0
         sink = kwargs.get("s_aux")

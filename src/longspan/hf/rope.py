@@ -15,13 +15,13 @@ that a generation which crosses that length reads keys of both.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from longspan import position
 from longspan.errors import InputError, Refusal
+from longspan.hf.rotary import frequencies, rebuild, rotary_modules, take_over
 from longspan.hf.unwrap import base_model
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def set_rope(
     config.rope_parameters = planned.rope_parameters
     config.max_position_embeddings = planned.max_position_embeddings
     for old, new in rebuilt:
-        _take_over(old, new)
+        take_over(old, new)
 
 
 def check_rope(
@@ -170,7 +170,7 @@ def _planned(
                 "have bases of their own (Granite SWA) or beside an image encoder: a scaling of "
                 "the model's would not reach it. The model was not changed."
             )
-    rebuilt = [(old, _rebuild(name, old, planned)) for name, old in rotary]
+    rebuilt = [(old, rebuild(name, old, planned)) for name, old in rotary]
     if not rebuilt:
         raise Refusal(
             f"{type(base).__name__} has no rotary module with inverse frequencies that can be "
@@ -246,7 +246,7 @@ def _multiply(entry: dict[str, Any], length: int, trained: int, width: int) -> N
         entry["factor"] = factor
         return
     if original and entry.get("factor") and entry.get("attention_factor") is not None:
-        old = _frequencies(entry, width)
+        old = frequencies(entry, width)
         # Written out, the temperature of the old factor would stay.
         if old is not None and np.isclose(entry["attention_factor"], old.attention_factor, 1e-3):
             del entry["attention_factor"]
@@ -277,114 +277,3 @@ def _rotary_width(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
         ) from error
     head = head or config.hidden_size // config.num_attention_heads
     return int(head * entry.get("partial_rotary_factor", 1.0))
-
-
-def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every rotary embedding."""
-    for name, module in model.named_modules():
-        buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
-        if any(buffer.endswith("inv_freq") for buffer in buffers) and hasattr(module, "config"):
-            yield name, module
-
-
-def _rebuild(name: str, old: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A rotary module of the same class for the planned configuration, its frequencies checked."""
-    kind = type(old)
-    try:
-        new = kind(config)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise Refusal(
-            f"{name} ({kind.__name__}) cannot be rebuilt for {config.rope_parameters}: {error!r}."
-        ) from error
-    entries = config.rope_parameters
-    nested = "rope_type" not in entries
-    for layer, entry in entries.items() if nested else [("", entries)]:
-        if entry is None:
-            continue
-        prefix = f"{layer}_" if nested else ""
-        if getattr(new, f"{prefix}inv_freq", None) is None:
-            continue
-        # Longer texts have other frequencies in longrope; back to the first ones in the end.
-        changes = entry["rope_type"] == "longrope"
-        for place in (entry["original_max_position_embeddings"], 0) if changes else (0,):
-            if changes:
-                _forward_at(new, place, layer if nested else None)
-            got = getattr(new, f"{prefix}inv_freq")
-            wanted = _expected(entry, 2 * got.numel(), config, place)
-            if wanted is None:
-                continue
-            factor = getattr(new, f"{prefix}attention_scaling", 1.0)
-            same = np.allclose(got.double().cpu().numpy(), wanted.inv_freq, rtol=1e-5, atol=0)
-            if not same or abs(factor - wanted.attention_factor) > 1e-6:
-                raise Refusal(
-                    f"The installed transformers reads {entry} as other frequencies than intended "
-                    f"in {name} ({kind.__name__}); the model was not changed."
-                )
-    return new
-
-
-def _forward_at(rotary: nn.Module, place: int, layer: str | None) -> None:
-    """Have a rotary module make the frequencies for a text that ends at a place."""
-    import torch
-
-    device = next(rotary.buffers()).device
-    more = {} if layer is None else {"layer_type": layer}
-    rotary(torch.empty(0, device=device), torch.tensor([[place]], device=device), **more)
-
-
-def _expected(
-    entry: dict[str, Any], width: int, config: PreTrainedConfig, place: int
-) -> position.Frequencies | None:
-    """Frequencies that an entry means for a text that ends at a place; None for kinds that
-    longspan does not write.
-    """
-    # transformers reads `truncate` beside the layer types, not inside them.
-    truncate = config.rope_parameters.get("truncate", True)
-    scaled = _frequencies(entry, width, place, truncate=truncate)
-    fixed = entry.get("attention_factor")
-    if scaled is None or fixed is None or entry["rope_type"] not in ("yarn", "longrope"):
-        return scaled
-    return scaled._replace(attention_factor=fixed)
-
-
-def _frequencies(
-    entry: dict[str, Any], width: int, place: int = 0, *, truncate: bool = True
-) -> position.Frequencies | None:
-    """As ``_expected``, with the temperature that follows from the other parameters."""
-    kind, base = entry["rope_type"], entry["rope_theta"]
-    if kind in ("default", "dynamic"):
-        # Before a forward pass longer than the trained length, dynamic is the default.
-        return position.default(width, base)
-    # PhiMoE has temperatures of its own in its longrope.
-    if kind not in ("linear", "llama3", "yarn", "longrope") or "short_mscale" in entry:
-        return None
-    factor = entry["factor"]
-    if kind == "linear":
-        return position.linear(width, base, factor)
-    original = entry["original_max_position_embeddings"]
-    if kind == "llama3":
-        low, high = entry["low_freq_factor"], entry["high_freq_factor"]
-        return position.llama3(
-            width, base, factor, original, low_freq_factor=low, high_freq_factor=high
-        )
-    if kind == "longrope":
-        divisors = entry["long_factor" if place >= original else "short_factor"]
-        return position.longrope(width, base, divisors, factor, original)
-    options = {"truncate": truncate}
-    for option in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        if entry.get(option) is not None:
-            options[option] = entry[option]
-    return position.yarn(width, base, factor, original, **options)
-
-
-def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Copy what a rotary module computed when it was built; the module and its config stay."""
-    for name, buffer in new.named_buffers(recurse=False):
-        device = old.get_buffer(name).device if hasattr(old, name) else buffer.device
-        old.register_buffer(name, buffer.to(device), persistent=False)
-    for name, value in vars(new).items():
-        if not name.startswith("_") and name not in ("training", "config"):
-            setattr(old, name, value)
-    # longrope keeps what it made for longer texts, where it made it: its own device has to.
-    for name in [name for name in vars(old) if name.endswith("long_inv_freq")]:
-        delattr(old, name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import Refusal
-from longspan.hf.rope import rotary_modules
+from longspan.hf.rotary import rotary_modules
 from longspan.hf.rotates import ROTATE, rotates
 from longspan.hf.routes import routed
 

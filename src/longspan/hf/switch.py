@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from longspan import mechanism
 from longspan.errors import InputError, PatternError, Refusal
+from longspan.hf._cache_calls import leave_calls
 from longspan.hf.dual_chunk import settle, why_not
 from longspan.hf.embedded import forget_norms
 from longspan.hf.entries import Entries, Entry
@@ -235,6 +236,7 @@ def remove(model: Any) -> None:
         base.set_attn_implementation(before)
     settle(base)
     forget_norms(base)
+    leave_calls(base)
     Entries(before).keep(base)
 
 
