@@ -16,7 +16,8 @@ from longspan.errors import DataError, InputError, LongspanError, RunError
 from longspan.hf.build import build_llama, train_tokenizer
 from longspan.train.data import recall_documents
 from longspan.train.finite import check_weights
-from longspan.train.pretrain import PretrainConfig, learning_rate, plan, pretrain
+from longspan.train.pretrain import plan, pretrain
+from longspan.train.pretrain_config import PretrainConfig
 from longspan.train.sole_writer import sole_writer
 
 CONFIG = PretrainConfig(
@@ -245,10 +246,10 @@ def test_too_little_text_fails_before_training(tmp_path):
 
 def test_schedule_rises_then_falls_to_a_tenth():
     config = dataclasses.replace(CONFIG, steps=104, warmup=4, lr=1.0)
-    assert [learning_rate(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert learning_rate(config, 4) == 1.0
-    assert learning_rate(config, 54) == pytest.approx(0.55)
-    assert learning_rate(config, 104) == pytest.approx(0.1)
+    assert [config.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert config.lr_at(4) == 1.0
+    assert config.lr_at(54) == pytest.approx(0.55)
+    assert config.lr_at(104) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

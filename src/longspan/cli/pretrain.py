@@ -49,8 +49,9 @@ def pretrain(
     from longspan.cli.progress import Bars
     from longspan.errors import DataError
     from longspan.train.data import python_sources, read_documents
-    from longspan.train.pretrain import PretrainConfig, plan
+    from longspan.train.pretrain import plan
     from longspan.train.pretrain import pretrain as run
+    from longspan.train.pretrain_config import PretrainConfig
 
     if bool(data) == python_stdlib:
         raise DataError("choose the text: either --data PATH (repeatable) or --python-stdlib.")

@@ -19,12 +19,10 @@ from longspan.eval.records import differences
 from longspan.hf.build import load_tokenizer
 from longspan.hf.quiet import saving
 from longspan.train.checkpoint import read_state, write_atomically
+from longspan.train.pretrain_report import REPORT_NAME, History
 
 CHECKPOINT_FOLDER = "checkpoint"
 STATE_NAME = "state.pt"
-REPORT_NAME = "pretrain.json"
-
-History = list[tuple[int, float, float | None]]
 
 
 def check_out(out: Path, *, resume: bool) -> None:
