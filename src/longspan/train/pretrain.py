@@ -8,6 +8,7 @@ Axes: B sequences of a batch, L tokens of a sequence (the context + 1: every pos
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from longspan.train.data import Document
 from longspan.train.finite import check_step, check_weights
 from longspan.train.interrupt import between_steps
 from longspan.train.pretrain_config import PretrainConfig
-from longspan.train.pretrain_model import add_dropout, mean_loss, train_step
+from longspan.train.pretrain_model import add_dropout, mean_loss, round_weights, train_step
 from longspan.train.pretrain_prepare import PretrainRun, prepare_run
 from longspan.train.pretrain_report import REPORT_NAME, PretrainReport
 from longspan.train.pretrain_state import CHECKPOINT_FOLDER, check_out, save_state
@@ -45,10 +46,13 @@ def pretrain(
     Args:
         config: the run.
         documents: training text; the tokenizer is trained on it too.
-        out: folder for the model; must be empty or new unless ``resume``.
+        out: folder for the model; must be empty or new unless ``resume``. Its ``checkpoint`` is
+            needed only to go on, and can be removed after the run.
         validation: text for the losses shown on the way.
         heldout: text for the one figure at the end.
-        resume: continue from the checkpoint in ``out``.
+        resume: continue from the checkpoint in ``out``. A finished run is left as it is and its
+            report given, unless ``config`` asks for more steps: then it goes on, with the
+            learning rates of a run of so many.
         on_step: called after every tenth step and the last one with (step, train loss, last
             validation loss).
 
@@ -56,12 +60,14 @@ def pretrain(
 
     Raises:
         DataError: too little text, ``out`` not empty or not to be written, nothing to resume from,
-            or a run of other settings or text.
+            or a run of other settings or text. More steps are no other setting.
         RunError: the loss is no longer finite, the checkpoint is damaged, or another process
             trains into ``out``.
     """
     out = Path(out)
     run = prepare_run(config, documents, out, validation, heldout, resume=resume)
+    if run.finished is not None:
+        return run.finished
     with sole_writer(out):
         # Another process may have been there since.
         check_out(out, resume=resume)
@@ -90,6 +96,7 @@ def _train(
             step=step,
             seconds=time.perf_counter() - started,
             history=history,
+            goals=run.goals,
         )
 
     if not resume:
@@ -121,10 +128,13 @@ def _train(
             if stop:
                 raise KeyboardInterrupt
         check_weights(model.parameters(), config.lr)
-        # While the last losses were measured.
-        if interrupted():
-            keep(config.steps)
+        # What is left can be done again. It stays: a larger number of steps goes on from here.
+        keep(config.steps)
 
+    for hook in hooks:
+        hook.remove()
+    # What is told of the weights is to be true of those that are saved.
+    round_weights(model, torch.bfloat16)
     report = PretrainReport(
         config=asdict(config),
         parameters=run.parameters,
@@ -135,14 +145,27 @@ def _train(
         validation_loss=validation_loss,
         heldout_loss=mean_loss(model, run.heldout_nL, config.batch),
         history=history,
+        goals=run.goals,
     )
-    for hook in hooks:
-        hook.remove()
-    save_model(model.to(torch.bfloat16), run.tokenizer, out)
-    # Once there, it says that the run is finished.
-    write_json(out / REPORT_NAME, report.to_json())
-    shutil.rmtree(out / CHECKPOINT_FOLDER, ignore_errors=True)
+    _write(out, model.to(torch.bfloat16), run.tokenizer, report)
     return report
+
+
+def _write(out: Path, model: Any, tokenizer: Any, report: PretrainReport) -> None:
+    """Put a model in the place of the one before, if any, once all of it is on the disk."""
+    beside = out / CHECKPOINT_FOLDER / "model"
+    shutil.rmtree(beside, ignore_errors=True)
+    save_model(model, tokenizer, beside)
+    files = sorted(beside.iterdir())
+    for file in files:
+        with file.open("r+b") as opened:
+            os.fsync(opened.fileno())
+    # From here to the end the folder does not say that it is finished.
+    (out / REPORT_NAME).unlink(missing_ok=True)
+    for file in files:
+        file.replace(out / file.name)
+    beside.rmdir()
+    write_json(out / REPORT_NAME, report.to_json())
 
 
 def plan(

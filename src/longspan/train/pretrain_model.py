@@ -94,3 +94,10 @@ def mean_loss(model: Any, sequences_nL: Tensor | None, batch: int) -> float | No
         total += sequence_loss(model, part_BL.to(device)).item() * len(part_BL)
     model.train()
     return total / len(sequences_nL)
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights the values that they have in another type, and leave theirs."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
