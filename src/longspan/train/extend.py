@@ -79,16 +79,16 @@ def extend(
         LongspanError: before any work for bad input; RunError when the work cannot go on.
     """
     job = prepare(settings, Path(out), resume=resume)
-    if resume:
-        merge = merge or (job.out / MERGED).is_dir()
-        finished = finished_report(job.out, settings, merge=merge)
-        if finished is not None:
-            say_finished(progress, settings.loop.steps)
-            return finished
     try:
         with sole_writer(job.out):
             # Another process may have been there since.
             check_output(job.out, resume=resume)
+            if resume:
+                merge = merge or (job.out / MERGED).is_dir()
+                finished = finished_report(job.out, settings, merge=merge)
+                if finished is not None:
+                    say_finished(progress, settings.loop.steps)
+                    return finished
             return _run(job, merge=merge, progress=progress, command=command)
     except OSError as error:
         raise RunError(

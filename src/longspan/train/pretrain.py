@@ -26,7 +26,7 @@ from longspan.train.interrupt import between_steps
 from longspan.train.pretrain_config import PretrainConfig
 from longspan.train.pretrain_model import add_dropout, mean_loss, round_weights, train_step
 from longspan.train.pretrain_prepare import PretrainRun, prepare_run
-from longspan.train.pretrain_report import REPORT_NAME, PretrainReport
+from longspan.train.pretrain_report import REPORT_NAME, PretrainReport, finished_report
 from longspan.train.pretrain_state import CHECKPOINT_FOLDER, check_out, save_state
 from longspan.train.sole_writer import sole_writer
 
@@ -66,11 +66,12 @@ def pretrain(
     """
     out = Path(out)
     run = prepare_run(config, documents, out, validation, heldout, resume=resume)
-    if run.finished is not None:
-        return run.finished
     with sole_writer(out):
         # Another process may have been there since.
         check_out(out, resume=resume)
+        finished = finished_report(out, config.steps) if resume else None
+        if finished is not None:
+            return finished
         return _train(run, config, out, resume=resume, on_step=on_step)
 
 

@@ -20,12 +20,7 @@ from longspan.train.data import Document, tokenize_documents
 from longspan.train.prepare import text_hash
 from longspan.train.pretrain_config import PretrainConfig
 from longspan.train.pretrain_model import build, make_optimizer
-from longspan.train.pretrain_report import (
-    History,
-    PretrainReport,
-    finished_report,
-    read_report,
-)
+from longspan.train.pretrain_report import History, read_report
 from longspan.train.pretrain_state import (
     CHECKPOINT_FOLDER,
     check_out,
@@ -52,8 +47,6 @@ class PretrainRun:
     seconds: float
     history: History
     goals: list[tuple[int, int]]
-    # What lies in the folder if nothing is left to do.
-    finished: PretrainReport | None
 
     @property
     def parameters(self) -> int:
@@ -122,7 +115,6 @@ def prepare_run(
         seconds=seconds,
         history=history,
         goals=goals,
-        finished=finished_report(out, config.steps) if resume else None,
     )
 
 
