@@ -258,6 +258,37 @@ def test_a_finished_run_goes_on_with_more_steps(
         extend(asked, out, resume=True)
 
 
+@pytest.mark.parametrize("place", ["forget_end", "train", "write_card", "write_report"])
+def test_a_kill_on_the_way_to_more_steps_loses_nothing(
+    tiny_model: Path,
+    some_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    asked = settings(tiny_model, some_text, suite={"trials": 0, "sequences": 1})
+    more = replace(asked, loop=replace(asked.loop, steps=6))
+    once = extend(more, tmp_path / "once")
+    first = json.loads(json.dumps(extend(asked, tmp_path / "on")))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"longspan.train.extend.{place}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extend(more, tmp_path / "on", resume=True)
+    assert json.loads((tmp_path / "on" / "report.json").read_text()) == first
+    again = extend(more, tmp_path / "on", resume=True)
+    for key in ("losses", "perplexity"):
+        assert again["trained"][key] == once["trained"][key]
+    weights = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("once", "on")
+    ]
+    assert weights[0] == weights[1]
+
+
 def test_a_finished_run_is_merged_on_request(
     tiny_model: Path, some_text: Path, tmp_path: Path
 ) -> None:
@@ -445,6 +476,10 @@ def test_output_folder_is_never_mixed(tiny_model: Path, some_text: Path, tmp_pat
     with pytest.raises(DataError, match="is a file"):
         extend(asked, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    # What a run leaves that was killed before it began.
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "settings.json.tmp").write_text("{")
+    prepare(asked, tmp_path / "killed")
 
 
 def test_resume_with_other_settings_or_text_names_them(

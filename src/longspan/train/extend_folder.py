@@ -30,7 +30,8 @@ STEPS = "loop.steps"
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise DataError unless ``out`` can be written and is new, empty, or a run to resume."""
     check_output_folder(out)
-    if not out.exists() or not any(out.iterdir()):
+    # A run that was killed while it wrote its settings leaves no more than a piece of them.
+    if not out.exists() or not {path.name for path in out.iterdir()} - {f"{SETTINGS_NAME}.tmp"}:
         return
     if not resume:
         raise DataError(
