@@ -468,6 +468,33 @@ def test_bad_values_of_pretrain_draw_no_bar(
             assert not (tmp_path / "new").exists()
 
 
+def test_finished_runs_say_so_and_go_on_with_more_steps(
+    call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    small = "--context 16 --hidden 16 --layers 1 --heads 2 --kv-heads 1 --intermediate 16"
+    pretrain = ["pretrain", *small.split(), "--vocab", 300, "--batch", 2, "--seed", 1]
+    extend = ["extend", tiny_model, "--length", 128, "--pattern", "window(64)", "--rank", 1]
+    extend += ["--accumulate", 1, "--passkey-trials", 0, "--eval-sequences", 1]
+    for command in (pretrain, extend):
+        folder = tmp_path / str(command[0])
+        asked = [*command, "--data", some_text, "--out", folder, "--device", "cpu", "--json"]
+        code, first, err = call(*asked, "--steps", 2)
+        assert code == 0, err
+        code, out, err = call(*asked, "--steps", 2, "--resume")
+        assert (code, json.loads(out)) == (0, json.loads(first))
+        assert err.split("\n")[0].startswith("finished 2/2, nothing is left to do; with more")
+        code, out, err = call(*asked, "--steps", 3, "--resume", "--dry-run")
+        assert (code, json.loads(out)["out"]) == (0, str(folder))
+        code, out, err = call(*asked, "--steps", 3, "--resume")
+        assert code == 0
+        assert "finished" not in err
+        assert json.loads(out) != json.loads(first)
+        code, out, err = call(*asked, "--steps", 2, "--resume")
+        assert (code, out) == (2, "")
+        assert "steps was 3, is 2" in err
+
+
 def test_long_patterns_are_not_repeated_in_sentences() -> None:
     found = report(4.0, 3.9)
     found["trained"]["pattern"] = "window(512) | sink(4) | prefix(16)"

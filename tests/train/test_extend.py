@@ -31,14 +31,9 @@ from longspan.pattern import Window
 from longspan.position import LongFactors
 from longspan.train.checkpoint import Checkpoints
 from longspan.train.extend import extend
+from longspan.train.extend_folder import check_output
 from longspan.train.loop import LoopConfig
-from longspan.train.prepare import (
-    check_output,
-    doubling,
-    hold_out,
-    prepare,
-    rehearse,
-)
+from longspan.train.prepare import doubling, hold_out, prepare, rehearse
 from longspan.train.settings import ExtendSettings
 from longspan.train.sole_writer import sole_writer
 
@@ -226,12 +221,81 @@ def test_finished_run_resumes_without_work(
     finished: tuple[Path, dict[str, Any], ExtendSettings],
 ) -> None:
     out, report, asked = finished
-    begin = (out / "trained.train.jsonl").read_text()
-    again = extend(asked, out, resume=True)
-    for state in ("base", "scaled", "trained", "dense"):
-        assert again[state]["perplexity"] == report[state]["perplexity"]
-        assert again[state]["passkey"] == report[state]["passkey"]
-    assert (out / "trained.train.jsonl").read_text() == begin
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    seen: list[tuple[Any, ...]] = []
+    # The merged model that is there is neither asked for again nor missing.
+    again = extend(asked, out, resume=True, progress=lambda *what: seen.append(what))
+    assert again == json.loads(json.dumps(report))
+    assert [what[:3] for what in seen] == [("finished", 4, 4)]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(
+    finished: tuple[Path, dict[str, Any], ExtendSettings], tmp_path: Path
+) -> None:
+    whole, report, asked = finished
+    more = replace(asked, loop=replace(asked.loop, steps=6))
+    once = extend(more, tmp_path / "once")
+    out = shutil.copytree(whole, tmp_path / "on")
+    measured = {path: path.stat().st_mtime_ns for path in (out / "eval").iterdir()}
+    again = extend(more, out, resume=True)
+    # What came before the training is not measured again.
+    for path, time_ns in measured.items():
+        assert (path.stat().st_mtime_ns == time_ns) == (path.name[:4] in ("base", "scal"))
+    assert again["base"] == json.loads(json.dumps(report["base"]))
+    for arm in ("trained", "dense"):
+        assert again[arm]["losses"] == once[arm]["losses"]
+        assert again[arm]["perplexity"] == once[arm]["perplexity"]
+        assert again[arm]["perplexity"] != report[arm]["perplexity"]
+    # The merged model is not left behind.
+    assert again["merged"]
+    merged, _ = load_model(out / "merged")
+    rows = torch.stack(spread(prepare(more, out, resume=True).heldout_text, 256, 2))
+    with torch.no_grad():
+        expected = again["trained"]["perplexity"]["lengths"][-1]["nll"]
+        assert TokenLoss(merged)(rows).mean().item() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(DataError, match=r"loop\.steps was 6, is 4"):
+        extend(asked, out, resume=True)
+
+
+@pytest.mark.parametrize("place", ["forget_end", "train", "write_card", "write_report"])
+def test_a_kill_on_the_way_to_more_steps_loses_nothing(
+    tiny_model: Path,
+    some_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    asked = settings(tiny_model, some_text, suite={"trials": 0, "sequences": 1})
+    more = replace(asked, loop=replace(asked.loop, steps=6))
+    once = extend(more, tmp_path / "once")
+    first = json.loads(json.dumps(extend(asked, tmp_path / "on")))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"longspan.train.extend.{place}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extend(more, tmp_path / "on", resume=True)
+    assert json.loads((tmp_path / "on" / "report.json").read_text()) == first
+    again = extend(more, tmp_path / "on", resume=True)
+    for key in ("losses", "perplexity"):
+        assert again["trained"][key] == once["trained"][key]
+    weights = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("once", "on")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_is_merged_on_request(
+    tiny_model: Path, some_text: Path, tmp_path: Path
+) -> None:
+    asked = settings(tiny_model, some_text, loop={"steps": 1}, suite={"trials": 0})
+    assert not extend(asked, tmp_path / "run")["merged"]
+    assert extend(asked, tmp_path / "run", merge=True, resume=True)["merged"]
+    load_model(tmp_path / "run" / "merged")
 
 
 def test_killed_run_resumes_to_the_same_losses(
@@ -412,6 +476,10 @@ def test_output_folder_is_never_mixed(tiny_model: Path, some_text: Path, tmp_pat
     with pytest.raises(DataError, match="is a file"):
         extend(asked, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    # What a run leaves that was killed before it began.
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "settings.json.tmp").write_text("{")
+    prepare(asked, tmp_path / "killed")
 
 
 def test_resume_with_other_settings_or_text_names_them(

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspan.errors import DataError, InputError, LongspanError, RunError
 from longspan.hf.build import build_llama, train_tokenizer
-from longspan.train.data import recall_documents
+from longspan.train import pretrain as train_pretrain
+from longspan.train.data import recall_documents, tokenize_documents
 from longspan.train.finite import check_weights
-from longspan.train.pretrain import PretrainConfig, learning_rate, plan, pretrain
+from longspan.train.pretrain import plan, pretrain
+from longspan.train.pretrain_config import PretrainConfig
+from longspan.train.pretrain_model import mean_loss
+from longspan.train.pretrain_text import eval_sequences
 from longspan.train.sole_writer import sole_writer
 
 CONFIG = PretrainConfig(
@@ -69,13 +75,10 @@ def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):
     )
     assert [row[0] for row in report.history] == [5, 10, 15, 20]
     assert report.history[-1][2] < report.history[0][2]
-    assert report.heldout_loss == report.validation_loss
     assert [row[0] for row in seen] == [10, 20]
     written = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "pretrain.json"} <= written
-    assert "checkpoint" not in written
-    with pytest.raises(DataError, match="finished: there is nothing to resume"):
-        pretrain(CONFIG, TEXT, tmp_path / "model", resume=True)
+    assert [path.name for path in (tmp_path / "model" / "checkpoint").iterdir()] == ["state.pt"]
     saved = json.loads((tmp_path / "model" / "pretrain.json").read_text())
     assert saved["heldout_perplexity"] == pytest.approx(report.heldout_perplexity)
 
@@ -85,6 +88,127 @@ def test_learns_and_writes_a_folder_that_transformers_loads(tmp_path):
     assert model.config.tie_word_embeddings
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
     assert tokenizer.decode(tokenizer("x = 1")["input_ids"]) == "x = 1"
+
+
+def test_the_reported_loss_is_that_of_the_saved_weights(tmp_path):
+    report = pretrain(CONFIG, TEXT, tmp_path, validation=HELD_OUT, heldout=HELD_OUT)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text_nL = eval_sequences(tokenize_documents(tokenizer, HELD_OUT), CONFIG.context + 1)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loss = mean_loss(saved, text_nL, CONFIG.batch)
+    assert report.heldout_loss == pytest.approx(loss, abs=1e-7)
+    # Those that were trained give another number on the same text.
+    assert abs(report.validation_loss - loss) > 1e-6
+
+
+def contents(folder):
+    """Bytes and times of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_finished_run_is_left_as_it_is(tmp_path, checkpoint):
+    report = pretrain(CONFIG, TEXT, tmp_path, validation=HELD_OUT, heldout=HELD_OUT)
+    if not checkpoint:
+        shutil.rmtree(tmp_path / "checkpoint")
+    before = contents(tmp_path)
+    texts = {"validation": HELD_OUT, "heldout": HELD_OUT, "resume": True}
+    again = pretrain(CONFIG, TEXT, tmp_path, **texts, on_step=lambda *_: pytest.fail("trained"))
+    assert again == report
+    rarely = dataclasses.replace(CONFIG, save_every=7)
+    assert plan(rarely, TEXT, tmp_path, **texts)["steps_done"] == 20
+    for change, message in (
+        ({"lr": 1.0}, r"lr was 0\.01, is 1"),
+        ({"steps": 19}, "was 20, is 19"),
+    ):
+        with pytest.raises(DataError, match=message):
+            pretrain(dataclasses.replace(CONFIG, **change), TEXT, tmp_path, **texts)
+    if not checkpoint:
+        with pytest.raises(DataError, match="after 20 steps and its folder checkpoint is gone"):
+            pretrain(dataclasses.replace(CONFIG, steps=21), TEXT, tmp_path, **texts)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    pretrain(CONFIG, TEXT, tmp_path / "once")
+    more = dataclasses.replace(CONFIG, steps=32)
+    before = contents(tmp_path / "once")
+
+    def kill(step, loss, validation):
+        if step == 32:
+            raise Killed
+
+    shutil.copytree(tmp_path / "once", tmp_path / "cut")
+    with pytest.raises(Killed):
+        pretrain(more, TEXT, tmp_path / "cut", resume=True, on_step=kill)
+    # The model that is finished stays until the next one is.
+    for path, (content, _) in before.items():
+        if path.name != "state.pt":
+            assert (tmp_path / "cut" / path.relative_to(tmp_path / "once")).read_bytes() == content
+    with pytest.raises(DataError, match="steps was 32, is 20"):
+        pretrain(CONFIG, TEXT, tmp_path / "cut", resume=True)
+    reports = [pretrain(more, TEXT, tmp_path / name, resume=True) for name in ("once", "cut")]
+    assert reports[0].history == reports[1].history
+    assert [row[0] for row in reports[0].history] == [5, 10, 15, 20, 25, 30, 32]
+    assert reports[0].goals == [(0, 20), (20, 32)]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "cut")]
+    assert weights[0] == weights[1]
+    assert reports[0].tokens_seen == 32 * 8 * 32
+
+
+@pytest.mark.parametrize("moment", ["measure", "save", "rename", "report"])
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_kill_after_the_last_step_loses_no_step(tmp_path, monkeypatch, moment, raised):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config = CONFIG
+    for folder in (whole, cut):
+        if raised:
+            pretrain(CONFIG, TEXT, folder, heldout=HELD_OUT)
+            config = dataclasses.replace(CONFIG, steps=23)
+    expected = pretrain(config, TEXT, whole, heldout=HELD_OUT, resume=raised)
+    with monkeypatch.context() as patch:
+
+        def killed(*_):
+            raise Killed
+
+        def half(_, __, folder):
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise Killed
+
+        replace = Path.replace
+
+        def last(path, target):
+            if path.name == "tokenizer.json" and Path(target).parent == cut:
+                raise Killed
+            return replace(path, target)
+
+        patch.setattr(
+            *{
+                "measure": (train_pretrain, "round_weights", killed),
+                "save": (train_pretrain, "save_model", half),
+                "rename": (Path, "replace", last),
+                "report": (train_pretrain, "write_json", killed),
+            }[moment]
+        )
+        with pytest.raises(Killed):
+            pretrain(config, TEXT, cut, heldout=HELD_OUT, resume=raised)
+    steps = []
+    resumed = pretrain(
+        config, TEXT, cut, heldout=HELD_OUT, resume=True, on_step=lambda *row: steps.append(row)
+    )
+    assert not steps
+    assert resumed.history == expected.history
+    assert resumed.heldout_loss == expected.heldout_loss
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_report_that_is_none_is_named(tmp_path):
+    pretrain(CONFIG, TEXT, tmp_path)
+    (tmp_path / "pretrain.json").write_text("{}")
+    with pytest.raises(DataError, match=r"pretrain\.json is no report of this version"):
+        pretrain(CONFIG, TEXT, tmp_path, resume=True)
 
 
 def test_a_resumed_run_gives_the_same_losses(tmp_path):
@@ -174,7 +298,7 @@ def test_a_kill_before_the_first_checkpoint_does_not_lock_the_folder(tmp_path):
     with pytest.raises(DataError, match="Start without resume"):
         pretrain(config, TEXT, tmp_path / "model", resume=True)
     pretrain(config, TEXT, tmp_path / "model")
-    assert not (tmp_path / "model" / "checkpoint").exists()
+    assert [path.name for path in (tmp_path / "model" / "checkpoint").iterdir()] == ["state.pt"]
 
 
 @pytest.mark.parametrize(
@@ -245,10 +369,10 @@ def test_too_little_text_fails_before_training(tmp_path):
 
 def test_schedule_rises_then_falls_to_a_tenth():
     config = dataclasses.replace(CONFIG, steps=104, warmup=4, lr=1.0)
-    assert [learning_rate(config, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert learning_rate(config, 4) == 1.0
-    assert learning_rate(config, 54) == pytest.approx(0.55)
-    assert learning_rate(config, 104) == pytest.approx(0.1)
+    assert [config.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert config.lr_at(4) == 1.0
+    assert config.lr_at(54) == pytest.approx(0.55)
+    assert config.lr_at(104) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from html.parser import HTMLParser
 from typing import Any
 
-from longspan.train.extend import write_report
+from longspan.train.extend_folder import write_report
 from longspan.viz.report import render
 
 

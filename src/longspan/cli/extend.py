@@ -107,7 +107,12 @@ def extend(
         str | None, typer.Option(help="Default: cuda if there is one.", rich_help_panel=_RUN)
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out, or on from its end: more --steps.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write a merged model.", rich_help_panel=_RUN)
@@ -122,7 +127,8 @@ def extend(
     """Extend the context of a model by position scaling and LoRA training under a sparse pattern.
 
     Measures perplexity and passkey retrieval before and after, writes a PEFT adapter, report.json
-    and report.html. A run that was interrupted, even killed, goes on with --resume.
+    and report.html. A run that was interrupted, even killed, goes on with --resume; so does a
+    finished one, where --steps are more.
     """
     from longspan.cli.values import numbers, pick_device, read_rope_factors, whole_numbers
     from longspan.eval.suite import SuiteConfig

@@ -39,7 +39,12 @@ def pretrain(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --out, or on from its end: more --steps."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and count; do not train.")
     ] = False,
@@ -49,8 +54,11 @@ def pretrain(
     from longspan.cli.progress import Bars
     from longspan.errors import DataError
     from longspan.train.data import python_sources, read_documents
-    from longspan.train.pretrain import PretrainConfig, plan
+    from longspan.train.pretrain import plan
     from longspan.train.pretrain import pretrain as run
+    from longspan.train.pretrain_config import PretrainConfig
+    from longspan.train.pretrain_report import finished_report
+    from longspan.train.resume import say_finished
 
     if bool(data) == python_stdlib:
         raise DataError("choose the text: either --data PATH (repeatable) or --python-stdlib.")
@@ -85,6 +93,7 @@ def pretrain(
         typer.echo(to_json(planned, indent=None if as_json else 1))
         return
 
+    finished = resume and finished_report(out, steps) is not None
     with Bars() as bars:
 
         def show(step: int, loss: float, validation_loss: float | None) -> None:
@@ -100,6 +109,8 @@ def pretrain(
             resume=resume,
             on_step=show,
         )
+        if finished:
+            say_finished(bars, steps)
     if as_json:
         typer.echo(to_json(report.to_json()))
         return

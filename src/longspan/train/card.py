@@ -12,7 +12,7 @@ from pprint import pformat
 from typing import Any
 
 from longspan.eval.plain import to_json
-from longspan.train.checkpoint import write_atomically
+from longspan.train.checkpoint import write_text
 from longspan.train.settings import ExtendSettings
 
 _CARD = """\
@@ -80,8 +80,4 @@ def write_card(folder: Path, settings: ExtendSettings, config: Any) -> None:
         ("README.md", card),
         ("longspan.json", to_json(how, indent=1) + "\n"),
     ):
-        _write(folder / name, content)
-
-
-def _write(path: Path, content: str) -> None:
-    write_atomically(path, lambda file: file.write(content.encode()))
+        write_text(folder / name, content)

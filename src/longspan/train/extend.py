@@ -1,15 +1,10 @@
 """Extend the context of a model: measure, scale positions, train LoRA under a pattern, measure
 again, report.
 
-The run is a sequence of stages, each of which leaves its result in the output folder and is
-skipped when it is found there: so ``resume`` continues wherever the run was interrupted.
-
-    settings.json                     what was asked; compared on resume
-    eval/NAME.*.jsonl                 measurements: base, scaled (positions), trained, dense
-    NAME.train.jsonl, NAME/           losses and checkpoints of each training
-    adapter/                          a PEFT adapter; README.md: what to set before loading it
-    merged/                           on request, a model folder that transformers loads
-    report.json, report.html          everything above on one page
+The run is a sequence of stages, each of which leaves its result in the output folder (see
+``extend_folder``) and is skipped when it is found there: so ``resume`` continues wherever the run
+was interrupted. A finished run is left as it is; with more steps it goes on, and what comes after
+its last step is done again.
 """
 
 from __future__ import annotations
@@ -35,9 +30,23 @@ from longspan.hf.recompute import recompute_layers
 from longspan.hf.rope import set_rope
 from longspan.pattern import Pattern
 from longspan.train.card import write_card
-from longspan.train.checkpoint import Checkpoints, write_json, write_text
+from longspan.train.checkpoint import Checkpoints, write_json
+from longspan.train.extend_folder import (
+    ADAPTER,
+    ARMS,
+    EVAL,
+    MERGED,
+    SETTINGS_NAME,
+    STEPS,
+    check_output,
+    finished_report,
+    forget_end,
+    started_with,
+    write_report,
+)
 from longspan.train.loop import train
-from longspan.train.prepare import SETTINGS_NAME, Job, check_output, prepare
+from longspan.train.prepare import Job, prepare
+from longspan.train.resume import say_finished
 from longspan.train.settings import ExtendSettings
 from longspan.train.sole_writer import sole_writer
 
@@ -56,8 +65,10 @@ def extend(
     Args:
         settings: what to do.
         out: output folder; new or empty unless ``resume``.
-        resume: continue the run in ``out``.
-        merge: also write the model with the adapter merged into its weights.
+        resume: continue the run in ``out``; more steps than it was started with are taken.
+        merge: also write the model with the adapter merged into its weights, as it is anyway where
+            the run in ``out`` has written one before. The numbers of the report are of the adapter
+            that is saved; in half precision merged weights are rounded once more.
         progress: called after each piece of work.
         command: the command line, for the report.
 
@@ -72,6 +83,12 @@ def extend(
         with sole_writer(job.out):
             # Another process may have been there since.
             check_output(job.out, resume=resume)
+            if resume:
+                merge = merge or (job.out / MERGED).is_dir()
+                finished = finished_report(job.out, settings, merge=merge)
+                if finished is not None:
+                    say_finished(progress, settings.loop.steps)
+                    return finished
             return _run(job, merge=merge, progress=progress, command=command)
     except OSError as error:
         raise RunError(
@@ -83,6 +100,9 @@ def extend(
 
 def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -> dict[str, Any]:
     settings, out = job.settings, job.out
+    old = started_with(out)
+    if old is not None and old[STEPS] < settings.loop.steps:
+        forget_end(out)
     write_json(out / SETTINGS_NAME, job.fingerprint())
     report: dict[str, Any] = {
         "command": shlex.join(command),
@@ -96,16 +116,18 @@ def _run(job: Job, *, merge: bool, progress: Progress, command: Sequence[str]) -
         report["scaled"] = _measure(job, job.model, "scaled", progress)
 
     report["trained"], adapted = _arm(job, job.model, job.pattern, "trained", progress)
-    lora.save_adapter(adapted, out / "adapter")
-    write_card(out / "adapter", settings, job.model.config)
-    report["dense"] = None
+    lora.save_adapter(adapted, out / ADAPTER)
+    write_card(out / ADAPTER, settings, job.model.config)
+    report["dense"], report["merged"] = None, False
     # What was measured is not lost if what follows cannot be done.
     write_report(report, out)
     if merge:
         # Else the tokenizer would go on cutting text at the old length where asked to truncate.
         limit = max(job.tokenizer.model_max_length, settings.length)
         job.tokenizer.model_max_length = limit
-        lora.merge_and_save(adapted, job.tokenizer, out / "merged")
+        lora.merge_and_save(adapted, job.tokenizer, out / MERGED)
+        report["merged"] = True
+        write_report(report, out)
     del adapted
 
     if settings.compare_dense:
@@ -166,14 +188,18 @@ def _arm(
 
 
 def _measure(job: Job, model: Any, name: str, progress: Progress) -> dict[str, Any]:
+    identity = job.fingerprint()
+    if name not in ARMS:
+        # Before the training, so the same before a longer one.
+        del identity[STEPS]
     return evaluate(
         model,
         job.tokenizer,
         job.heldout_text,
         job.settings.suite,
-        folder=job.out / "eval",
+        folder=job.out / EVAL,
         name=name,
-        identity=job.fingerprint(),
+        identity=identity,
         progress=progress,
     )
 
@@ -181,11 +207,3 @@ def _measure(job: Job, model: Any, name: str, progress: Progress) -> dict[str, A
 def _attention(model: Any, pattern: Pattern | None) -> AbstractContextManager[Any]:
     """A block in which the model attends by a pattern; None leaves the model's own attention."""
     return nullcontext() if pattern is None else hf.apply(model, pattern)
-
-
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write report.json and report.html."""
-    from longspan.viz.report import render
-
-    write_json(out / "report.json", report)
-    write_text(out / "report.html", render(report))

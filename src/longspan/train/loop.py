@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from longspan.train.checkpoint import Checkpoints, write_text
 from longspan.train.finite import LARGEST_RATE, check_step
 from longspan.train.full_precision import FullPrecision
 from longspan.train.interrupt import between_steps
+from longspan.train.schedule import Schedule, learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class LoopConfig:
     steps: int
     lr: float
     warmup: int = 20
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     accumulate: int = 1
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -73,17 +74,14 @@ class LoopConfig:
                 f"got {self.warmup} and {self.weight_decay}."
             )
         check_seed(self.seed)
-        if self.schedule not in ("constant", "cosine"):
+        if self.schedule not in get_args(Schedule):
             raise InputError(f"Unknown schedule {self.schedule!r}: choose constant or cosine.")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step number ``step``, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "constant":
-            return self.lr
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+        return learning_rate(
+            step, lr=self.lr, warmup=self.warmup, steps=self.steps, schedule=self.schedule
+        )
 
 
 def train(

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from longspan import hf, pattern
 from longspan.errors import DataError, InputError, Refusal
-from longspan.eval.output import check_output_folder
-from longspan.eval.records import differences
 from longspan.hf.models import check_folder, contents_hash
 from longspan.hf.rope import check_rope, rope_parameters, trained_length
 from longspan.pattern import Pattern
@@ -32,10 +30,11 @@ from longspan.train.data import (
     require,
     tokenize_documents,
 )
+from longspan.train.extend_folder import STEPS, check_output, started_with
+from longspan.train.resume import check_continues
 from longspan.train.settings import ExtendSettings
 
 OWN_ATTENTION = "none"
-SETTINGS_NAME = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,35 +166,11 @@ def doubling(trained: int, length: int) -> tuple[int, ...]:
     return (*lengths, length)
 
 
-def check_output(out: Path, *, resume: bool) -> None:
-    """Raise DataError unless ``out`` can be written and is new, empty, or a run to resume."""
-    check_output_folder(out)
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not resume:
-        raise DataError(
-            f"The output folder {out} is not empty. Give a new folder, or --resume to continue "
-            "the run in it."
-        )
-    if not (out / SETTINGS_NAME).exists():
-        raise DataError(
-            f"{out} holds no run of longspan extend ({SETTINGS_NAME} is missing), so there is "
-            "nothing to resume. "
-            "Give the folder of the run, or a new one."
-        )
-
-
 def check_resume(job: Job) -> None:
     """Raise DataError if the run in the output folder was started with other settings."""
-    path = job.out / SETTINGS_NAME
-    if not path.exists():
-        return
-    old, new = json.loads(path.read_text(encoding="utf-8")), job.fingerprint()
-    if old != new:
-        raise DataError(
-            f"The run in {job.out} was started with other settings: {differences(old, new)}. "
-            "Resume with the settings it was started with, or give a new folder."
-        )
+    old = started_with(job.out)
+    if old is not None:
+        check_continues(job.out, old, job.fingerprint(), steps=STEPS)
 
 
 def check_routes(model: Any, name: str) -> None:

@@ -15,16 +15,13 @@ from torch import Tensor
 
 from longspan.errors import DataError, RunError
 from longspan.eval.output import check_output_folder
-from longspan.eval.records import differences
 from longspan.hf.build import load_tokenizer
 from longspan.hf.quiet import saving
 from longspan.train.checkpoint import read_state, write_atomically
+from longspan.train.pretrain_report import REPORT_NAME, History
 
 CHECKPOINT_FOLDER = "checkpoint"
 STATE_NAME = "state.pt"
-REPORT_NAME = "pretrain.json"
-
-History = list[tuple[int, float, float | None]]
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -32,9 +29,7 @@ def check_out(out: Path, *, resume: bool) -> None:
     check_output_folder(out)
     kept = out / CHECKPOINT_FOLDER / STATE_NAME
     if resume:
-        if (out / REPORT_NAME).is_file():
-            raise DataError(f"the run in {out} is finished: there is nothing to resume.")
-        if not kept.is_file():
+        if not kept.is_file() and not (out / REPORT_NAME).is_file():
             raise DataError(
                 f"nothing to resume: {kept.parent} holds no checkpoint. Start without resume."
             )
@@ -59,6 +54,7 @@ def save_state(
     step: int,
     seconds: float,
     history: History,
+    goals: list[tuple[int, int]],
 ) -> None:
     """Keep a run after ``step`` steps; ``settings`` are what a resumed run must repeat."""
     folder = out / CHECKPOINT_FOLDER
@@ -72,24 +68,29 @@ def save_state(
         "step": step,
         "seconds": seconds,
         "history": history,
+        "goals": goals,
     }
     write_atomically(folder / STATE_NAME, lambda file: torch.save(state, file))
 
 
-def load_state(out: Path) -> dict[str, Any]:
-    """What ``save_state`` kept, with tensors on the CPU.
+def load_state(out: Path) -> dict[str, Any] | None:
+    """What ``save_state`` kept, with tensors on the CPU; None where nothing is kept.
 
     Raises:
         RunError: the file is damaged.
     """
     path = out / CHECKPOINT_FOLDER / STATE_NAME
+    if not path.is_file():
+        return None
     state = read_state(path)
-    wanted = {"settings", "tokenizer", "model", "optimizer", "rng", "step", "seconds", "history"}
-    if not isinstance(state, dict) or not state.keys() >= wanted:
+    wanted = {"settings", "tokenizer", "model", "optimizer", "rng"}
+    wanted |= {"step", "seconds", "history", "goals"}
+    missing = wanted - set(state) if isinstance(state, dict) else wanted
+    if missing:
         raise RunError(
-            f"{path} is no checkpoint of this version of longspan pretrain: its text and "
-            "tokenizer are not in it. Finish it with the version that wrote it, or start in a "
-            "new folder."
+            f"{path} is no checkpoint of this version of longspan pretrain: there is no "
+            f"{', '.join(sorted(missing))} in it. Finish it with the version that wrote it, or "
+            "start in a new folder."
         )
     return state
 
@@ -102,24 +103,8 @@ def tokenizer_in(state: Mapping[str, Any]) -> Any:
         return load_tokenizer(folder)
 
 
-def restore(
-    out: Path,
-    state: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Put a checkpoint into a model and an optimizer.
-
-    Raises:
-        DataError: the run was started with other settings or other text.
-    """
-    if state["settings"] != settings:
-        raise DataError(
-            f"The run in {out} was started with other settings: "
-            f"{differences(state['settings'], settings)}. "
-            "Resume with the settings it was started with, or give a new folder."
-        )
+def restore(state: Mapping[str, Any], model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint into a model and an optimizer."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     _set_rng_state(model.device, state["rng"])
