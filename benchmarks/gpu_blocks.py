@@ -1,13 +1,13 @@
 """Block patterns on one GPU: our routes against dense and block-sparse kernels of others.
 
-    PYTHONPATH=src python benchmarks/gpu_blocks.py --out FOLDER [--budget-s 150]
+    PYTHONPATH=src python benchmarks/gpu_blocks.py --out FOLDER [--budget-s 150] [--width 64]
 
 A query block sees whole key blocks, its own and earlier ones: 5, 10, 25 and 50 % of those before
 it, of 64 and 128 tokens, drawn at random or chosen by content (the means of queries and keys,
 ``block_topk``). Query heads that share a key head share a map. Besides, random blocks of 64 whose
 own block is cut at the diagonal, as patterns for language models have it, which no other library
 takes, and such with a map for each query head: our kernels alone. N 32768, batch 1, 32 heads over
-8 key heads, width 128, bfloat16, forward and forward + backward.
+8 key heads, width 128 or the given one, bfloat16, forward and forward + backward.
 
 1. Every rival at 2,048 rows against float32, output and gradients. In processes side by side,
    which also compile.
@@ -70,8 +70,6 @@ from longspan.ops.ranges import KeyRanges
 from longspan.ops.whole_blocks import SIZE
 from longspan.select import sample, select
 
-WIDTH = 128
-SCALE = WIDTH**-0.5
 SIZES = (128, 64)
 DENSITIES = (0.05, 0.1, 0.25, 0.5)
 KINDS = ("random", "content", "cut", "heads")
@@ -83,6 +81,16 @@ CHECKED_ROWS = 2048
 FLEX = "FlexAttention by hand"
 # What has no cache on disk is compiled where it is timed.
 UNCACHED = ("cuDNN block-sparse", "longspan cudnn_blocks")
+
+
+def width_of_this_run() -> int:
+    """Head width."""
+    return int(os.environ.get("LONGSPAN_BENCH_WIDTH", "128"))
+
+
+def scale_of_this_run() -> float:
+    """Factor on the logits."""
+    return width_of_this_run() ** -0.5
 
 
 def random_map(blocks: int, density: float, maps: int = KEY_HEADS) -> Tensor:
@@ -99,7 +107,8 @@ def random_map(blocks: int, density: float, maps: int = KEY_HEADS) -> Tensor:
 def prompt(n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values with attention as models have it."""
     where = device_of_this_run()
-    return sample(n, HEADS, KEY_HEADS, WIDTH, dtype=dtype_of_this_run(), device=where)
+    width = width_of_this_run()
+    return sample(n, HEADS, KEY_HEADS, width, dtype=dtype_of_this_run(), device=where)
 
 
 def content_map(n: int, size: int, density: float) -> Tensor:
@@ -141,7 +150,7 @@ def over(kernel: str, ranges: KeyRanges) -> Call:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = choose(kernel, q, k, v, ranges, use_lse=False)
-        return found.load()(q, k, v, ranges, SCALE)[0]
+        return found.load()(q, k, v, ranges, scale_of_this_run())[0]
 
     return call
 
@@ -170,10 +179,15 @@ def rivals(size: int, *, cut: bool = False) -> dict[str, Callable[[BlockMap], Ca
     if cut:
         return found
     found[FLEX] = partial(
-        block_sparse.flex, scale=SCALE, tile=128, fused=device_of_this_run() == "cuda"
+        block_sparse.flex,
+        scale=scale_of_this_run(),
+        tile=128,
+        fused=device_of_this_run() == "cuda",
     )
-    found["cuDNN block-sparse"] = partial(block_sparse.cudnn, scale=SCALE)
-    found["FlashAttention-4 block-sparse"] = partial(block_sparse.flash_4, scale=SCALE)
+    found["cuDNN block-sparse"] = partial(block_sparse.cudnn, scale=scale_of_this_run())
+    found["FlashAttention-4 block-sparse"] = partial(
+        block_sparse.flash_4, scale=scale_of_this_run()
+    )
     return found
 
 
@@ -189,9 +203,11 @@ def check(name: str, size: int, log: Log, n: int, *, cut: bool = False) -> None:
         ranges = ranges_of(given, cut=cut)
 
         def theirs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return choose("reference", q, k, v, ranges).load()(q, k, v, ranges, SCALE)
+            return choose("reference", q, k, v, ranges).load()(
+                q, k, v, ranges, scale_of_this_run()
+            )
 
-        inputs = tensors(own, WIDTH, heads=heads, key_heads=key_heads)
+        inputs = tensors(own, width_of_this_run(), heads=heads, key_heads=key_heads)
         found: dict[str, float] = {}
         why = ""
         try:
@@ -216,7 +232,7 @@ def warm(name: str, size: int, n: int) -> None:
     """Compile what will be timed."""
     with contextlib.suppress(Refusal):
         call = rivals(size)[name](made("random", n, size, DENSITIES[0]))
-        for step in both_ways(call, tensors(n, WIDTH)).values():
+        for step in both_ways(call, tensors(n, width_of_this_run())).values():
             step()
 
 
@@ -261,8 +277,9 @@ def compare(
     given = made(kind, n, size, density)
     more_words = {"cut": ", causal", "heads": ", a map for each head"}.get(kind, "")
     pattern = f"{'random' if kind in OURS else kind} blocks of {size}, {density:.0%}{more_words}"
-    about = {"kind": "speed", "pattern": pattern, "n": n, "width": WIDTH, "block": size}
-    inputs = list(prompt(n)) if kind == "content" else tensors(n, WIDTH)
+    width = width_of_this_run()
+    about = {"kind": "speed", "pattern": pattern, "n": n, "width": width, "block": size}
+    inputs = list(prompt(n)) if kind == "content" else tensors(n, width)
     seen_HQT = given.seen_HQT
 
     def keys(head: int, row: int) -> Tensor:
@@ -301,7 +318,8 @@ def verdict(log: Log) -> str:
     took: dict[tuple[str, str], str] = {}
     for row in log.timed():
         if row.get("of_dense"):
-            name = (row["pattern"], row["way"])
+            narrow = "" if row["width"] == 128 else f", D {row['width']}"
+            name = (row["pattern"] + narrow, row["way"])
             cases.setdefault(name, {})[row["kernel"]] = row["of_dense"]
             took[name] = row.get("auto", {}).get(row["way"], "-")
     for (pattern, way), shares in cases.items():
@@ -321,7 +339,7 @@ def verdict(log: Log) -> str:
 
 def measured_cases(log: Log) -> list[dict[str, Any]]:
     """What the table of ``auto`` says of these patterns."""
-    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    cases: dict[tuple[object, ...], dict[str, Any]] = {}
     for row in log.rows:
         kernel = row.get("kernel", "").removeprefix("longspan ")
         if row["kind"] != "speed" or "tflops" not in row or kernel == row["kernel"]:
@@ -337,7 +355,7 @@ def measured_cases(log: Log) -> list[dict[str, Any]]:
             "backward": row["way"] != "forward",
             "tflops": {},
         }
-        case = cases.setdefault((row["pattern"], row["way"]), about)
+        case = cases.setdefault((row["pattern"], row["width"], row["way"]), about)
         case["tflops"][kernel] = round(row["tflops"], 1)
     return list(cases.values())
 
@@ -348,6 +366,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=150)
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device_of_this_run())
     parser.add_argument("--n", type=int, default=int(os.environ.get("LONGSPAN_BENCH_N", "32768")))
+    parser.add_argument("--width", type=int, choices=(64, 128), default=width_of_this_run())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)))
     parser.add_argument(
@@ -361,6 +380,7 @@ def main() -> None:
     # The checking processes are asked for the same.
     os.environ["LONGSPAN_BENCH_DEVICE"] = options.device
     os.environ["LONGSPAN_BENCH_N"] = str(options.n)
+    os.environ["LONGSPAN_BENCH_WIDTH"] = str(options.width)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --device cpu --n 1024 is a rehearsal")
     if options.n % max(SIZES):
@@ -397,7 +417,8 @@ def main() -> None:
         text = gpu_race.as_markdown(log, "Block patterns on one GPU") + verdict(log)
         (options.out / "blocks.md").write_text(text, encoding="utf-8")
         if options.device == "cuda":
-            command = "python benchmarks/gpu_blocks.py"
+            narrow = "" if options.width == 128 else f" --width {options.width}"
+            command = f"python benchmarks/gpu_blocks.py{narrow}"
             table = json.dumps(gpu_race.rates_table(measured_cases(log), command), indent=2) + "\n"
             (options.out / "measured.json").write_text(table, encoding="utf-8")
 
