@@ -31,6 +31,9 @@ from longspan.ops.merge import Part, merge_parts
 from longspan.ops.once import once
 from longspan.ops.views import Views
 
+# Rows of a pass that adds gradients of keys to those of another one: this part of all, or more.
+_LEAST = 8
+
 _unseen: WeakKeyDictionary[object, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
@@ -99,7 +102,9 @@ class _Joint(torch.autograd.Function):
                     out, lse, dout, dlse = (x if x is None else rows_of(one, x) for x in joint)
                     assert out is not None
                     assert lse is not None
-                    adds = places and one.keys_lie
+                    # Where few rows would wait for others, they fill processors that others leave.
+                    many = _LEAST * lse.numel() >= lse_BHN.numel()
+                    adds = places and one.keys_lie and many
                     if adds and after is not None:
                         into = (x if x is None else one.of_keys(x)[0] for x in whole)
                         given = *own, out, lse, dout, dlse
