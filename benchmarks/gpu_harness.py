@@ -134,8 +134,11 @@ def failed(error: Exception) -> dict[str, str]:
     """What a record says of an error."""
     if isinstance(error, Refusal):
         return {"refused": str(error)}
-    text = f"{type(error).__name__}: {error}"
-    return {"error": text[:500], "trace": traceback.format_exc()[-2000:]}
+    text, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+    # Where modules lie on this machine is nobody's business.
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
+        trace = trace.replace(f"{folder.rstrip('/')}/", "")
+    return {"error": text[:500], "trace": trace[-2000:]}
 
 
 def device_of_this_run() -> str:
