@@ -72,6 +72,54 @@ def test_text_that_the_cache_holds_is_refused(length, pad, llama, tiny):
     assert torch.equal(got, llama.generate(ids, attention_mask=mask, **GREEDY))
 
 
+@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("attention", ["cache", "MoBA"])
+def test_rows_without_new_tokens_are_not_read_again(attention, more, llama, tiny):
+    """generate gives position 0 to the padding at their end."""
+    ids, mask = tiny.tokens(2, 24), torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 12:] = 0
+    if attention == "cache":
+        cache = ls.kv.cache(llama, "everything()")
+    else:
+        ls.hf.apply(llama, attention, block=8, top=2)
+        cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(ids[:, :12], past_key_values=cache)
+    options = {"attention_mask": mask, **GREEDY}
+    got = llama.generate(ids, past_key_values=cache, **options, **more)
+    # What follows padding in the other row is no continuation of it.
+    assert torch.equal(got[0], llama.generate(ids, **options)[0])
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("before", [0, 12])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_of_which_some_layers_read_more_is_refused(family, before, stopped, tiny):
+    """As memory runs out in the middle of a model: the next call gave other tokens."""
+    changes = {"num_hidden_layers": 4}
+    if family == "gemma3":
+        changes["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    model = tiny.build(family, max_position_embeddings=256, **changes)
+    ids, cache = tiny.tokens(1, 24), ls.kv.cache(model, "everything()")
+
+    def stop(*_):
+        raise MemoryError
+
+    with torch.no_grad():
+        if before:
+            model(ids[:, :before], past_key_values=cache)
+        hook = model.model.layers[stopped].mlp.register_forward_pre_hook(stop)
+        with pytest.raises(MemoryError):
+            model(ids[:, before:18], past_key_values=cache)
+        hook.remove()
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"have read 18 tokens, others {before}\. .* reset"):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+    cache.reset()
+    got = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(got, model.generate(ids, **GREEDY))
+
+
 def test_new_tokens_alone_need_a_mask_of_all(llama, tiny):
     ids = tiny.tokens(1, 24)
     caches = [ls.kv.cache(llama, "everything()") for _ in range(2)]

@@ -7,10 +7,12 @@ generates from it without a word. A hook on the model compares them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from longspan.errors import InputError
 from longspan.hf._cache_layer import KeptLayer
@@ -44,6 +46,7 @@ def _check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     kept = next((layer for layer in layers if isinstance(layer, KeptLayer)), None)
     if kept is None:
         return
+    _check_whole(layers)
     if kwargs.get("use_cache") is False:
         raise InputError(
             "past_key_values came with use_cache=False (of the call, or of the generation "
@@ -62,5 +65,20 @@ def _check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise read_again(read)
     # One row is decoding, where looking would wait for the device at every step.
     if rows > 1:
-        real = tokens if told is None else told[:, :tokens].sum(1).cpu()
-        check_goes_on(kwargs.get("position_ids"), real, read)
+        so_far = None if told is None else told[:, :tokens]
+        check_goes_on(kwargs.get("position_ids"), so_far, read)
+
+
+def _check_whole(layers: Sequence[Any]) -> None:
+    """Raise InputError if some layers have read what others have not."""
+    read = {
+        layer.get_seq_length()
+        for layer in layers
+        if isinstance(layer, KeptLayer | DynamicSlidingWindowLayer)
+    }
+    if len(read) > 1:
+        raise InputError(
+            "A call before was stopped between two layers (out of memory, perhaps): some layers "
+            f"of the cache have read {max(read)} tokens, others {min(read)}. Give reset() of the "
+            "cache, or another one, the whole text."
+        )

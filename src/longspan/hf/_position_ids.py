@@ -59,7 +59,7 @@ def _check_no_restart(rows: Rows, position_ids: Tensor) -> None:
         )
 
 
-def check_goes_on(position_ids: Any, tokens: int | Tensor, read: int) -> None:
+def check_goes_on(position_ids: Any, told: Tensor | None, read: int) -> None:
     """Refuse new rows whose positions lie among those that a cache has read.
 
     Positions may leave gaps, but they rise, so the last one is at least the number of tokens
@@ -67,15 +67,22 @@ def check_goes_on(position_ids: Any, tokens: int | Tensor, read: int) -> None:
 
     Args:
         position_ids: of the new rows [B or 1, N]; anything else is not looked at.
-        tokens: real ones in each row of the batch, the new ones among them: [B], or one number.
+        told: which rows so far are tokens, the new ones among them [B or 1, read + N]; None: all.
         read: rows that were read before.
 
     Raises:
-        InputError: if a last position is too small.
+        InputError: if the last position of a row of the batch that has new tokens is too small.
     """
     if not read or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return
-    if bool((position_ids.amax(1).cpu() < tokens - 1).any()):
+    last = position_ids.amax(1).cpu()
+    if told is None:
+        again = last < read + position_ids.shape[1] - 1
+    else:
+        told = told.cpu() != 0
+        # Padding has any position: generate gives it 0.
+        again = told[:, read:].any(1) & (last < told.sum(1) - 1)
+    if bool(again.any()):
         raise read_again(read)
 
 
