@@ -468,6 +468,16 @@ def test_bad_values_of_pretrain_draw_no_bar(
             assert not (tmp_path / "new").exists()
 
 
+def test_pretrain_says_what_it_leaves_beside_the_model(call: Callable[..., Result]) -> None:
+    from longspan.train.pretrain_state import CHECKPOINT_FOLDER
+
+    code, out, _ = call("pretrain", "--help")
+    assert code == 0
+    told = " ".join(out.split())
+    assert f"keeps a folder named {CHECKPOINT_FOLDER}, about six times as large" in told
+    assert "it may be removed after the run" in told
+
+
 def test_finished_runs_say_so_and_go_on_with_more_steps(
     call: Callable[..., Result], tiny_model: Path, some_text: Path, tmp_path: Path
 ) -> None:
@@ -483,7 +493,7 @@ def test_finished_runs_say_so_and_go_on_with_more_steps(
         assert code == 0, err
         code, out, err = call(*asked, "--steps", 2, "--resume")
         assert (code, json.loads(out)) == (0, json.loads(first))
-        assert err.split("\n")[0].startswith("finished 2/2, nothing is left to do; with more")
+        assert err.split("\n")[0].endswith("to do; more steps need its checkpoint")
         code, out, err = call(*asked, "--steps", 3, "--resume", "--dry-run")
         assert (code, json.loads(out)["out"]) == (0, str(folder))
         code, out, err = call(*asked, "--steps", 3, "--resume")

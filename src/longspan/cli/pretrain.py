@@ -50,7 +50,11 @@ def pretrain(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a small Llama and a byte-level BPE tokenizer from scratch on plain text."""
+    """Train a small Llama and a byte-level BPE tokenizer from scratch on plain text.
+
+    Besides the model, --out keeps a folder named checkpoint, about six times as large. Only more
+    --steps need it: it may be removed after the run, and is not to be uploaded.
+    """
     from longspan.cli.progress import Bars
     from longspan.errors import DataError
     from longspan.train.data import python_sources, read_documents

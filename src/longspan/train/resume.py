@@ -33,4 +33,4 @@ def check_continues(
 
 def say_finished(progress: Progress, steps: int) -> None:
     """Report that a run was finished before, and nothing was done."""
-    progress("finished", steps, steps, "nothing is left to do; with more steps it goes on")
+    progress("finished", steps, steps, "nothing is left to do; more steps need its checkpoint")
