@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -173,6 +175,22 @@ def test_rows_that_change_between_two_chunks_are_refused(kind, change, given, ll
         with pytest.raises(Refusal, match="no rows of the cache changed in between"):
             llama(ids[:, 24:40], past_key_values=caches[0])
         llama(ids[:, 24:40], past_key_values=caches[1])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "policy"])
+def test_a_cache_that_nobody_holds_is_gone(kind, llama, tiny):
+    """The model held the last one, with all its keys, until the next call."""
+    if kind == "dynamic":
+        ls.hf.prefill(llama, SPARSE, dense_below=0)
+        cache = transformers.DynamicCache(config=llama.config)
+    else:
+        cache = ls.kv.cache(llama, TEXT)
+    with torch.no_grad():
+        llama(tiny.tokens(1, 40), past_key_values=cache)
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
 
 
 def test_hooks_go_with_the_pattern_and_survive_copies(llama, tiny):

@@ -33,7 +33,8 @@ class _Call(threading.local):
     """The present call of a model: threads that share it must not read each other's."""
 
     newest: Tensor | None = None
-    cache: Any = None
+    # Not the cache itself: the memory of the last one is not to wait for the next call.
+    cache: ReferenceType[Any] | None = None
 
 
 @dataclass
@@ -82,9 +83,10 @@ class EmbeddingNorms:
         Raises:
             Refusal: if they are not known.
         """
-        own, cache = self._call.newest, self._call.cache
+        own, held = self._call.newest, self._call.cache
         if own is not None and own.shape == (batch, rows):
             return own
+        cache = None if held is None else held()
         before = None if cache is None else self._known.get(cache)
         parts = [*(before.parts if before else []), *([] if own is None else [own])]
         widths = sum(part.shape[1] for part in parts)
@@ -100,7 +102,8 @@ class EmbeddingNorms:
         """Before the model: forget the last call."""
         given = kwargs.get("inputs_embeds")
         self._call.newest = None if given is None else norm(given.detach())
-        self._call.cache = cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values")
+        self._call.cache = None if cache is None else ref(cache)
         before = None if cache is None else self._known.get(cache)
         if before and before.keys and before.keys() is not _keys(cache):
             # Its rows are others now, or were cut: which norms are theirs is not known.
