@@ -14,7 +14,7 @@ from longspan.ops.merge import Part
 from longspan.ops.places import Places
 from longspan.ops.ranges import KeyRanges
 from longspan.ops.rows import Order
-from longspan.ops.views import by_remainder
+from longspan.ops.views import in_turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +65,7 @@ class Loaded:
 
     def of_keys(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Keys, values or their gradients in ``orders`` as the kernel has them: views."""
-        if self.key_step == 1:
-            return tensors
-        return tuple(by_remainder(x, self.key_step) for x in tensors)
+        return in_turn(self.key_step, *tensors)
 
     @property
     def keys_lie(self) -> bool:

@@ -71,9 +71,7 @@ class Views:
 
     def of_keys(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Keys, values or their gradients in ``orders`` as the kernel has them: views."""
-        if self.keys is not None:
-            return tensors
-        return tuple(by_remainder(x, self.step) for x in tensors)
+        return in_turn(self.key_step, *tensors)
 
     @property
     def key_step(self) -> int:
@@ -178,6 +176,11 @@ def _is_residue(order: NDArray[np.int32] | None, rows: int, step: int) -> bool:
 def residue_order(rows: int, step: int) -> NDArray[np.int32]:
     """Rows of each remainder one after another [rows]; ``step`` divides their number."""
     return np.arange(rows, dtype=np.int32).reshape(-1, step).T.ravel()
+
+
+def in_turn(step: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each by remainder, one after another; as they are where the step is 1."""
+    return tensors if step == 1 else tuple(by_remainder(x, step) for x in tensors)
 
 
 def by_remainder(x_BHN: Tensor, step: int) -> Tensor:
